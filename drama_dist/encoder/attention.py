@@ -1,0 +1,74 @@
+"""Attention over packed sequences, one call for every backend.
+
+On CUDA `flash_attn_varlen_func`; elsewhere PyTorch's SDPA without a mask, once for each run of
+sequences of equal length. Registered with transformers under NAME, so that its Llama layers call it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from drama_dist.encoder.packing import Packed
+
+NAME = "drama_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    packed: Packed,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each packed sequence.
+
+    query 1 × heads × T × D, key and value 1 × key-value heads × T × D; returns 1 × T × heads × D.
+    Causal or bidirectional as the model's config says.
+    """
+    causal = bool(getattr(module.config, "is_causal", True))
+    if query.is_cuda:
+        return _flash(query, key, value, scaling, packed, dropout, causal), None
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for begin, count, length in packed.runs:
+        parts = [_run(tensor, begin, count, length) for tensor in (query, key, value)]
+        output = scaled_dot_product_attention(
+            *parts, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(output.transpose(1, 2).reshape(count * length, query.shape[1], -1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _run(tensor: torch.Tensor, begin: int, count: int, length: int) -> torch.Tensor:
+    """1 × H × T × D to count × H × length × D for one run."""
+    return tensor[0, :, begin : begin + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    packed: Packed,
+    dropout: float,
+    causal: bool,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    ends, longest = packed.boundaries_B1, packed.longest
+    output: torch.Tensor = flash_attn_varlen_func(
+        q, k, v, ends, ends, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
+    )
+    return output.unsqueeze(0)
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,176 @@
+"""The encoder: a Llama-type backbone with packed attention, mean pooling and the Matryoshka cut.
+
+Covers loading (with a probe that refuses causal attention and leaks between packed sequences),
+encoding texts to unit vectors, and saving. Training wraps this same module. Shapes: T tokens,
+B sequences, K hidden components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from drama_dist import ranks
+from drama_dist.encoder import attention
+from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
+from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
+from drama_dist.encoder.pooling import matryoshka_cut_array, mean_pool
+from drama_dist.encoder.sources import resolve
+from drama_dist.settings import EncoderSettings
+
+_TOKENS_PER_BATCH = 8192
+
+
+class LeakError(RuntimeError):
+    """Attention is causal where it must be bidirectional, or packed sequences see each other."""
+
+
+class Encoder(nn.Module):
+    """A backbone with its tokenizer and contract.
+
+    Calling it with packed sequences gives pooled float32 vectors, B × K, not normalised: the
+    training loss and the Matryoshka cut normalise for each dim.
+    """
+
+    def __init__(self, backbone: LlamaModel, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings):
+        super().__init__()
+        backbone.config._attn_implementation = attention.NAME
+        self.backbone = backbone
+        self.tokenizer = wire_tokenizer(tokenizer)
+        self.contract = check_dims(contract, backbone.config.hidden_size, "the encoder")
+        self.tokens_per_batch = _TOKENS_PER_BATCH
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.backbone.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def hidden_states(self, packed: Packed) -> torch.Tensor:
+        """Last hidden states of all tokens, T × K, in the backbone's dtype."""
+        output = self.backbone(
+            input_ids=packed.token_ids_T.unsqueeze(0),
+            position_ids=packed.position_ids_T.unsqueeze(0),
+            use_cache=False,
+            packed=packed,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        return mean_pool(self.hidden_states(packed), packed)
+
+    def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept."""
+        return self._tokenize(texts, self.contract.query_prefix, self.contract.max_query_tokens)
+
+    def tokenize_passages(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of BOS + passage prefix + text + EOS, cut at max_passage_tokens, EOS kept."""
+        return self._tokenize(texts, self.contract.passage_prefix, self.contract.max_passage_tokens)
+
+    def _tokenize(self, texts: Sequence[str], prefix: str, limit: int) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            [prefix + text for text in texts], truncation=True, max_length=limit, return_attention_mask=False
+        )["input_ids"]
+        return ids
+
+    def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+        """Unit vectors of queries, float32 (n, dim); dim None is the hidden size.
+
+        Raises ValueError where dim is larger than the hidden size.
+        """
+        return self._encode(self.tokenize_queries(texts), dim)
+
+    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+        """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
+
+        Raises ValueError where dim is larger than the hidden size.
+        """
+        return self._encode(self.tokenize_passages(texts), dim)
+
+    @torch.no_grad()
+    def _encode(self, sequences: list[list[int]], dim: int | None) -> np.ndarray:
+        vectors_NK = np.zeros((len(sequences), self.hidden_size), dtype=np.float32)
+        for chunk in token_budget_chunks([len(ids) for ids in sequences], self.tokens_per_batch):
+            packed = pack([sequences[position] for position in chunk], self.device)
+            vectors_NK[chunk] = self(packed).cpu().numpy()
+        return matryoshka_cut_array(vectors_NK, dim or self.hidden_size)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back."""
+        self.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_contract(folder, self.contract)
+
+
+def load(
+    folder_or_name: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    contract: EncoderSettings | None = None,
+    bidirectional: bool = True,
+    device: torch.device | str | None = None,
+) -> Encoder:
+    """Load an encoder: one of ours, a Llama-type sentence-transformers or Hugging Face folder, GGUF, or hub name.
+
+    contract: replaces the folder's own. bidirectional: False keeps a language model causal, as it is.
+    Raises ValueError where the model is not of Llama type, LeakError where the probe fails.
+    """
+    source = resolve(str(folder_or_name))
+    config = _llama_config(source)
+    config.is_causal = not bidirectional
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    backbone = LlamaModel.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True)
+    folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+    encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, config.hidden_size))
+    encoder.to(device or ranks.device()).eval()
+    probe(encoder)
+    return encoder
+
+
+def from_config(
+    config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings, seed: int
+) -> Encoder:
+    """A randomly initialised encoder of a given shape, bidirectional, float32."""
+    config.is_causal = False
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = Encoder(LlamaModel(config), tokenizer, contract)
+    return encoder.eval()
+
+
+@torch.no_grad()
+def probe(encoder: Encoder) -> None:
+    """Check by experiment what attention sees; raises LeakError.
+
+    The last token of a sequence must move the first position's output exactly where the config says
+    bidirectional, and must not move another packed sequence's.
+    """
+    half = min(1000, encoder.backbone.config.vocab_size // 2)
+    first, second = list(range(3, 11)), list(range(12, 21))
+    changed = [*first[:-1], first[-1] + half]
+    before, after = (encoder.hidden_states(pack([ids, second], encoder.device)).float() for ids in (first, changed))
+    sees_ahead = not torch.equal(before[0], after[0])
+    if sees_ahead == encoder.backbone.config.is_causal:
+        raise LeakError(
+            f"attention is {'causal' if not sees_ahead else 'bidirectional'}, but the config says "
+            f"is_causal={encoder.backbone.config.is_causal}; this transformers version does not honour it"
+        )
+    if not torch.equal(before[len(first) :], after[len(first) :]):
+        raise LeakError("a packed sequence's output depends on its neighbour: packed attention leaks")
+
+
+def _llama_config(source: str) -> LlamaConfig:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"{source}: model type {config.model_type!r}; the encoder takes Llama-type models")
+    return config

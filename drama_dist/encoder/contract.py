@@ -1,0 +1,96 @@
+"""The encoder contract on disk: drama.json beside the weights, or what a sentence-transformers folder says.
+
+Covers which prefix, lengths and dims a folder was trained with, and the tokenisation (BOS, prefix,
+text, EOS; truncation keeps EOS), wired into the tokenizer so that every program that loads it agrees.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from drama_dist.settings import EncoderSettings, SettingsError
+from drama_dist.stages import write_text
+
+FILE = "drama.json"
+
+
+def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
+    """The contract that a model folder declares; defaults where it declares none.
+
+    Raises ValueError where a sentence-transformers folder pools otherwise than by the mean,
+    SettingsError where drama.json has an unknown key or a dim beyond the hidden size.
+    """
+    if (folder / FILE).exists():
+        value = json.loads((folder / FILE).read_text("utf-8"))
+        unknown = set(value) - {item.name for item in fields(EncoderSettings)}
+        if unknown:
+            raise SettingsError(f"{folder / FILE}: unknown key {sorted(unknown)[0]!r}")
+        return check_dims(EncoderSettings(**value), hidden_size, str(folder / FILE))
+    contract = EncoderSettings(dims=[hidden_size])
+    if (folder / "modules.json").exists():
+        contract = _from_sentence_transformers(folder, contract)
+    return contract
+
+
+def write_contract(folder: Path, contract: EncoderSettings) -> None:
+    """Write drama.json."""
+    write_text(folder / FILE, json.dumps(asdict(contract), indent=2) + "\n")
+
+
+def check_dims(contract: EncoderSettings, hidden_size: int, where: str) -> EncoderSettings:
+    """Return the contract; raise SettingsError where a dim is larger than the hidden size."""
+    if max(contract.dims) > hidden_size:
+        raise SettingsError(
+            f"{where}: encoder.dims={contract.dims} asks for {max(contract.dims)} components, "
+            f"but the model's hidden size is {hidden_size}; lower the dim or keep more in prune.hidden"
+        )
+    return contract
+
+
+def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Make the tokenizer put BOS first and EOS last, pad on the right, and truncate before EOS.
+
+    Raises ValueError where the tokenizer has no fast backend, no BOS or no EOS.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if not tokenizer.is_fast or bos is None or eos is None:
+        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with BOS and EOS, has bos={bos!r} eos={eos!r}")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = eos
+    return tokenizer
+
+
+def _from_sentence_transformers(folder: Path, contract: EncoderSettings) -> EncoderSettings:
+    for module in json.loads((folder / "modules.json").read_text("utf-8")):
+        config_file = folder / module["path"] / "config.json"
+        if module["type"].endswith("Pooling") and config_file.exists():
+            pooling = json.loads(config_file.read_text("utf-8"))
+            if not _is_mean(pooling):
+                raise ValueError(f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported")
+    described = folder / "config_sentence_transformers.json"
+    prompts = json.loads(described.read_text("utf-8")).get("prompts", {}) if described.exists() else {}
+    longest = folder / "sentence_bert_config.json"
+    limit = json.loads(longest.read_text("utf-8")).get("max_seq_length") if longest.exists() else None
+    contract = replace(
+        contract,
+        query_prefix=prompts.get("query", ""),
+        passage_prefix=prompts.get("document", prompts.get("passage", "")),
+    )
+    return replace(contract, max_query_tokens=limit, max_passage_tokens=limit) if limit else contract
+
+
+def _is_mean(pooling: dict[str, object]) -> bool:
+    if "pooling_mode" in pooling:
+        return pooling["pooling_mode"] == "mean"
+    chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
+    return chosen == ["pooling_mode_mean_tokens"]

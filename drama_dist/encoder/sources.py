@@ -1,0 +1,81 @@
+"""Where a model comes from: GGUF files, local folders, files inside installed packages, hub names.
+
+Covers turning a name from the settings into something transformers loads, and converting a GGUF
+file once. Does not load the model itself (backbone.py, augment/llm.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from drama_dist.progress import say
+from drama_dist.stages import fingerprint
+
+_PACKAGE = "package:"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $DRAMA_CACHE, or ~/.cache/drama-dist."""
+    return Path(os.environ.get("DRAMA_CACHE") or Path.home() / ".cache" / "drama-dist")
+
+
+def resolve(name: str) -> str:
+    """Return a local folder, or the hub name as it is.
+
+    `package:IMPORT_NAME/PATH` is looked up inside an installed package; a `.gguf` file is converted
+    once to safetensors. Raises FileNotFoundError where a path does not exist, naming it.
+    """
+    path = _inside_package(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(_converted(path))
+    if path.is_dir():
+        return str(path)
+    looks_like_a_path = name.startswith((_PACKAGE, "/", ".", "~")) or name.endswith(".gguf") or name.count("/") != 1
+    if path.exists() or looks_like_a_path:
+        raise FileNotFoundError(f"{name}: expected a model folder or a .gguf file at {path}")
+    return name
+
+
+def model_fingerprint(name: str) -> str:
+    """What identifies a model as an input of a stage: the hash of its files, or the hub name."""
+    folder = resolve(name)
+    return fingerprint(folder) if Path(folder).exists() else f"hub:{folder}"
+
+
+def _inside_package(name: str) -> Path:
+    package, _, inner = name.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"{name}: the Python package {package!r} is not installed; `make` installs those of the quickstart"
+        )
+    return Path(spec.submodule_search_locations[0]) / inner
+
+
+def _converted(gguf: Path) -> Path:
+    target = cache_folder() / f"{gguf.stem}-{fingerprint(gguf)[:16]}"
+    if target.is_dir():
+        return target
+    say(f"converting {gguf.name} to safetensors, once -> {target}")
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    _convert(gguf, temporary)
+    try:
+        temporary.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**place), dtype=torch.bfloat16)
+    plain.load_state_dict(quantized.state_dict())  # transformers does not save a model that it loaded from GGUF
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
