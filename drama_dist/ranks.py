@@ -91,12 +91,12 @@ def own_share(count: int) -> range:
     return range(begin, begin + base + (number < extra))
 
 
-def row_counts(rows: int) -> list[int]:
-    """Every rank's number of rows, in order of rank."""
+def on_every_rank(number: int) -> list[int]:
+    """The number that each rank passes, in order of rank."""
     if world_size() == 1:
-        return [rows]
+        return [number]
     counts = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device()))
+    dist.all_gather(counts, torch.tensor([number], dtype=torch.int64, device=device()))
     return [int(count) for count in counts]
 
 
@@ -104,7 +104,7 @@ def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
     """Concatenate every rank's rows in order of rank; ranks may hold different numbers of rows."""
     if world_size() == 1:
         return rows_NK
-    counts = row_counts(rows_NK.shape[0])
+    counts = on_every_rank(rows_NK.shape[0])
     padded = rows_NK.new_zeros(max(counts), *rows_NK.shape[1:])
     padded[: rows_NK.shape[0]] = rows_NK
     parts = [torch.empty_like(padded) for _ in counts]
@@ -116,7 +116,7 @@ def sum_to_owner(rows_NK: torch.Tensor, own_rows: int) -> torch.Tensor:
     """Sum over ranks a tensor of `gather_rows` shape; return the rows that this rank put in."""
     if world_size() == 1:
         return rows_NK
-    counts = row_counts(own_rows)
+    counts = on_every_rank(own_rows)
     total = rows_NK.contiguous().clone()
     dist.all_reduce(total)
     begin = sum(counts[: rank()])

@@ -1,0 +1,160 @@
+"""The optimiser step, over any number of ranks: a DeepSpeed engine behind a small face.
+
+Covers building the engine (ZeRO 1 and 2, bf16 with float32 master weights, AdamW, clipping), the
+learning-rate schedule, and checkpoints that do not depend on ranks or ZeRO stage. Does not know
+what is trained: the encoder (train/) and the language model being healed (prune/) use it alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from drama_dist import ranks
+from drama_dist.progress import say
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """What a stage's settings say about its optimiser."""
+
+    dtype: str
+    zero_stage: int
+    weight_decay: float
+    gradient_clipping: float
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup_share: float) -> float:
+    """Linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017); steps count from 0."""
+    warmup = max(1, round(steps * warmup_share))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Engine:
+    """One module under training.
+
+    After `backward` of the last piece of a step, `step` reduces, clips and updates. Gradients of
+    several ranks are summed, not averaged: each rank's loss is its share of the global one.
+    """
+
+    def __init__(self, module: nn.Module, settings: OptimiserSettings):
+        ranks.start()
+        self.module = module
+        self._engine = _deepspeed_engine(module, settings)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add a piece's gradients; `last` says that the step's final piece is here.
+
+        All ranks must call it equally often in a step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * ranks.world_size())
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights; returns the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The float32 master weights by name, on the CPU; every rank must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(weight).cpu() for name, weight in self._weights()}
+
+    def save(self, folder: Path, step: int, keep: int) -> None:
+        """Write checkpoint `step-N` under a temporary name, rename it, and drop all but the last `keep`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        tensors = {"weights": self.full_weights()}
+        for moment in _MOMENTS:
+            tensors[moment] = {
+                name: safe_get_full_optimizer_state(weight, moment).cpu() for name, weight in self._weights()
+            }
+        if ranks.rank() == 0:
+            target = folder / f"step-{step:07d}"
+            temporary = folder / f"{target.name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, values in tensors.items():
+                save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps({"step": step}), "utf-8")
+            temporary.rename(target)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        ranks.barrier()
+
+    def resume(self, folder: Path) -> int:
+        """Load the newest checkpoint in `folder`; return its step, or 0 where there is none."""
+        found = checkpoints(folder)
+        if not found:
+            return 0
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        tensors = {name: load_file(found[-1] / f"{name}.safetensors") for name in ("weights", *_MOMENTS)}
+        for name, weight in self._weights():
+            safe_set_full_fp32_param(weight, tensors["weights"][name])
+            weight.data.copy_(tensors["weights"][name])
+            for moment in _MOMENTS:
+                safe_set_full_optimizer_state(weight, tensors[moment][name], moment)
+        step = int(json.loads((found[-1] / "state.json").read_text("utf-8"))["step"])
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+        say(f"going on from step {step} ({found[-1]})")
+        return step
+
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    decayed = [weight for weight in module.parameters() if weight.ndim > 1]
+    plain = [weight for weight in module.parameters() if weight.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0),
+        config=_deepspeed_config(settings),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:
+    return {
+        "train_batch_size": ranks.world_size(),  # DeepSpeed only checks it: batches are cut in train/batches.py
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.gradient_clipping,
+        "bf16": {"enabled": settings.dtype == "bfloat16"},
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }

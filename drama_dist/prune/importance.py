@@ -1,0 +1,111 @@
+"""Importance of every part of a Llama-type language model, measured on calibration text, forward only.
+
+After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2): hidden dimensions by mean
+|RMSNorm output|, heads by the L2 norm of their context, MLP neurons by mean |activation|, layers by block
+influence, 1 − cosine of a block's input and output (Men et al. 2024, arXiv 2403.03853).
+Shapes: L layers, H hidden, A query heads, F MLP neurons, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import LlamaForCausalLM
+
+from drama_dist.encoder.packing import pack, token_budget_chunks
+from drama_dist.progress import progress_bar
+
+_CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Means over calibration tokens, float32.
+
+    energy: mean square of each RMSNorm's input, (2L + 1) × H, in order of use; it tells how much of
+    the norm a subset of hidden dimensions keeps.
+    """
+
+    hidden_H: torch.Tensor
+    heads_LA: torch.Tensor
+    mlp_LF: torch.Tensor
+    layers_L: torch.Tensor
+    energy: torch.Tensor
+
+
+@torch.no_grad()
+def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int]]) -> Importance:
+    """Run the model over token id sequences and return what its parts contribute."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        total = values.float().sum(0).cpu()
+        sums[name] = sums[name] + total if name in sums else total
+
+    handles = _watch(model, add)
+    bar = progress_bar(len(sequences), "prune: importance", "passages")
+    for chunk in token_budget_chunks([len(sequence) for sequence in sequences], _CHUNK_TOKENS):
+        packed = pack([sequences[i] for i in chunk], model.device)
+        model.model(
+            input_ids=packed.token_ids_T.unsqueeze(0),
+            position_ids=packed.position_ids_T.unsqueeze(0),
+            use_cache=False,
+            packed=packed,
+        )
+        bar.update(len(chunk))
+    bar.close()
+    for handle in handles:
+        handle.remove()
+    tokens = sum(len(sequence) for sequence in sequences)
+    return _collect(sums, model.config.num_hidden_layers, tokens)
+
+
+def norms_in_order(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+    """The 2L + 1 RMSNorms in order of use."""
+    pairs = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in model.model.layers]
+    return [norm for pair in pairs for norm in pair] + [model.model.norm]
+
+
+def _watch(model: LlamaForCausalLM, add: Callable[[str, torch.Tensor], None]) -> list[Any]:
+    handles = []
+    for number, norm in enumerate(norms_in_order(model)):
+
+        def after_norm(_: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
+            add("hidden", output[0].float().abs())
+            add(f"energy {number}", args[0][0].float().square())
+
+        handles.append(norm.register_forward_hook(after_norm))
+    for number, layer in enumerate(model.model.layers):
+
+        def before_output(_: Any, args: Any, number: int = number) -> None:
+            context = args[0][0].float().unflatten(-1, (model.config.num_attention_heads, -1))
+            add(f"heads {number}", context.norm(dim=-1))
+
+        def before_down(_: Any, args: Any, number: int = number) -> None:
+            add(f"mlp {number}", args[0][0].float().abs())
+
+        def after_layer(_: Any, args: Any, output: Any, number: int = number) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            add(f"layer {number}", 1 - cosine_similarity(args[0][0].float(), hidden[0].float(), dim=-1))
+
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before_output))
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(before_down))
+        handles.append(layer.register_forward_hook(after_layer))
+    return handles
+
+
+def _collect(sums: dict[str, torch.Tensor], layers: int, tokens: int) -> Importance:
+    def stacked(name: str, count: int) -> torch.Tensor:
+        return torch.stack([sums[f"{name} {number}"] for number in range(count)]) / tokens
+
+    return Importance(
+        hidden_H=sums["hidden"] / (tokens * (2 * layers + 1)),
+        heads_LA=stacked("heads", layers),
+        mlp_LF=stacked("mlp", layers),
+        layers_L=stacked("layer", layers),
+        energy=stacked("energy", 2 * layers + 1),
+    )
