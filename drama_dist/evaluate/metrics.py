@@ -1,0 +1,79 @@
+"""Measures of a ranking against judgements, with trec_eval's arithmetic.
+
+Covers nDCG@10, Recall@100, MRR@10 and a paired significance test. The order of the hits is taken as
+given: equal scores are not reordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytrec_eval
+
+from drama_dist.records import Hit
+
+METRICS = ("ndcg@10", "recall@100", "mrr@10")
+Qrels = Mapping[str, Mapping[str, int]]
+Run = Mapping[str, Sequence[Hit]]
+
+
+def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
+    """Means of METRICS over all judged queries; a query without hits counts 0.
+
+    qrels: query id -> passage id -> grade (0: not relevant). run: query id -> hits, best first.
+    Raises ValueError where there is no judged query, or a hit is named twice for one query.
+    """
+    return mean_over_queries(per_query(qrels, run))
+
+
+def mean_over_queries(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means of METRICS over what `per_query` returns."""
+    return {name: float(np.mean([row[name] for row in values.values()])) for name in METRICS}
+
+
+def per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
+    """METRICS of every judged query, in the order of `qrels`; raises as `evaluate_run` does."""
+    if not qrels:
+        raise ValueError("no judged queries: the qrels are empty, so there is nothing to measure")
+    judged = {query: dict(grades) for query, grades in qrels.items()}
+    ranked = {query: _by_rank(query, run[query]) for query in judged if run.get(query)}
+    first_ten = {query: dict(list(scores.items())[:10]) for query, scores in ranked.items()}
+    whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(ranked)
+    top = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first_ten)
+    return {
+        query: {
+            "ndcg@10": whole.get(query, {}).get("ndcg_cut_10", 0.0),
+            "recall@100": whole.get(query, {}).get("recall_100", 0.0),
+            "mrr@10": top.get(query, {}).get("recip_rank", 0.0),
+        }
+        for query in judged
+    }
+
+
+def _by_rank(query: str, hits: Sequence[Hit]) -> dict[str, float]:
+    # trec_eval sorts by score and breaks ties by passage id; minus the rank has no ties.
+    scores = {hit.passage_id: -float(rank) for rank, hit in enumerate(hits, 1)}
+    if len(scores) != len(hits):
+        names = [hit.passage_id for hit in hits]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"query {query!r}: passage {twice!r} is among the hits twice")
+    return scores
+
+
+def paired_p_value(ours: Sequence[float], theirs: Sequence[float], seed: int, rounds: int = 10_000) -> float:
+    """Two-sided p of a paired randomisation test (Fisher): could the mean difference be chance?
+
+    ours, theirs: one value per query, same order. Each round flips the sign of each difference with
+    probability one half. Raises ValueError where the numbers of queries differ or are 0.
+    """
+    if len(ours) != len(theirs) or not len(ours):
+        raise ValueError(f"expected values of the same queries, got {len(ours)} and {len(theirs)}")
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    observed = abs(differences.sum())
+    random = np.random.default_rng(seed)
+    as_extreme = 0
+    for begin in range(0, rounds, 1000):
+        signs = random.integers(0, 2, size=(min(1000, rounds - begin), len(differences)), dtype=np.int8) * 2 - 1
+        as_extreme += int((np.abs(signs @ differences) >= observed - 1e-12).sum())
+    return (as_extreme + 1) / (rounds + 1)

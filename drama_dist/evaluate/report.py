@@ -1,0 +1,160 @@
+"""The report of a run: report.html, report.json, and the result table as text.
+
+Reads only the run's folder. The page stands alone: its figures are inline SVG and it loads nothing.
+Drawing is figures.py's affair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from drama_dist.evaluate import figures
+from drama_dist.evaluate.metrics import METRICS, paired_p_value
+from drama_dist.evaluate.tasks import label, ndcg_path
+from drama_dist.records import read_json_lines
+from drama_dist.settings import Settings, as_dict
+from drama_dist.stages import seconds_of, write_text
+
+_HEADINGS = {"system": "system", "dim": "dim", "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
+_MEANING = {
+    "drama": "the small retriever of this run",
+    "random-init": "the same shape and training, from random weights",
+    "llm-unpruned": "the LLM as it is, mean pooled",
+    "teacher": "the retriever that ranked the training data",
+    "bm25": "lexical search",
+}
+_STAGE_ORDER = ("corpus", "prune", "augment", "train", "train-random-init", "encode", "evaluate", "export")
+_LOSS_FOLDERS = {"drama": "train", "random-init": "train-random-init"}
+
+
+def write_report(run: Path, settings: Settings) -> Path:
+    """Write report.html and report.json into the run's folder; return the path of report.html.
+
+    Raises FileNotFoundError where the run has not been evaluated. Parts whose files are not there
+    (a run without training, say) are left out of the page.
+    """
+    results_path = run / "evaluate" / "results.json"
+    if not results_path.is_file():
+        raise FileNotFoundError(f"{results_path}: not found; run `drama evaluate` for this run first")
+    rows: list[dict[str, Any]] = json.loads(results_path.read_text("utf-8"))
+    seconds = stage_seconds(run)
+    record = {"results": rows, "seconds": seconds, "settings": as_dict(settings)}
+    write_text(run / "report.json", json.dumps(record, indent=2) + "\n")
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html").render(
+        title=f"DRAMA run {run.name}",
+        corpus=settings.corpus.path,
+        llm=settings.llm,
+        seed=settings.seed,
+        headings=[_HEADINGS[name] for name in _HEADINGS],
+        table=_table_cells(rows),
+        meaning={name: text for name, text in _MEANING.items() if any(row["system"] == name for row in rows)},
+        comparisons=_comparisons(run, rows, settings.seed),
+        figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds)],
+        counts={name: found for name in ("corpus", "augment") if (found := _json(run / name / "counts.json"))},
+        settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
+    )
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def results_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
+    """The result rows as an aligned table for the terminal, or as a Markdown table with the best in bold."""
+    cells = [[f"**{cell}**" if best and markdown else cell for cell, best in line] for line in _table_cells(rows)]
+    lines = [list(_HEADINGS.values()), *cells]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    head, *rest = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    if markdown:
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rest])
+    return "\n".join("  ".join(line) for line in [head, ["-" * width for width in widths], *rest])
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """Wall seconds of every finished stage of a run, in the order in which stages run."""
+    names = [path.parent.relative_to(run).as_posix() for path in run.rglob("provenance.json")]
+    finished = [name for name in names if ".partial" not in name]
+    return {name: seconds_of(run, name) for name in sorted(finished, key=_stage_rank)}
+
+
+def _stage_rank(name: str) -> tuple[int, str]:
+    first = name.split("/")[0]
+    return (_STAGE_ORDER.index(first) if first in _STAGE_ORDER else len(_STAGE_ORDER), name)
+
+
+def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
+    """Each row as (text, is the best of its column); what rounds to the same is equally good."""
+    shown = {name: [f"{row[name]:.3f}" for row in rows] for name in METRICS}
+    best = {name: max(column, default="") for name, column in shown.items()}
+    return [
+        [(str(row["system"]), False), ("–" if row["dim"] is None else str(row["dim"]), False)]
+        + [(shown[name][number], shown[name][number] == best[name]) for name in METRICS]
+        for number, row in enumerate(rows)
+    ]
+
+
+def _comparisons(run: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
+    """nDCG@10 of drama at its largest dim against every other system at its largest, with p."""
+    largest: dict[str, int | None] = {}
+    for row in rows:
+        largest[row["system"]] = max(row["dim"] or 0, largest.get(row["system"]) or 0) or None
+    names = {system: label(system, dim) for system, dim in largest.items()}
+    values = {system: _json(ndcg_path(run / "evaluate", name)) or {} for system, name in names.items()}
+    ours = values.pop("drama", {})
+    comparable = [system for system, theirs in values.items() if ours and theirs.keys() == ours.keys()]
+    return [_comparison(names[system], ours, values[system], seed) for system in comparable]
+
+
+def _comparison(other: str, ours: dict[str, float], theirs: dict[str, float], seed: int) -> dict[str, str]:
+    pairs = [(ours[query], theirs[query]) for query in ours]
+    p = paired_p_value([our for our, _ in pairs], [their for _, their in pairs], seed)
+    better, same = sum(our > their for our, their in pairs), sum(our == their for our, their in pairs)
+    return {
+        "other": other,
+        "difference": f"{sum(our - their for our, their in pairs) / len(pairs):+.3f}".replace("-", "\N{MINUS SIGN}"),
+        "p": "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "counts": f"{better} / {same} / {len(pairs) - better - same}",
+    }
+
+
+def _figures(run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float]) -> list[tuple[str, str, str]]:
+    """(title, what to know when reading it, SVG) of every figure that the run has data for."""
+    drawn = []
+    if any(row["dim"] is not None for row in rows):
+        note = "One encoding, cut to its first components and normalised again. Systems without vectors are lines."
+        drawn.append(("Quality by dim", note, figures.quality_by_dim(rows)))
+    curves = {name: curve for name, folder in _LOSS_FOLDERS.items() if (curve := _loss(run / folder / "metrics.jsonl"))}
+    if curves:
+        drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves)))
+    lengths = _json(run / "augment" / "token_lengths.json")
+    if lengths:
+        note = "Tokens after truncation, prefix and special tokens included. Each histogram sums to 100%."
+        drawn.append(("Token lengths", note, figures.token_lengths(lengths)))
+    if seconds:
+        drawn.append(
+            ("Time per stage", f"{figures.duration(sum(seconds.values()))} in all.", figures.time_bars(seconds))
+        )
+    return drawn
+
+
+def _loss(path: Path) -> list[tuple[int, float]]:
+    if not path.is_file():
+        return []
+    return [
+        (int(line["step"]), float(line["loss"])) for _, line in read_json_lines(path) if {"step", "loss"} <= line.keys()
+    ]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

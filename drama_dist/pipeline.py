@@ -1,0 +1,163 @@
+"""The whole job, stage by stage: which stage needs which, and with what inputs.
+
+Each function runs one stage (and says so when its artefact is there already); `run` runs all.
+Stages know each other only through the run's folder. What a stage does is in its own room.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from drama_dist import ranks
+from drama_dist.augment.build_examples import augment as write_examples
+from drama_dist.corpus.build import build_corpus
+from drama_dist.corpus.table import Corpus, open_corpus
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.sources import model_fingerprint, resolve
+from drama_dist.evaluate.report import results_table, write_report
+from drama_dist.evaluate.tasks import evaluate_system
+from drama_dist.export import export_encoder
+from drama_dist.index.encode import TextEncoder, encode_corpus, load_embeddings
+from drama_dist.index.teacher import Teacher
+from drama_dist.progress import say
+from drama_dist.prune.build import prune as build_backbone
+from drama_dist.prune.build import random_twin
+from drama_dist.settings import Settings, as_dict, write_settings
+from drama_dist.stages import fingerprint, open_stage, write_text
+from drama_dist.train.loop import train as train_encoder
+
+TRAINED = {"drama": "train", "random-init": "train-random-init"}
+
+
+def corpus(settings: Settings) -> Path:
+    """Read, clean and store the corpus: RUN/corpus."""
+    if ranks.rank() == 0:
+        write_settings(settings, Path(settings.run) / "settings.yaml")
+    return build_corpus(settings)
+
+
+def prune(settings: Settings) -> Path:
+    """Cut the LLM down to a small encoder: RUN/prune."""
+    folder = corpus(settings)
+    inputs = {"corpus": fingerprint(folder), "llm": model_fingerprint(settings.llm)}
+    return build_backbone(settings, open_corpus(folder).passages, inputs)
+
+
+def augment(settings: Settings) -> Path:
+    """Write training examples: RUN/augment."""
+    folder = corpus(settings)
+    ranked_by = encode(settings, "teacher")
+    inputs = {"corpus": fingerprint(folder), "teacher": fingerprint(ranked_by), "llm": model_fingerprint(settings.llm)}
+    return write_examples(settings, open_corpus(folder), settings.llm, load_embeddings(ranked_by), inputs)
+
+
+def train(settings: Settings, system: str = "drama") -> Path:
+    """Train the pruned encoder (RUN/train) or its randomly initialised twin (RUN/train-random-init)."""
+    folder, pruned, examples = corpus(settings), prune(settings), augment(settings)
+    inputs = {"corpus": fingerprint(folder), "prune": fingerprint(pruned), "augment": fingerprint(examples)}
+    start = load(pruned, contract=settings.encoder)
+    if system == "random-init":
+        start = random_twin(start, settings.seed)
+    return train_encoder(settings, TRAINED[system], start, examples, open_corpus(folder).passages, inputs)
+
+
+def encode(settings: Settings, system: str = "drama") -> Path:
+    """Encode the corpus with one system: RUN/encode/SYSTEM."""
+    folder = corpus(settings)
+    sections, inputs = _encoding(settings, system)
+    stage = open_stage(settings.run, f"encode/{system}", sections, {"corpus": fingerprint(folder), **inputs})
+    if not stage.done:
+        encode_corpus(stage, open_corpus(folder).passages, _encoder(settings, system), settings.encode.shard_passages)
+    return stage.final
+
+
+def evaluate(settings: Settings) -> Path:
+    """Compare all systems on the test queries: RUN/evaluate."""
+    folder = corpus(settings)
+    encoded = {system: encode(settings, system) for system in settings.evaluate.systems if system != "bm25"}
+    inputs = {"corpus": fingerprint(folder), **{name: fingerprint(path) for name, path in encoded.items()}}
+    sections = {"evaluate": as_dict(settings.evaluate), "encoder": as_dict(settings.encoder)}
+    stage = open_stage(settings.run, "evaluate", sections, inputs)
+    if not stage.done:
+        texts = open_corpus(folder)
+        if ranks.rank() == 0:
+            rows = [row for system in settings.evaluate.systems for row in _score(settings, system, texts, encoded, stage.folder)]
+            write_text(stage.folder / "results.json", json.dumps(rows, indent=2) + "\n")
+        stage.finish(queries=len(texts.queries))
+    return stage.final
+
+
+def export(settings: Settings) -> Path:
+    """Write a folder that sentence-transformers loads: RUN/export."""
+    trained = train(settings)
+    inputs = {"train": fingerprint(trained)}
+    results = Path(settings.run) / "evaluate" / "results.json"
+    if results.exists():
+        inputs["evaluate"] = fingerprint(results.parent)
+    stage = open_stage(settings.run, "export", {"export": as_dict(settings.export)}, inputs)
+    if not stage.done:
+        if ranks.rank() == 0:
+            export_encoder(settings, trained, stage.folder)
+        stage.finish()
+    return stage.final
+
+
+def report(settings: Settings) -> Path:
+    """Write report.html and report.json into the run's folder, and the table to the terminal."""
+    path = write_report(Path(settings.run), settings)
+    if ranks.rank() == 0:
+        rows = json.loads((Path(settings.run) / "report.json").read_text("utf-8"))["results"]
+        print(results_table(rows), flush=True)
+        say(f"report: {path}")
+    return path
+
+
+def run(settings: Settings) -> Path:
+    """All stages, in order; each skips what is done."""
+    for system in TRAINED:
+        if system in settings.evaluate.systems:
+            train(settings, system)
+    evaluate(settings)
+    if "drama" in settings.evaluate.systems:
+        export(settings)
+    return report(settings)
+
+
+def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[str, str]]:
+    """What a system's vectors depend on: settings, and inputs beside the corpus."""
+    if system == "teacher":
+        return {"teacher": as_dict(settings.teacher)}, {"model": model_fingerprint(settings.teacher.model)}
+    sections: dict[str, object] = {"encode": as_dict(settings.encode), "encoder": as_dict(settings.encoder)}
+    if system == "llm-unpruned":
+        return sections, {"model": model_fingerprint(settings.llm)}
+    return sections, {"model": fingerprint(train(settings, system))}
+
+
+def _encoder(settings: Settings, system: str) -> TextEncoder:
+    if system == "teacher":
+        return Teacher(settings.teacher, settings.trust_remote_code)
+    contract = settings.encoder
+    if settings.encode.max_passage_tokens:
+        contract = replace(contract, max_passage_tokens=settings.encode.max_passage_tokens)
+    folder = resolve(settings.llm) if system == "llm-unpruned" else str(Path(settings.run) / TRAINED[system])
+    encoder: Encoder = load(
+        folder, dtype=settings.encode.dtype, contract=contract, bidirectional=system != "llm-unpruned"
+    )
+    encoder.tokens_per_batch = settings.encode.batch_tokens
+    return encoder
+
+
+def _score(
+    settings: Settings, system: str, texts: Corpus, encoded: dict[str, Path], folder: Path
+) -> list[dict[str, object]]:
+    """Result rows of one system, one for each dim."""
+    if system == "bm25":
+        rows = evaluate_system(system, [], None, None, texts, settings.evaluate.depth, folder)
+        return [row.as_row() for row in rows]
+    passages = load_embeddings(encoded[system])
+    queries = _encoder(settings, system).encode_queries([query.text for query in texts.queries])
+    dims = sorted(settings.encoder.dims, reverse=True) if system in TRAINED else [passages.shape[1]]
+    rows = evaluate_system(system, dims, queries, passages, texts, settings.evaluate.depth, folder)
+    return [row.as_row() for row in rows]
