@@ -50,7 +50,8 @@ def augment(settings: Settings) -> Path:
     folder = corpus(settings)
     ranked_by = encode(settings, "teacher")
     inputs = {"corpus": fingerprint(folder), "teacher": fingerprint(ranked_by), "llm": model_fingerprint(settings.llm)}
-    return write_examples(settings, open_corpus(folder), settings.llm, load_embeddings(ranked_by), inputs)
+    teacher = Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
+    return write_examples(settings, open_corpus(folder), teacher, load_embeddings(ranked_by), inputs)
 
 
 def train(settings: Settings, system: str = "drama") -> Path:
@@ -137,7 +138,7 @@ def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[
 
 def _encoder(settings: Settings, system: str) -> TextEncoder:
     if system == "teacher":
-        return Teacher(settings.teacher, settings.trust_remote_code)
+        return Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
     contract = settings.encoder
     if settings.encode.max_passage_tokens:
         contract = replace(contract, max_passage_tokens=settings.encode.max_passage_tokens)

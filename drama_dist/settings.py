@@ -85,7 +85,8 @@ class AugmentSettings:
     synthetic_queries: int = 0
     temperature: float = 0.8
     top_p: float = 0.9
-    max_new_tokens: int = 32
+    max_new_tokens: int = 48
+    bad_answer_limit: float = 0.5  # share of the LLM's answers that may hold no usable query before the stage fails
     generation_batch: int = 32
     prompt_passage_tokens: int = 128
     positives: int = 1  # the top ranks
@@ -219,8 +220,8 @@ def check(settings: Settings) -> None:
         raise SettingsError(f"evaluate.systems has {unknown[0]!r}: expected names among {', '.join(SYSTEMS)}")
     if settings.train.temperature <= 0:
         raise SettingsError(f"train.temperature={settings.train.temperature}: expected more than 0")
-    if settings.train.zero_stage not in (0, 1, 2):
-        raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 0, 1 or 2")
+    if settings.train.zero_stage not in (1, 2):
+        raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 1 or 2")
     if settings.augment.negatives < settings.train.hard_negatives:
         raise SettingsError(
             f"train.hard_negatives={settings.train.hard_negatives} is more than augment.negatives={settings.augment.negatives}"

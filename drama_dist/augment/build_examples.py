@@ -1,0 +1,141 @@
+"""The augment stage: written queries in, ranked examples out.
+
+Crops and synthetic queries are written, test queries among them set aside, the rest ranked. Each
+part of the work is kept as it is done, so an interrupted stage goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from drama_dist import ranks
+from drama_dist.augment.crop import crops
+from drama_dist.augment.llm import LanguageModel
+from drama_dist.augment.rank_passages import Ranker, example
+from drama_dist.augment.write_queries import write_queries
+from drama_dist.augment.written import Written, in_parts
+from drama_dist.corpus.table import Corpus
+from drama_dist.encoder.contract import wire_tokenizer
+from drama_dist.encoder.sources import resolve
+from drama_dist.index.encode import TextEncoder
+from drama_dist.index.lexical import LexicalIndex
+from drama_dist.progress import say
+from drama_dist.records import Example, write_records
+from drama_dist.settings import Settings, as_dict
+from drama_dist.stages import Stage, open_stage, write_text
+
+_PART = 512
+_LENGTHS_OF = 10_000
+_BINS = 32
+
+
+def augment(
+    settings: Settings, corpus: Corpus, teacher: TextEncoder, teacher_embeddings: np.ndarray, inputs: dict[str, str]
+) -> Path:
+    """Run the stage; the artefact is RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
+
+    Raises ValueError where no query could be written, or too many answers of the LLM are unusable.
+    """
+    sections = {
+        "seed": settings.seed,
+        "llm": settings.llm,
+        "teacher": as_dict(settings.teacher),
+        "augment": as_dict(settings.augment),
+        "encoder": as_dict(settings.encoder),
+    }
+    stage = open_stage(settings.run, "augment", sections, inputs)
+    if stage.done:
+        return stage.final
+    written, aside = _write(settings, stage, corpus)
+    examples = _rank(settings, stage, corpus, written, teacher, teacher_embeddings)
+    counts = _counts(examples, aside)
+    if ranks.rank() == 0:
+        write_records(stage.folder / "examples.jsonl", examples)
+        write_records(stage.folder / "set_aside.jsonl", aside)
+        write_text(stage.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
+        _write_token_lengths(settings, corpus, examples, stage.folder / "token_lengths.json")
+        for parts in ("synthetic", "ranked"):
+            shutil.rmtree(stage.folder / parts, ignore_errors=True)
+    say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return stage.finish(examples=len(examples), set_aside=len(aside))
+
+
+def _write(settings: Settings, stage: Stage, corpus: Corpus) -> tuple[list[Written], list[dict[str, Any]]]:
+    """All written queries but those that are test queries; and what was set aside."""
+    choice = settings.augment
+    written, aside = list(crops(corpus.passages, choice, settings.seed)), []
+    if choice.synthetic_queries:
+        llm = LanguageModel(settings.llm, choice, settings.trust_remote_code)
+        synthetic, aside = write_queries(stage.folder / "synthetic", corpus.passages, llm, choice, settings.seed)
+        written += synthetic
+    tests = {_folded(query.text) for query in corpus.queries}
+    for query in written:
+        if _folded(query.query) in tests:
+            aside.append({"passage": query.passage_id, "reason": "is a test query", "value": query.query})
+    kept = [query for query in written if _folded(query.query) not in tests]
+    if not kept:
+        raise ValueError(
+            "no training query could be written: raise augment.crops_per_passage or augment.synthetic_queries, "
+            "or lower augment.min_crop_words"
+        )
+    return kept, aside
+
+
+def _rank(
+    settings: Settings,
+    stage: Stage,
+    corpus: Corpus,
+    written: list[Written],
+    teacher: TextEncoder,
+    teacher_embeddings: np.ndarray,
+) -> list[Example]:
+    table, choice = corpus.passages, settings.augment
+    lexical = None
+    if settings.teacher.fuse_bm25:
+        lexical = LexicalIndex(table.contents(range(len(table))), settings.corpus.language)
+    ranker = Ranker(teacher, teacher_embeddings, lexical, settings.teacher.rrf_k)
+
+    def rank(_: int, part: Sequence[Written]) -> list[Example]:
+        rankings = ranker.rank([query.query for query in part], choice.negatives_to_rank)
+        return [example(query, row, table, choice, settings.seed) for query, row in zip(part, rankings, strict=True)]
+
+    rows = in_parts(stage.folder / "ranked", written, _PART, "queries", rank)
+    return [Example.from_json(row) for row in rows]
+
+
+def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, int]:
+    by_source = Counter(f"{example.source} examples" for example in examples)
+    by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
+    return {**by_source, **by_reason}
+
+
+def _write_token_lengths(settings: Settings, corpus: Corpus, examples: list[Example], path: Path) -> None:
+    """Histograms of what the encoder reads, for the report: {edges, passages, queries}."""
+    contract = settings.encoder
+    tokenizer = wire_tokenizer(AutoTokenizer.from_pretrained(resolve(settings.llm)))
+    passages = corpus.passages.contents(range(min(len(corpus.passages), _LENGTHS_OF)))
+    queries = [example.query for example in examples[:_LENGTHS_OF]]
+    edges = np.linspace(0, max(contract.max_passage_tokens, contract.max_query_tokens) + 1, _BINS + 1)
+
+    def histogram(texts: list[str], prefix: str, limit: int) -> list[int]:
+        ids = tokenizer([prefix + text for text in texts], truncation=True, max_length=limit)["input_ids"]
+        return np.histogram([len(own) for own in ids], edges)[0].tolist()
+
+    lengths = {
+        "edges": edges.tolist(),
+        "passages": histogram(passages, contract.passage_prefix, contract.max_passage_tokens),
+        "queries": histogram(queries, contract.query_prefix, contract.max_query_tokens),
+    }
+    write_text(path, json.dumps(lengths) + "\n")
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,78 @@
+"""Prompts for the LLM that writes queries, and reading its answers.
+
+Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2)
+and the reasons for which an answer is set aside. A change of wording is a new PROMPT_VERSION.
+"""
+
+from __future__ import annotations
+
+import re
+
+PROMPT_VERSION = "write-query-1"
+
+Message = dict[str, str]
+
+_INSTRUCTION = (
+    "You read a passage, think of a search task that it could serve, and write one query that somebody with this "
+    "task would type. Answer with two lines: 'Task:' in English, and 'Query:' in the language of the passage. "
+    "The query is short and does not copy a sentence of the passage."
+)
+_WORKED_EXAMPLES = (
+    (
+        "Sourdough rises because wild yeast and bacteria in the starter ferment the flour. A starter that is kept "
+        "in the refrigerator should be fed once a week; at room temperature, every day.",
+        "Find advice on keeping a bread starter alive.",
+        "how often to feed sourdough starter",
+    ),
+    (
+        "El puente de Vizcaya, inaugurado en 1893, cruza la ría del Nervión con una barquilla que cuelga de cables "
+        "de acero. Fue el primer puente transbordador del mundo.",
+        "Find facts about the history of bridges.",
+        "primer puente colgante con barquilla del mundo",
+    ),
+    (
+        "Die Bremsflüssigkeit nimmt mit der Zeit Wasser auf, wodurch ihr Siedepunkt sinkt. Werkstätten empfehlen, "
+        "sie alle zwei Jahre zu wechseln.",
+        "Answer questions of car owners about maintenance.",
+        "Warum muss man Bremsflüssigkeit wechseln?",
+    ),
+)
+_QUERY_LINE = re.compile(r"^\W*Query\W*:\s*(.+)$", re.MULTILINE | re.IGNORECASE)
+_REFUSAL = re.compile(r"\b(I cannot|I can't|I'm sorry|as an AI|not able to)\b", re.IGNORECASE)
+_MAX_CHARACTERS = 300
+
+
+class UnusableAnswer(ValueError):
+    """An answer that holds no usable query; the message is the reason."""
+
+
+def write_query_messages(passage: str) -> list[Message]:
+    """The conversation that asks for a query; all but its last message are the same for every passage."""
+    messages = [{"role": "system", "content": _INSTRUCTION}]
+    for text, task, query in _WORKED_EXAMPLES:
+        messages.append(_passage_message(text))
+        messages.append({"role": "assistant", "content": f"Task: {task}\nQuery: {query}"})
+    return [*messages, _passage_message(passage)]
+
+
+def read_query(answer: str, passage: str) -> str:
+    """The query in an answer; raises UnusableAnswer with the reason where there is none."""
+    found = _QUERY_LINE.search(answer)
+    if not found:
+        raise UnusableAnswer("no line that begins with 'Query:'")
+    query = " ".join(found[1].split()).strip("\"'“”*` ")
+    if not re.search(r"\w\w", query):
+        raise UnusableAnswer("the query has no words")
+    if len(query) > _MAX_CHARACTERS:
+        raise UnusableAnswer(f"the query has more than {_MAX_CHARACTERS} characters")
+    if _REFUSAL.search(query):
+        raise UnusableAnswer("the answer is a refusal")
+    if query.casefold() in {example.casefold() for _, _, example in _WORKED_EXAMPLES}:
+        raise UnusableAnswer("repeats a worked example of the prompt")
+    if query.casefold() == " ".join(passage.split()).casefold():
+        raise UnusableAnswer("repeats the whole passage")
+    return query
+
+
+def _passage_message(text: str) -> Message:
+    return {"role": "user", "content": f"Passage: {text}"}
