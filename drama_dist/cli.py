@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     for verb, what in STAGES.items():
         stage = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
         stage.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
-        stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change, for example run=runs/mine train.steps=50")
+        stage.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="settings to change, for example run=runs/mine train.steps=50",
+        )
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
     search.add_argument("query", help="what to look for")

@@ -56,6 +56,7 @@ class Engine:
         ranks.start()
         self.module = module
         self._engine = _deepspeed_engine(module, settings)
+        _initialise_moments(self._engine.optimizer)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add a piece's gradients; `last` says that the step's final piece is here.
@@ -126,6 +127,18 @@ class Engine:
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+
+
+def _initialise_moments(zero_optimizer: Any) -> None:
+    """Give AdamW its state before the first step, and tell DeepSpeed.
+
+    DeepSpeed looks for it after the first group's first step: too late for resuming, and too early for
+    the other groups.
+    """
+    state = zero_optimizer.optimizer.state
+    for partition in zero_optimizer.single_partition_of_fp32_groups:
+        state[partition] = {"step": torch.tensor(0.0), **{name: torch.zeros_like(partition) for name in _MOMENTS}}
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:

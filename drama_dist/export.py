@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 import torch
+import yaml
 
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
-from drama_dist.settings import Settings
+from drama_dist.evaluate.report import results_table
+from drama_dist.settings import Settings, as_dict
 from drama_dist.stages import write_text
 
+_CARD = Path(__file__).with_name("model_card.md")
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 _PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "x", "word " * 600]
 
@@ -52,72 +57,36 @@ def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
 
 def model_card(settings: Settings, encoder: Encoder) -> str:
     """The model card: what it is, how to use it, data, settings, results."""
-    config = encoder.backbone.config
+    config, run = encoder.backbone.config, Path(settings.run)
     weights = sum(weight.numel() for weight in encoder.parameters())
     embeddings = config.vocab_size * config.hidden_size
-    dims = ", ".join(str(dim) for dim in sorted(encoder.contract.dims, reverse=True))
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, dense-retrieval, matryoshka]
-language: {settings.corpus.language}
----
-# Dense retriever pruned from {settings.llm}
-
-A bidirectional Llama encoder: {config.num_hidden_layers} layers × {config.hidden_size}, {config.num_attention_heads} heads,
-MLP {config.intermediate_size}; {(weights - embeddings) / 1e6:.1f} million weights without the {embeddings / 1e6:.1f} million of the embeddings.
-Mean pooling, cosine similarity; vectors may be cut to {dims} components.
-
-```python
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("FOLDER")  # truncate_dim={min(encoder.contract.dims)} for the shortest vectors
-queries = model.encode_query(["how do I invert a matrix"])
-passages = model.encode_document(["Compute the inverse of a square matrix."])
-```
-
-Queries get the prefix `{encoder.contract.query_prefix}` (set as the query prompt). Lengths in training:
-{encoder.contract.max_query_tokens} tokens for queries, {encoder.contract.max_passage_tokens} for passages.
-
-## Training data
-{_data(settings)}
-
-## Settings
-```json
-{json.dumps({"prune": vars(settings.prune), "augment": vars(settings.augment), "train": vars(settings.train), "seed": settings.seed}, indent=1)}
-```
-
-## Results
-{_results(Path(settings.run))}
-"""
+    rows = _json(run / "evaluate" / "results.json")
+    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(_CARD.read_text("utf-8")).render(
+        settings=settings,
+        config=config,
+        contract=encoder.contract,
+        dims=sorted(encoder.contract.dims, reverse=True),
+        backbone_weights=weights - embeddings,
+        embedding_weights=embeddings,
+        counts=_json(run / "augment" / "counts.json") or {},
+        settings_yaml=yaml.safe_dump({"seed": settings.seed, **told}, sort_keys=False),
+        results=results_table(rows, markdown=True) if rows else None,
+    )
 
 
-def _data(settings: Settings) -> str:
-    source = settings.corpus.path + (" " + ", ".join(settings.corpus.packages) if settings.corpus.packages else "")
-    lines = [f"Corpus: `{source}`; examples written with `{settings.llm}`, ranked by `{settings.teacher.model}`."]
-    counts = Path(settings.run) / "augment" / "counts.json"
-    if counts.exists():
-        lines.append(f"Counts: `{json.dumps(json.loads(counts.read_text('utf-8')))}`")
-    return "\n".join(lines)
-
-
-def _results(run: Path) -> str:
-    path = run / "evaluate" / "results.json"
-    if not path.exists():
-        return "Not evaluated."
-    rows = json.loads(path.read_text("utf-8"))
-    columns = ["system", "dim", "ndcg@10", "recall@100", "mrr@10"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = [f"{row[name]:.4f}" if "@" in name else str(row[name] or "") for name in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
     """Compare with the folder as sentence-transformers loads it."""
     from sentence_transformers import SentenceTransformer
 
-    theirs = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": getattr(torch, dtype)})
+    theirs = SentenceTransformer(
+        str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": getattr(torch, dtype)}
+    )
     limit = theirs.max_seq_length
     pairs = []
     for own, encode, length in (

@@ -84,7 +84,11 @@ def evaluate(settings: Settings) -> Path:
     if not stage.done:
         texts = open_corpus(folder)
         if ranks.rank() == 0:
-            rows = [row for system in settings.evaluate.systems for row in _score(settings, system, texts, encoded, stage.folder)]
+            rows = [
+                row
+                for system in settings.evaluate.systems
+                for row in _score(settings, system, texts, encoded, stage.folder)
+            ]
             write_text(stage.folder / "results.json", json.dumps(rows, indent=2) + "\n")
         stage.finish(queries=len(texts.queries))
     return stage.final

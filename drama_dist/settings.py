@@ -26,8 +26,8 @@ class SettingsError(ValueError):
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
-    path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "packages:" (docs of installed Python packages)
-    packages: list[str] = field(default_factory=list)  # import names, for "packages:"
+    path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "packages:"
+    packages: list[str] = field(default_factory=list)  # for "packages:": import names, whose docs are the corpus
     language: str = "en"
     max_passages: int | None = None  # keep this many, chosen by the seed
     held_out_queries: int = 200  # without qrels: first sentences set aside as test queries
@@ -168,13 +168,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "encode.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32"),
 }
-_AT_LEAST_ONE = (
-    "encoder.max_query_tokens encoder.max_passage_tokens prune.layers prune.hidden prune.heads prune.mlp "
-    "prune.calibration_passages prune.calibration_tokens prune.heal_tokens teacher.batch_tokens teacher.max_tokens "
-    "augment.positives augment.generation_batch augment.max_new_tokens train.steps train.batch_size "
-    "train.chunk_tokens train.checkpoint_every train.keep_checkpoints encode.shard_passages encode.batch_tokens "
-    "evaluate.depth"
-).split()
+_AT_LEAST_ONE = (  # sections with the keys whose values count something
+    ("encoder", ("max_query_tokens", "max_passage_tokens")),
+    ("prune", ("layers", "hidden", "heads", "mlp", "calibration_passages", "calibration_tokens", "heal_tokens")),
+    ("teacher", ("batch_tokens", "max_tokens")),
+    ("augment", ("positives", "generation_batch", "max_new_tokens", "prompt_passage_tokens", "negatives_from_rank")),
+    ("train", ("steps", "batch_size", "chunk_tokens", "checkpoint_every", "keep_checkpoints")),
+    ("encode", ("shard_passages", "batch_tokens")),
+    ("evaluate", ("depth",)),
+)
 
 
 def read_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
@@ -206,7 +208,7 @@ def check(settings: Settings) -> None:
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             raise SettingsError(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
-    for key in _AT_LEAST_ONE:
+    for key in (f"{section}.{name}" for section, names in _AT_LEAST_ONE for name in names):
         if flat[key] < 1:
             raise SettingsError(f"{key}={flat[key]!r}: expected 1 or more")
     dims = settings.encoder.dims
@@ -222,17 +224,18 @@ def check(settings: Settings) -> None:
         raise SettingsError(f"train.temperature={settings.train.temperature}: expected more than 0")
     if settings.train.zero_stage not in (1, 2):
         raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 1 or 2")
-    if settings.augment.negatives < settings.train.hard_negatives:
+    written, wanted = settings.augment, settings.train.hard_negatives
+    if written.negatives < wanted:
+        raise SettingsError(f"train.hard_negatives={wanted} is more than augment.negatives={written.negatives}")
+    if written.negatives_to_rank < written.negatives_from_rank + written.negatives - 1:
         raise SettingsError(
-            f"train.hard_negatives={settings.train.hard_negatives} is more than augment.negatives={settings.augment.negatives}"
-        )
-    if settings.augment.negatives_to_rank < settings.augment.negatives_from_rank + settings.augment.negatives - 1:
-        raise SettingsError(
-            f"augment.negatives={settings.augment.negatives} do not fit between ranks "
-            f"{settings.augment.negatives_from_rank} and {settings.augment.negatives_to_rank}"
+            f"augment.negatives={written.negatives} do not fit between ranks "
+            f"{written.negatives_from_rank} and {written.negatives_to_rank}"
         )
     if settings.corpus.path == PACKAGES_CORPUS and not settings.corpus.packages:
-        raise SettingsError("corpus.packages is empty: name the packages whose docs are the corpus, for example [numpy]")
+        raise SettingsError(
+            "corpus.packages is empty: name the packages whose docs are the corpus, for example [numpy]"
+        )
 
 
 def as_dict(section: Any) -> dict[str, Any]:
@@ -285,7 +288,11 @@ def _nearest(key: str) -> str:
     if key in known:
         return ""
     close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
+    return (
+        f"; did you mean {close[0]}?"
+        if close
+        else f"; known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
+    )
 
 
 def _known_keys() -> list[str]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,15 @@ def open_stage(run: Path | str, name: str, settings: dict[str, Any], inputs: dic
         if (stage.folder / "settings.yaml").exists():
             _refuse_others(stage)
             stage.resumed = not done
-            say(f"{name}: {'already done' if done else 'going on from what is there'} ({stage.folder})")
+            _say_once(f"{name}: {'already done' if done else 'going on from what is there'} ({stage.folder})")
             ranks.barrier()
             return stage
     ranks.barrier()
     if ranks.rank() == 0:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        write_text(stage.folder / "settings.yaml", yaml.safe_dump({"settings": settings, "inputs": inputs}, sort_keys=False))
+        write_text(
+            stage.folder / "settings.yaml", yaml.safe_dump({"settings": settings, "inputs": inputs}, sort_keys=False)
+        )
     ranks.barrier()
     return stage
 
@@ -150,6 +153,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
+
+
+@cache
+def _say_once(message: str) -> None:
+    say(message)
 
 
 def _refuse_others(stage: Stage) -> None:

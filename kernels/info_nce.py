@@ -19,7 +19,7 @@ BACKENDS = ("auto", "streaming", "reference")
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """loss: differentiable scalar. per_dim: M losses. accuracy: share of queries whose positive has the best
+    """loss: differentiable scalar. per_dim: M losses, in the order of dims. accuracy: share of queries whose positive has the best
     score; margin: mean of score(positive) − score(best negative), in units of 1/temperature; both at
     the largest dim, and None from the reference."""
 
@@ -45,17 +45,21 @@ def info_nce(
     InfoNCE is van den Oord et al. 2018, eq. 4; nested dims are Kusupati et al. 2022, eq. 1.
 
     queries: B × K and passages: N × K, not normalised. positives: int64 (B), the column of each query's
-    positive. dims: ascending, default (K,). dim_weights: default 1/M each. passage_ids: int64 (N); columns
+    positive. dims: M different numbers, default (K,). dim_weights: in the same order, default 1/M each. passage_ids: int64 (N); columns
     with the positive's id under another column do not count. Every other passage is a negative.
     Raises ValueError where shapes, dims, weights, columns or the temperature do not fit.
     """
-    dims = sorted(dims) if dims else [queries.shape[1]]
+    dims = list(dims) if dims else [queries.shape[1]]
     weights = list(dim_weights) if dim_weights else [1 / len(dims)] * len(dims)
     _check(queries, passages, positives, temperature, dims, weights, passage_ids, backend)
     if backend == "reference":
         loss, per_dim = info_nce_reference(queries, passages, positives, temperature, dims, weights, passage_ids)
         return InfoNCE(loss, per_dim, None, None)
-    return InfoNCE(*StreamingInfoNCE.apply(queries, passages, positives, temperature, dims, weights, passage_ids))
+    ascending, weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+    loss, per_dim, accuracy, margin = StreamingInfoNCE.apply(
+        queries, passages, positives, temperature, ascending, weights, passage_ids
+    )
+    return InfoNCE(loss, per_dim[[ascending.index(dim) for dim in dims]], accuracy, margin)
 
 
 def _check(
@@ -69,14 +73,16 @@ def _check(
     backend: str,
 ) -> None:
     if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1] or not len(queries):
-        raise ValueError(f"expected queries B × K and passages N × K, got {tuple(queries.shape)}, {tuple(passages.shape)}")
+        raise ValueError(
+            f"expected queries B × K and passages N × K, got {tuple(queries.shape)}, {tuple(passages.shape)}"
+        )
     if positives.shape != (len(queries),) or positives.dtype != torch.int64:
         raise ValueError(f"expected {len(queries)} int64 positives, got {tuple(positives.shape)} {positives.dtype}")
     if int(positives.min()) < 0 or int(positives.max()) >= len(passages):
         raise ValueError(f"positives name columns {int(positives.min())}..{int(positives.max())} of {len(passages)}")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected more than 0")
-    if dims[0] < 1 or dims[-1] > queries.shape[1] or len(set(dims)) != len(dims):
+    if min(dims) < 1 or max(dims) > queries.shape[1] or len(set(dims)) != len(dims):
         raise ValueError(f"dims={list(dims)}: expected different numbers from 1 to {queries.shape[1]}")
     if len(weights) != len(dims):
         raise ValueError(f"dim_weights={list(weights)}: expected one for each of dims={list(dims)}")

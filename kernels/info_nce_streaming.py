@@ -90,9 +90,9 @@ def _stream(
         norms = [(q[chunk] / temperature, p) for q, p in zip(query_norms, passage_norms, strict=True)]
         _add_chunk(totals, chunk, query, passage, positives_B[chunk], dims, scales, norms, masked, column_terms)
     for index, dim in enumerate(dims):
-        totals.passage_gradient_NK[:, :dim] -= (
-            passage[:, :dim] * (column_terms[index] * passage_norms[index].square()).unsqueeze(1)
-        )
+        totals.passage_gradient_NK[:, :dim] -= passage[:, :dim] * (
+            column_terms[index] * passage_norms[index].square()
+        ).unsqueeze(1)
     totals.per_dim_M /= rows
     totals.correct /= rows
     totals.margin /= rows

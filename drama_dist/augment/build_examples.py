@@ -71,7 +71,8 @@ def augment(
 def _write(settings: Settings, stage: Stage, corpus: Corpus) -> tuple[list[Written], list[dict[str, Any]]]:
     """All written queries but those that are test queries; and what was set aside."""
     choice = settings.augment
-    written, aside = list(crops(corpus.passages, choice, settings.seed)), []
+    written = list(crops(corpus.passages, choice, settings.seed))
+    aside: list[dict[str, Any]] = []
     if choice.synthetic_queries:
         llm = LanguageModel(settings.llm, choice, settings.trust_remote_code)
         synthetic, aside = write_queries(stage.folder / "synthetic", corpus.passages, llm, choice, settings.seed)

@@ -38,7 +38,9 @@ class Ranker:
         return reciprocal_rank_fusion([dense_QD, words_QD], depth, self._rrf_k)[1]
 
 
-def example(written: Written, ranking_D: np.ndarray, table: PassageTable, choice: AugmentSettings, seed: int) -> Example:
+def example(
+    written: Written, ranking_D: np.ndarray, table: PassageTable, choice: AugmentSettings, seed: int
+) -> Example:
     """The training example of a written query, given its ranking.
 
     Negatives are drawn by the seed from the ranks `negatives_from_rank` to `negatives_to_rank`; the

@@ -76,7 +76,9 @@ def _worthwhile(passages: list[Passage], choice: CorpusSettings, aside: SetAside
     for number, passage in enumerate(passages, 1):
         key = " ".join(passage.content.casefold().split())
         if count_words(key) < choice.min_words:
-            aside.unwanted.append(BadRecord(choice.path, number, "trivial: fewer words than corpus.min_words", passage.id))
+            aside.unwanted.append(
+                BadRecord(choice.path, number, "trivial: fewer words than corpus.min_words", passage.id)
+            )
         elif key in kept:
             aside.unwanted.append(BadRecord(choice.path, number, f"duplicate of {kept[key].id}", passage.id))
         else:

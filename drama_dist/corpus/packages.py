@@ -20,6 +20,8 @@ from drama_dist.records import Passage
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "conftest", "_vendor", "vendored", "externals"}
 _DIRECTIVE = re.compile(r"^\s*\.\. .*$", re.MULTILINE)
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`]*)`")
+_SIGNATURE = re.compile(r"[\w.]+\(.*\)(\s*->.*)?")
+_BLANK_LINES = re.compile(r"\n\s*\n")
 _UNDERLINE = re.compile(r"^\s*([-=~^])\1{2,}\s*$", re.MULTILINE)
 
 
@@ -56,7 +58,7 @@ def own_words(id: str) -> set[str]:
 
 
 def clean(doc: str) -> str:
-    """A docstring as running text: indentation, markup and doctests taken out."""
+    """A docstring as paragraphs of running text: indentation, markup, doctests and a leading signature taken out."""
     lines = []
     in_example = False
     for line in textwrap.dedent(doc).splitlines():
@@ -67,7 +69,9 @@ def clean(doc: str) -> str:
         if not in_example:
             lines.append(line)
     text = _ROLE.sub(r"\1", _UNDERLINE.sub("", _DIRECTIVE.sub("", "\n".join(lines))))
-    return " ".join(text.replace("`", "").split())
+    paragraphs = [" ".join(part.split()) for part in _BLANK_LINES.split(text.replace("`", ""))]
+    kept = [paragraph for paragraph in paragraphs if paragraph]
+    return "\n\n".join(kept[1:] if kept and _SIGNATURE.fullmatch(kept[0]) else kept)
 
 
 def _root(package: str) -> Path:

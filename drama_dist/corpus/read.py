@@ -31,8 +31,9 @@ class SetAside:
         if len(self.unusable) > limit * max(1, self.seen):
             first = "\n".join(f"  {record}" for record in self.unusable[:5])
             raise ValueError(
-                f"{len(self.unusable)} of {self.seen} records cannot be used, more than corpus.bad_record_limit={limit} "
-                f"allows; the first:\n{first}\nAll are in {kept_in}. Mend them, or raise the limit."
+                f"{len(self.unusable)} of {self.seen} records cannot be used, more than "
+                f"corpus.bad_record_limit={limit} allows; the first:\n{first}\n"
+                f"All are in {kept_in}. Mend them, or raise the limit."
             )
 
     def as_rows(self) -> list[dict[str, Any]]:

@@ -1,20 +1,23 @@
 """Cutting texts: sentences, and the random crops that serve as queries. Any language.
 
-Sentence boundaries come from sentencex (about 300 languages).
+Sentence boundaries come from sentencex (about 300 languages); a blank line is one, too.
 """
 
 from __future__ import annotations
 
 import random
+import re
 
 from sentencex import segment
 
+_BLANK_LINES = re.compile(r"\n\s*\n")
 _LETTERS_PER_WORD = 4  # where a script has no spaces
 
 
 def sentences(text: str, language: str) -> list[str]:
     """Sentences in order, stripped, none empty."""
-    return [part for raw in segment(language or "en", text) if (part := raw.strip())]
+    paragraphs = _BLANK_LINES.split(text)
+    return [part for paragraph in paragraphs for raw in segment(language or "en", paragraph) if (part := raw.strip())]
 
 
 def count_words(text: str) -> int:

@@ -99,9 +99,12 @@ def parse_qrels(path: Path) -> Iterable[tuple[int, tuple[str, str, int] | BadRec
     """Yield (line number, (query id, passage id, score) or the BadRecord that says why there is none)."""
     for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         cells = raw.decode("utf-8", errors="replace").rstrip("\r").split("\t")
-        if number == 1 and cells[-1] == "score" or not raw.strip():
+        if (number == 1 and cells[-1] == "score") or not raw.strip():
             continue
         if len(cells) == 3 and cells[2].lstrip("-").isdigit():
             yield number, (cells[0], cells[1], int(cells[2]))
         else:
-            yield number, BadRecord(path, number, "expected query-id, corpus-id and a whole-number score, tab separated", raw)
+            yield (
+                number,
+                BadRecord(path, number, "expected query-id, corpus-id and a whole-number score, tab separated", raw),
+            )

@@ -39,9 +39,9 @@ def packed_attention(
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for begin, count, length in packed.runs:
-        parts = [_run(tensor, begin, count, length) for tensor in (query, key, value)]
+        q, k, v = (_run(tensor, begin, count, length) for tensor in (query, key, value))
         output = scaled_dot_product_attention(
-            *parts, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
         outputs.append(output.transpose(1, 2).reshape(count * length, query.shape[1], -1))
     return torch.cat(outputs).unsqueeze(0), None

@@ -59,7 +59,9 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if not tokenizer.is_fast or bos is None or eos is None:
-        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with BOS and EOS, has bos={bos!r} eos={eos!r}")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: needs a fast tokenizer with BOS and EOS, has bos={bos!r} eos={eos!r}"
+        )
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A {eos}",
         special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
@@ -76,7 +78,9 @@ def _from_sentence_transformers(folder: Path, contract: EncoderSettings) -> Enco
         if module["type"].endswith("Pooling") and config_file.exists():
             pooling = json.loads(config_file.read_text("utf-8"))
             if not _is_mean(pooling):
-                raise ValueError(f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported")
+                raise ValueError(
+                    f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported"
+                )
     described = folder / "config_sentence_transformers.json"
     prompts = json.loads(described.read_text("utf-8")).get("prompts", {}) if described.exists() else {}
     longest = folder / "sentence_bert_config.json"

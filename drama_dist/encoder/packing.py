@@ -46,7 +46,9 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
     """Pack token id lists; raises ValueError where one is empty or there is none."""
     lengths = tuple(len(sequence) for sequence in sequences)
     if not lengths or min(lengths) == 0:
-        raise ValueError(f"cannot pack {len(lengths)} sequences, shortest {min(lengths, default=0)}: each needs a token")
+        raise ValueError(
+            f"cannot pack {len(lengths)} sequences, shortest {min(lengths, default=0)}: each needs a token"
+        )
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Packed(
         torch.tensor([token for sequence in sequences for token in sequence], device=device),

@@ -75,7 +75,10 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settin
     count = min(settings.prune.calibration_passages, len(table))
     chosen = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
     ids: list[list[int]] = tokenizer(
-        table.contents(chosen), truncation=True, max_length=settings.prune.calibration_tokens, return_attention_mask=False
+        table.contents(chosen),
+        truncation=True,
+        max_length=settings.prune.calibration_tokens,
+        return_attention_mask=False,
     )["input_ids"]
     return ids
 

@@ -27,7 +27,12 @@ _CHECKPOINT_EVERY = 25
 
 
 def heal(
-    stage: Stage, student: LlamaForCausalLM, source: LlamaForCausalLM, sequences: Sequence[list[int]], shape: PruneSettings, seed: int
+    stage: Stage,
+    student: LlamaForCausalLM,
+    source: LlamaForCausalLM,
+    sequences: Sequence[list[int]],
+    shape: PruneSettings,
+    seed: int,
 ) -> LlamaForCausalLM:
     """Train the student in place on token id sequences; resumes from the stage's checkpoints; returns it in float32."""
     engine = Engine(student, OptimiserSettings("bfloat16", 1, weight_decay=0.0, gradient_clipping=1.0))
@@ -43,7 +48,9 @@ def heal(
         norm = engine.step(rate)
         tokens = sum(len(ids) for chunk in chunks for ids in chunk)
         rhythm = round(tokens / (time.monotonic() - began), 1)
-        stage.log(step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=tokens, tokens_per_second=rhythm)
+        stage.log(
+            step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=tokens, tokens_per_second=rhythm
+        )
         bar.set_postfix_str(f"loss {loss:.3f}, {rhythm:,.0f} tokens/s", refresh=False)
         bar.update(1)
         if (step + 1) % _CHECKPOINT_EVERY == 0 and step + 1 < shape.heal_steps:

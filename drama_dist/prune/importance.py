@@ -64,7 +64,7 @@ def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int
     return _collect(sums, model.config.num_hidden_layers, tokens)
 
 
-def norms_in_order(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+def norms_in_order(model: LlamaForCausalLM) -> list[Any]:
     """The 2L + 1 RMSNorms in order of use."""
     pairs = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in model.model.layers]
     return [norm for pair in pairs for norm in pair] + [model.model.norm]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,7 +105,7 @@ def _small_config(config: LlamaConfig, kept: Kept, widening: float) -> LlamaConf
     return small
 
 
-def _copy_layer(new: torch.nn.Module, old: torch.nn.Module, kept: Kept, place: int) -> None:
+def _copy_layer(new: Any, old: Any, kept: Kept, place: int) -> None:
     hidden, neurons, size = kept.hidden, kept.mlp[place], old.self_attn.head_dim
     heads = kept.heads[place]
     served_by = heads // old.self_attn.num_key_value_groups

@@ -26,7 +26,9 @@ from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
 
 
-def train(settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]) -> Path:
+def train(
+    settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
+) -> Path:
     """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it.
 
     Raises ValueError where there are too few examples for a batch.

@@ -61,7 +61,7 @@ def contrastive_objective(
         query_gradient,
         ranks.sum_to_owner(passage_gradient, len(passages_NK)),
         loss,
-        dict(zip(sorted(encoder.dims), per_dim, strict=True)),
+        dict(zip(encoder.dims, per_dim, strict=True)),
         accuracy,
         margin,
     )
