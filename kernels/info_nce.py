@@ -19,9 +19,11 @@ BACKENDS = ("auto", "streaming", "reference")
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """loss: differentiable scalar. per_dim: M losses, in the order of dims. accuracy: share of queries whose positive has the best
-    score; margin: mean of score(positive) − score(best negative), in units of 1/temperature; both at
-    the largest dim, and None from the reference."""
+    """loss: differentiable scalar. per_dim: M losses, in the order of dims.
+
+    accuracy: share of queries whose positive has the best score; margin: mean of score(positive) −
+    score(best negative), in units of 1/temperature; both at the largest dim, and None from the reference.
+    """
 
     loss: torch.Tensor
     per_dim: torch.Tensor
@@ -45,8 +47,9 @@ def info_nce(
     InfoNCE is van den Oord et al. 2018, eq. 4; nested dims are Kusupati et al. 2022, eq. 1.
 
     queries: B × K and passages: N × K, not normalised. positives: int64 (B), the column of each query's
-    positive. dims: M different numbers, default (K,). dim_weights: in the same order, default 1/M each. passage_ids: int64 (N); columns
-    with the positive's id under another column do not count. Every other passage is a negative.
+    positive. dims: M different numbers, default (K,). dim_weights: in the same order, default 1/M each.
+    passage_ids: int64 (N); columns with the positive's id under another column do not count. Every other
+    passage is a negative.
     Raises ValueError where shapes, dims, weights, columns or the temperature do not fit.
     """
     dims = list(dims) if dims else [queries.shape[1]]
@@ -55,9 +58,9 @@ def info_nce(
     if backend == "reference":
         loss, per_dim = info_nce_reference(queries, passages, positives, temperature, dims, weights, passage_ids)
         return InfoNCE(loss, per_dim, None, None)
-    ascending, weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+    ascending, sorted_weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
     loss, per_dim, accuracy, margin = StreamingInfoNCE.apply(
-        queries, passages, positives, temperature, ascending, weights, passage_ids
+        queries, passages, positives, temperature, ascending, sorted_weights, passage_ids
     )
     return InfoNCE(loss, per_dim[[ascending.index(dim) for dim in dims]], accuracy, margin)
 
