@@ -55,6 +55,8 @@ def check_dims(contract: EncoderSettings, hidden_size: int, where: str) -> Encod
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Make the tokenizer put BOS first and EOS last, pad on the right, and truncate before EOS.
 
+    A chat template is taken off: sentence-transformers would wrap every text in it.
+
     Raises ValueError where the tokenizer has no fast backend, no BOS or no EOS.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -67,6 +69,7 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
     )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.chat_template = None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = eos
     return tokenizer

@@ -1,0 +1,122 @@
+"""A tiny Llama with a real tokenizer, a small corpus, and settings that fit them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drama_dist.settings import Settings, read_settings
+
+TOPICS = {
+    "bread": "flour yeast oven dough crust rise bake salt water knead loaf sour starter crumb heat",
+    "matrix": "row column inverse rank solve square product vector norm singular trace solve basis pivot scale",
+    "river": "water bank flow bridge flood stream mouth delta boat source valley current dam lake rain",
+    "engine": "piston fuel oil spark valve gear torque brake pump shaft heat coolant belt crank speed",
+}
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+
+
+def passages(count: int = 64) -> list[dict[str, str]]:
+    """Passages of several sentences on four topics, the same at every call."""
+    chance = random.Random(3)
+    rows = []
+    for number in range(count):
+        topic = list(TOPICS)[number % len(TOPICS)]
+        words = TOPICS[topic].split()
+        sentences = [
+            f"The {topic} number {number} part {part} has {' '.join(chance.choices(words, k=7))}." for part in range(5)
+        ]
+        rows.append({"_id": f"{topic}-{number}", "title": "", "text": " ".join(sentences)})
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows as JSONL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the corpus, with BOS and EOS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator((row["text"] for row in passages()), trainer)
+    from tokenizers import decoders
+
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random Llama of 4 layers × 48, 6 query heads over 2 key-value heads, tied embeddings."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 passages as JSONL."""
+    return write_lines(tmp_path_factory.mktemp("corpus") / "passages.jsonl", passages())
+
+
+SMALL = """
+seed: 1
+corpus: {held_out_queries: 12}
+encoder: {max_query_tokens: 32, max_passage_tokens: 64, dims: [32, 16]}
+prune: {layers: 2, hidden: 32, heads: 4, mlp: 48, calibration_passages: 24, calibration_tokens: 48, heal_steps: 2,
+        heal_tokens: 256}
+teacher: {max_tokens: 64}
+augment: {synthetic_queries: 4, bad_answer_limit: 1.0, max_new_tokens: 8, negatives: 4, negatives_from_rank: 5,
+          negatives_to_rank: 40}
+train: {steps: 4, batch_size: 12, dtype: float32, chunk_tokens: 256, kept_tokens: 256, checkpoint_every: 2}
+encode: {shard_passages: 16, dtype: float32}
+evaluate: {systems: [drama, bm25], depth: 20}
+"""
+
+
+@pytest.fixture
+def small_settings(tmp_path: Path, llm: Path, corpus_file: Path) -> Callable[..., Settings]:
+    """Call it with overrides to read settings of a whole run on the tiny model."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"run: {tmp_path / 'run'}\nllm: {llm}\n{SMALL}", "utf-8")
+
+    def read(*overrides: str) -> Settings:
+        return read_settings(path, [f"corpus.path={corpus_file}", *overrides])
+
+    return read

@@ -1,0 +1,158 @@
+"""The encoder contract: packed equals padded, bidirectional, no leaks, tokens as promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, LlamaConfig
+
+import drama_dist
+from drama_dist.encoder import attention, backbone
+from drama_dist.encoder.backbone import Encoder, LeakError, from_config, load
+from drama_dist.settings import EncoderSettings, SettingsError
+
+CONTRACT = EncoderSettings(max_query_tokens=16, max_passage_tokens=24, dims=[48, 16])
+TEXTS = ["The bread has flour", "x", "matrix " * 60, "", "The river number 3 flows to the delta with water."]
+
+
+@pytest.fixture(scope="module")
+def encoder(llm: Path) -> Encoder:
+    return load(llm, contract=CONTRACT)
+
+
+def test_packed_vectors_equal_those_of_a_padded_model(encoder: Encoder, llm: Path) -> None:
+    config = LlamaConfig.from_pretrained(llm)
+    config.is_causal = False
+    plain = AutoModel.from_pretrained(llm, config=config, attn_implementation="eager").eval()
+    sequences = encoder.tokenize_passages(TEXTS)
+    longest = max(map(len, sequences))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences])
+    with torch.no_grad():
+        hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+    expected = torch.nn.functional.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS), expected.numpy(), atol=1e-5)
+
+
+def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder: Encoder) -> None:
+    alone = np.concatenate([encoder.encode_passages([text]) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
+    encoder.tokens_per_batch = 7
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
+    encoder.tokens_per_batch = 8192
+
+
+def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encoder) -> None:
+    bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
+    queries, passages = encoder.tokenize_queries(TEXTS), encoder.tokenize_passages(TEXTS)
+    for row in [*queries, *passages]:
+        assert row[0] == bos and row[-1] == eos and row.count(eos) == 1
+    assert (len(queries[2]), len(passages[2])) == (16, 24)
+    assert encoder.tokenizer.decode(queries[0][1:-1]) == "Query: The bread has flour"
+    assert encoder.tokenizer.decode(passages[0][1:-1]) == "The bread has flour"
+
+
+def test_vectors_are_float32_units_and_the_cut_is_normalised_again(encoder: Encoder) -> None:
+    whole, cut = encoder.encode_queries(TEXTS), encoder.encode_queries(TEXTS, dim=16)
+    assert whole.dtype == np.float32 and whole.shape == (5, 48)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(cut, whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True), atol=1e-6)
+    assert encoder.encode_queries([]).shape == (0, 48)
+    with pytest.raises(ValueError, match="dim=49: these vectors have 48 components"):
+        encoder.encode_queries(TEXTS, dim=49)
+
+
+def test_an_encoder_that_is_causal_although_it_should_not_be_is_refused(
+    llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def causal(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        return sdpa(*args, **{**options, "is_causal": True})
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", causal)
+    with pytest.raises(LeakError, match="attention is causal"):
+        load(llm, contract=CONTRACT)
+
+
+def test_packed_sequences_that_see_each_other_are_refused(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "probe", lambda encoder: None)
+    leaky = load(llm, contract=CONTRACT)
+    monkeypatch.undo()
+
+    def one_run(packed: object) -> list[tuple[int, int, int]]:
+        return [(0, 1, len(packed.token_ids_T))]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(backbone.Packed, "runs", property(one_run))
+    with pytest.raises(LeakError, match="depends on its neighbour"):
+        backbone.probe(leaky)
+
+
+def test_an_unpruned_language_model_stays_causal_when_asked(llm: Path) -> None:
+    causal = load(llm, contract=CONTRACT, bidirectional=False)
+    both = load(llm, contract=CONTRACT)
+    assert np.abs(causal.encode_passages(TEXTS) - both.encode_passages(TEXTS)).max() > 1e-3
+
+
+def test_saving_and_loading_keep_vectors_and_contract(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path)
+    again = drama_dist.load(tmp_path)
+    assert again.contract == CONTRACT
+    np.testing.assert_array_equal(again.encode_queries(TEXTS), encoder.encode_queries(TEXTS))
+    assert not list(tmp_path.glob("*.bin")) and list(tmp_path.glob("*.safetensors"))
+
+
+def test_dims_beyond_the_hidden_size_are_refused(llm: Path) -> None:
+    with pytest.raises(SettingsError, match="asks for 64 components, but the model's hidden size is 48"):
+        load(llm, contract=EncoderSettings(dims=[64]))
+
+
+def test_other_model_types_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', "utf-8")
+    with pytest.raises(ValueError, match="model type 'bert'; the encoder takes Llama-type models"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+PUBLISHED = {  # facebook/drama-base (arXiv 2502.18460), with fewer layers and words for memory's sake
+    "architectures": ["DramaModel"],
+    "auto_map": {"AutoModel": "modeling_drama.DramaModel"},
+    "model_type": "llama",
+    "hidden_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "intermediate_size": 3072,
+    "vocab_size": 2048,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def test_the_published_drama_base_config_loads(tmp_path: Path, llm: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED), "utf-8")
+    config = LlamaConfig.from_pretrained(tmp_path)
+    made = from_config(config, AutoTokenizer.from_pretrained(llm), EncoderSettings(), seed=1)
+    made.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED), "utf-8")
+    (tmp_path / "drama.json").unlink()  # the published folder has none
+    encoder = load(tmp_path)
+    assert encoder.backbone.config.rope_parameters["factor"] == 32.0
+    assert encoder.backbone.config.rope_parameters["rope_theta"] == 500000.0
+    assert encoder.encode_passages(TEXTS, dim=256).shape == (5, 256)
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS), made.encode_passages(TEXTS), atol=1e-6)
