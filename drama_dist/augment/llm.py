@@ -57,12 +57,10 @@ class LanguageModel:
     def answer(self, conversations: Sequence[list[Message]], seed: int) -> list[str]:
         """One sampled answer for each conversation; what all of them begin with is read once.
 
-        Raises ValueError where the LLM has no chat template.
+        A conversation that ends with the assistant's message is gone on with; only the new text is
+        returned. Raises ValueError where the LLM has no chat template.
         """
-        ids = [
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for messages in conversations
-        ]
+        ids = [self._token_ids(messages) for messages in conversations]
         shared = _common_prefix(ids)
         tokens_BT, mask_BT = self._pad_between(ids, shared)
         cache = self.model(tokens_BT[:1, :shared], use_cache=True).past_key_values if shared else None
@@ -82,6 +80,12 @@ class LanguageModel:
                 pad_token_id=self._pad,
             )
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
+
+    def _token_ids(self, messages: list[Message]) -> list[int]:
+        begun = messages[-1]["role"] == "assistant"
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+        )["input_ids"]
 
     @property
     def _pad(self) -> int:

@@ -74,5 +74,13 @@ def read_query(answer: str, passage: str) -> str:
     return query
 
 
+def begun_answer(answer: str) -> Message | None:
+    """The message to go on from where an answer names the task but no query; None where it has one, or no task."""
+    task = re.match(r"\s*(Task\s*:.*\S)", answer)
+    if _QUERY_LINE.search(answer) or not task:
+        return None
+    return {"role": "assistant", "content": f"{task[1]}\nQuery:"}
+
+
 def _passage_message(text: str) -> Message:
     return {"role": "user", "content": f"Passage: {text}"}

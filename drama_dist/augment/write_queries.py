@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.augment.llm import LanguageModel
-from drama_dist.augment.prompts import PROMPT_VERSION, UnusableAnswer, read_query, write_query_messages
+from drama_dist.augment.prompts import (
+    PROMPT_VERSION,
+    Message,
+    UnusableAnswer,
+    begun_answer,
+    read_query,
+    write_query_messages,
+)
 from drama_dist.augment.written import Written, in_parts
 from drama_dist.corpus.table import PassageTable
 from drama_dist.records import Passage
@@ -33,7 +40,7 @@ def write_queries(
 
     def ask(number: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, choice.prompt_passage_tokens) for passage in batch]
-        answers = llm.answer([write_query_messages(text) for text in texts], seed + number)
+        answers = _answers(llm, [write_query_messages(text) for text in texts], seed + number)
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
     rows = in_parts(folder, passages, choice.generation_batch, "queries", ask)
@@ -41,6 +48,17 @@ def write_queries(
     aside = [row for row in rows if "reason" in row]
     _refuse_beyond(choice.bad_answer_limit, aside, count, llm.name)
     return written, aside
+
+
+def _answers(llm: LanguageModel, conversations: list[list[Message]], seed: int) -> list[str]:
+    """Answers; where one stops after the task, the LLM is asked to go on with the query."""
+    answers = llm.answer(conversations, seed)
+    begun = {number: message for number, answer in enumerate(answers) if (message := begun_answer(answer))}
+    if begun:
+        rest = llm.answer([[*conversations[number], message] for number, message in begun.items()], seed)
+        for (number, message), more in zip(begun.items(), rest, strict=True):
+            answers[number] = f"{message['content']} {more.strip()}"
+    return answers
 
 
 def _row(passage: Passage, answer: str, model: str, seed: int) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Healing: its loss against a plain computation, and the prune stage as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from drama_dist import pipeline
+from drama_dist.encoder import attention
+from drama_dist.encoder.backbone import load
+from drama_dist.encoder.packing import pack
+from drama_dist.prune import heal as heal_module
+from drama_dist.prune.build import random_twin
+from drama_dist.settings import Settings
+
+SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float) -> None:
+    source = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
+    student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
+    with torch.no_grad():
+        student.model.norm.weight.mul_(30)
+        found = heal_module._chunk_loss(student, source, pack(SEQUENCES), kl_weight)
+        source.config._attn_implementation = student.config._attn_implementation = "eager"
+        expected = torch.zeros(())
+        for ids in SEQUENCES:
+            taught = source(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            scores = student(torch.tensor([ids])).logits[0, :-1].double()
+            divergence = (taught.exp() * (taught - scores.log_softmax(-1))).sum()
+            language_model = cross_entropy(scores, torch.tensor(ids[1:]), reduction="sum")
+            expected = expected + kl_weight * divergence + (1 - kl_weight) * language_model
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
+    small_settings: Callable[..., Settings],
+) -> None:
+    settings = small_settings("prune.heal_steps=12", "prune.heal_learning_rate=0.005")
+    folder = pipeline.prune(settings)
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
+    encoder = load(folder)
+    assert encoder.hidden_size == 32 and not encoder.backbone.config.is_causal
+    assert encoder.contract == settings.encoder
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_random_twin_has_the_same_shape_and_other_weights(small_settings: Callable[..., Settings]) -> None:
+    pruned = load(pipeline.prune(small_settings("prune.heal_steps=0")))
+    twin, again, other = (random_twin(pruned, seed) for seed in (1, 1, 2))
+    shapes = {name: weight.shape for name, weight in pruned.named_parameters()}
+    assert {name: weight.shape for name, weight in twin.named_parameters()} == shapes
+    first = "backbone.layers.0.mlp.up_proj.weight"
+    assert torch.equal(twin.state_dict()[first], again.state_dict()[first])
+    assert not torch.equal(twin.state_dict()[first], other.state_dict()[first])
+    assert not torch.equal(twin.state_dict()[first], pruned.state_dict()[first])
