@@ -1,1 +1,1 @@
-"""Programs for launchers: one verb each, the same as the subcommands of \`drama\`."""
+"""Programs for launchers: one verb each, the same as the subcommands of `drama`."""

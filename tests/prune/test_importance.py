@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_values_are_those_of_unpacked_sequences(
     with torch.no_grad():
         for ids in SEQUENCES:
             states = plain(torch.tensor([ids]), output_hidden_states=True).hidden_states
-            influence.append([1 - torch.cosine_similarity(a, b, dim=-1)[0] for a, b in zip(states, states[1:], strict=False)])
+            influence.append([1 - torch.cosine_similarity(a, b, dim=-1)[0] for a, b in itertools.pairwise(states)])
     tokens = sum(map(len, SEQUENCES))
     hidden = sum(output[0].abs().sum(0) for output in outputs) / tokens / len(norms_in_order(plain))
     torch.testing.assert_close(found.hidden_H, hidden, rtol=1e-4, atol=1e-6)

@@ -61,9 +61,7 @@ def masked(model: LlamaForCausalLM, kept: Kept) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("layer_choice", ["even", "influence"])
-def test_masked_and_extracted_models_agree(
-    model: LlamaForCausalLM, importance: Importance, layer_choice: str
-) -> None:
+def test_masked_and_extracted_models_agree(model: LlamaForCausalLM, importance: Importance, layer_choice: str) -> None:
     kept = choose(importance, replace(SHAPE, layer_choice=layer_choice))
     small = shrink(model, kept).eval()
     small.config._attn_implementation = "eager"

@@ -14,7 +14,8 @@ from drama_dist.train.batches import Batch, batches
 def examples(count: int, positives: int) -> list[Example]:
     """Examples whose positives repeat every `positives` examples."""
     return [
-        Example(f"query {n}", (f"p{n % positives}",), (f"p{(n + 1) % positives}", f"n{n}"), "crop") for n in range(count)
+        Example(f"query {n}", (f"p{n % positives}",), (f"p{(n + 1) % positives}", f"n{n}"), "crop")
+        for n in range(count)
     ]
 
 
@@ -59,5 +60,5 @@ def test_negatives_are_as_many_as_asked() -> None:
 
 
 def test_too_few_positives_for_a_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="train.batch_size=8, but the examples have only 3 different first positives"):
+    with pytest.raises(ValueError, match=r"train.batch_size=8, but the examples have only 3 different first positives"):
         take(1, examples(30, 3), 8, 1, 1)

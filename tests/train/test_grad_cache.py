@@ -13,7 +13,14 @@ from drama_dist.kernels import info_nce
 from drama_dist.settings import EncoderSettings
 from drama_dist.train.grad_cache import GradCache
 
-TEXTS = ["a row of flour", "the river", "x", "engine oil and a valve and a spark " * 3, "basis pivot", "rain on the lake"]
+TEXTS = [
+    "a row of flour",
+    "the river",
+    "x",
+    "engine oil and a valve and a spark " * 3,
+    "basis pivot",
+    "rain on the lake",
+]
 
 
 class PlainEngine:
@@ -52,9 +59,7 @@ def plain(encoder: Encoder, sequences: list[list[int]]) -> dict[str, torch.Tenso
     [(10**6, 10**6, 0.0), (10**6, 0, 1.0), (16, 10**6, 0.0), (16, 0, 1.0), (16, 20, None), (1, 25, None)],
     ids=["one chunk kept", "one chunk twice", "chunks kept", "chunks twice", "some kept", "a text a chunk"],
 )
-def test_gradients_equal_those_of_the_whole_batch(
-    encoder: Encoder, chunk: int, kept: int, share: float | None
-) -> None:
+def test_gradients_equal_those_of_the_whole_batch(encoder: Encoder, chunk: int, kept: int, share: float | None) -> None:
     sequences = encoder.tokenize_passages(TEXTS)
     expected = plain(encoder, sequences)
     encoder.zero_grad()

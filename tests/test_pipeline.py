@@ -1,0 +1,140 @@
+"""The whole job on a tiny model: run, repeat, kill and go on, several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import drama_dist
+from drama_dist import pipeline
+from drama_dist.settings import Settings, write_settings
+from drama_dist.stages import OtherSettings
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    return json.loads((run / "evaluate" / "results.json").read_text("utf-8"))
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def start(settings: Settings, verb: str = "run") -> subprocess.Popen[str]:
+    path = Path(settings.run).with_suffix(".yaml")
+    write_settings(settings, path)
+    command = [sys.executable, "-m", "drama_dist.cli", verb, str(path)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]")
+    run = Path(settings.run)
+    pipeline.run(settings)
+    found = {(row["system"], row["dim"]) for row in rows(run)}
+    expected = {(system, dim) for system in ("drama", "random-init") for dim in (32, 16)}
+    assert found == expected | {("llm-unpruned", 48), ("teacher", 384), ("bm25", None)}
+    for stage in ("corpus", "prune", "augment", "train", "encode/drama", "evaluate", "export"):
+        kept = {path.name for path in (run / stage).iterdir()}
+        assert {"settings.yaml", "provenance.json"} <= kept
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("*.bin"))
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    assert report["results"] == rows(run) and report["seconds"]["train"] > 0
+    encoder = drama_dist.load(run / "export")
+    assert encoder.encode_queries(["the bread"], dim=16).shape == (1, 16)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
+    pipeline.run(settings)
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert {path.name for path in changed} <= {"settings.yaml"} and all(path.parent == run for path in changed)
+
+
+def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..., Settings]) -> None:
+    pipeline.corpus(small_settings())
+    with pytest.raises(OtherSettings, match=r"corpus.held_out_queries: 12 in the folder, 3 now"):
+        pipeline.corpus(small_settings("corpus.held_out_queries=3"))
+
+
+def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    changes = ["train.steps=40", "encode.shard_passages=1", "augment.generation_batch=1", "augment.max_new_tokens=24"]
+    whole, killed = (small_settings(f"run={tmp_path / name}", *changes) for name in ("whole", "killed"))
+    assert start(whole).wait(300) == 0
+    run = Path(killed.run)
+    for moment in (
+        "augment.partial/synthetic/part-00000.jsonl",
+        "train.partial/checkpoints/step-0000002",
+        "encode/drama.partial/shard-00000.npy",
+    ):
+        process = start(killed)
+        until = time.monotonic() + 120
+        while not (run / moment).exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL, f"not killed at {moment}: {process.communicate()[1]}"
+        assert (run / moment).exists()
+    last = start(killed)
+    messages = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, messages
+    assert "encode/drama: going on from what is there" in messages
+    assert rows(run) == rows(Path(whole.run))
+    assert [line["step"] for line in steps(run)] == list(range(1, 41))
+    assert [line["loss"] for line in steps(run)] == [line["loss"] for line in steps(Path(whole.run))]
+    for file in ("augment/examples.jsonl", "augment/set_aside.jsonl", "train/model.safetensors"):
+        assert (run / file).read_bytes() == (Path(whole.run) / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    changes = ["train.zero_stage=2", "train.steps=6", "train.batch_size=13", "evaluate.systems=[drama]"]
+    one = small_settings(f"run={tmp_path / 'one'}", *changes)
+    two = small_settings(f"run={tmp_path / 'two'}", *changes)
+    pipeline.augment(one)
+    pipeline.prune(one)
+    shutil.copytree(one.run, two.run)
+    pipeline.train(one)
+    _train_with_two_ranks(launcher, two)
+    ours, theirs = steps(Path(two.run)), steps(Path(one.run))
+    assert len(ours) == len(theirs) == 6
+    for name in ("loss", "gradient_norm", "accuracy", "margin", "tokens"):
+        np.testing.assert_allclose([s[name] for s in ours], [s[name] for s in theirs], rtol=1e-4, err_msg=name)
+    texts = ["the river", "flour and water"]
+    np.testing.assert_allclose(
+        drama_dist.load(Path(two.run) / "train").encode_queries(texts),
+        drama_dist.load(Path(one.run) / "train").encode_queries(texts),
+        atol=1e-4,
+    )
+    assert json.loads((Path(two.run) / "train" / "provenance.json").read_text("utf-8"))["world_size"] == 2
+
+
+def _train_with_two_ranks(launcher: str, settings: Settings) -> None:
+    path = Path(settings.run).with_suffix(".yaml")
+    write_settings(settings, path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    programs = Path(sys.executable).parent
+    if launcher == "deepspeed":
+        command = [str(programs / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    else:
+        command = [str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", str(port)]
+    environment = {**ENVIRONMENT, "PATH": f"{programs}:{os.environ['PATH']}"}
+    command += ["launcher/train.py", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
