@@ -61,6 +61,7 @@ class PruneSettings:
     heal_tokens: int = 4096  # per step
     heal_learning_rate: float = 5e-4
     heal_kl_weight: float = 0.5  # the rest is the language-model loss
+    heal_scored_share: float = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
 
 
 @dataclass
@@ -220,6 +221,10 @@ def check(settings: Settings) -> None:
     unknown = [name for name in settings.evaluate.systems if name not in SYSTEMS]
     if unknown:
         raise SettingsError(f"evaluate.systems has {unknown[0]!r}: expected names among {', '.join(SYSTEMS)}")
+    if not 0 < settings.prune.heal_scored_share <= 1:
+        raise SettingsError(
+            f"prune.heal_scored_share={settings.prune.heal_scored_share}: expected more than 0, up to 1"
+        )
     if settings.train.temperature <= 0:
         raise SettingsError(f"train.temperature={settings.train.temperature}: expected more than 0")
     if settings.train.zero_stage not in (1, 2):

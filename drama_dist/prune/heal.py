@@ -1,15 +1,17 @@
 """Healing: continued training of the pruned model as a language model, taught by its source.
 
-Loss = w · KL(source ‖ student) + (1 − w) · cross-entropy, per predicted token (Hinton et al. 2015 at
+Loss = w · KL(source ‖ student) + (1 − w) · cross-entropy, per scored token (Hinton et al. 2015 at
 temperature 1). Attention is causal here; it is made bidirectional afterwards.
-Shapes: T tokens of a chunk, V vocabulary.
+Shapes: T tokens of a chunk, S scored ones, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -42,11 +44,11 @@ def heal(
     bar = progress_bar(shape.heal_steps, "prune: heal", "steps", done=first)
     for step in range(first, shape.heal_steps):
         began = time.monotonic()
-        chunks = _step_chunks(sequences, shape.heal_tokens, seed, step)
+        chunks = _step_chunks(sequences, shape, seed, step)
         loss = _heal_step(engine, student, source, chunks, shape.heal_kl_weight)
         rate = learning_rate_at(step, shape.heal_steps, shape.heal_learning_rate, warmup_share=0.1)
         norm = engine.step(rate)
-        tokens = sum(len(ids) for chunk in chunks for ids in chunk)
+        tokens = sum(len(ids) for chunk in chunks for ids in chunk.sequences)
         rhythm = round(tokens / (time.monotonic() - began), 1)
         stage.log(
             step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=tokens, tokens_per_second=rhythm
@@ -61,67 +63,72 @@ def heal(
     return student
 
 
-def _step_chunks(sequences: Sequence[list[int]], tokens: int, seed: int, step: int) -> list[list[list[int]]]:
-    """This step's sequences in chunks, the same on every rank."""
-    order = random.Random(f"{seed} heal {step}").sample(range(len(sequences)), len(sequences))
+@dataclass(frozen=True)
+class _Chunk:
+    """Sequences to pack, and the places in the packing, ascending, whose next token is predicted."""
+
+    sequences: list[list[int]]
+    scored: list[int]
+
+
+def _step_chunks(sequences: Sequence[list[int]], shape: PruneSettings, seed: int, step: int) -> list[_Chunk]:
+    """This step's chunks, the same on every rank."""
+    rng = random.Random(f"{seed} heal {step}")
     chunks: list[list[list[int]]] = [[]]
-    for number in order:
-        if sum(len(ids) for chunk in chunks for ids in chunk) >= tokens:
+    for number in rng.sample(range(len(sequences)), len(sequences)):
+        if sum(len(ids) for chunk in chunks for ids in chunk) >= shape.heal_tokens:
             break
         if sum(len(ids) for ids in chunks[-1]) >= _CHUNK_TOKENS:
             chunks.append([])
         chunks[-1].append(sequences[number])
-    return chunks
+    return [_Chunk(chunk, _scored(chunk, shape.heal_scored_share, rng)) for chunk in chunks]
+
+
+def _scored(sequences: list[list[int]], share: float, rng: random.Random) -> list[int]:
+    ends = set(itertools.accumulate(len(ids) for ids in sequences))
+    places = [place for place in range(max(ends)) if place + 1 not in ends]
+    return sorted(rng.sample(places, max(1, round(share * len(places)))))
 
 
 def _heal_step(
-    engine: Engine, student: LlamaForCausalLM, source: LlamaForCausalLM, chunks: list[list[list[int]]], kl_weight: float
+    engine: Engine, student: LlamaForCausalLM, source: LlamaForCausalLM, chunks: list[_Chunk], kl_weight: float
 ) -> float:
     """Backpropagate one global step; chunks go round the ranks, each rank making equally many calls."""
-    predicted = sum(len(ids) - 1 for chunk in chunks for ids in chunk)
+    scored = sum(len(chunk.scored) for chunk in chunks)
     total = torch.zeros((), device=student.device)
-    rounds = list(_rounds(chunks))
-    for number, chunk in enumerate(rounds):
-        loss = _chunk_loss(student, source, pack(chunk.sequences, student.device), kl_weight)
-        loss = loss * (chunk.weight / predicted)
+    own = list(_own_share(chunks))
+    for number, (chunk, weight) in enumerate(own):
+        loss = _chunk_loss(student, source, chunk, kl_weight) * (weight / scored)
         total += loss.detach()
-        engine.backward(loss, last=number == len(rounds) - 1)
+        engine.backward(loss, last=number == len(own) - 1)
     return float(ranks.sum_over_ranks(total))
 
 
-class _Round:
-    """One rank's chunk of a round; weight 0 where a rank repeats one because there are none left."""
-
-    def __init__(self, sequences: list[list[int]], weight: float):
-        self.sequences, self.weight = sequences, weight
-
-
-def _rounds(chunks: list[list[list[int]]]) -> Iterator[_Round]:
+def _own_share(chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, float]]:
+    """This rank's chunks with weight 1; one with weight 0 where others have one more."""
     for begin in range(0, len(chunks), ranks.world_size()):
         own = begin + ranks.rank()
-        yield _Round(chunks[own], 1.0) if own < len(chunks) else _Round(chunks[0], 0.0)
+        yield (chunks[own], 1.0) if own < len(chunks) else (chunks[0], 0.0)
 
 
-def _chunk_loss(student: LlamaForCausalLM, source: LlamaForCausalLM, packed: Packed, kl_weight: float) -> torch.Tensor:
-    """Sum over predicted tokens."""
-    ends = packed.boundaries_B1[1:].long() - 1
-    predicts = torch.ones(len(packed.token_ids_T), dtype=torch.bool, device=packed.token_ids_T.device)
-    predicts[ends] = False
-    targets = packed.token_ids_T.roll(-1)[predicts]
-    scores_TV = _scores(student, packed, predicts)
+def _chunk_loss(student: LlamaForCausalLM, source: LlamaForCausalLM, chunk: _Chunk, kl_weight: float) -> torch.Tensor:
+    """Sum over the scored tokens."""
+    packed = pack(chunk.sequences, student.device)
+    places = torch.tensor(chunk.scored, device=student.device)
+    scores_SV = _scores(student, packed, places)
     with torch.no_grad():
-        taught_TV = _scores(source, packed, predicts).log_softmax(1)
-    language_model = cross_entropy(scores_TV, targets, reduction="sum")
-    divergence = kl_div(scores_TV.log_softmax(1), taught_TV, reduction="sum", log_target=True)
+        taught_SV = _scores(source, packed, places).log_softmax(1)
+    language_model = cross_entropy(scores_SV, packed.token_ids_T[places + 1], reduction="sum")
+    divergence = kl_div(scores_SV.log_softmax(1), taught_SV, reduction="sum", log_target=True)
     return kl_weight * divergence + (1 - kl_weight) * language_model
 
 
-def _scores(model: LlamaForCausalLM, packed: Packed, predicts: torch.Tensor) -> torch.Tensor:
+def _scores(model: LlamaForCausalLM, packed: Packed, places: torch.Tensor) -> torch.Tensor:
     output = model.model(
         input_ids=packed.token_ids_T.unsqueeze(0),
         position_ids=packed.position_ids_T.unsqueeze(0),
         use_cache=False,
         packed=packed,
     )
-    scores: torch.Tensor = model.lm_head(output.last_hidden_state[0][predicts]).float()
+    scores: torch.Tensor = model.lm_head(output.last_hidden_state[0][places]).float()
     return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from transformers import LlamaForCausalLM
 from drama_dist import pipeline
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load
-from drama_dist.encoder.packing import pack
 from drama_dist.prune import heal as heal_module
 from drama_dist.prune.build import random_twin
-from drama_dist.settings import Settings
+from drama_dist.settings import PruneSettings, Settings
 
 SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
 
@@ -28,16 +28,30 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
-        found = heal_module._chunk_loss(student, source, pack(SEQUENCES), kl_weight)
+        chunk = heal_module._Chunk(SEQUENCES, [1, 5, 11, 13])
+        found = heal_module._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
-        for ids in SEQUENCES:
-            taught = source(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-            scores = student(torch.tensor([ids])).logits[0, :-1].double()
+        for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
+            taught = source(torch.tensor([ids])).logits[0, scored].double().log_softmax(-1)
+            scores = student(torch.tensor([ids])).logits[0, scored].double()
             divergence = (taught.exp() * (taught - scores.log_softmax(-1))).sum()
-            language_model = cross_entropy(scores, torch.tensor(ids[1:]), reduction="sum")
+            targets = torch.tensor(ids)[torch.tensor(scored) + 1]
+            language_model = cross_entropy(scores, targets, reduction="sum")
             expected = expected + kl_weight * divergence + (1 - kl_weight) * language_model
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_scored_places_have_a_next_token_and_are_as_many_as_asked() -> None:
+    shape = PruneSettings(heal_tokens=16, heal_scored_share=1.0)
+    (whole,) = heal_module._step_chunks(SEQUENCES, shape, seed=1, step=0)
+    assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
+    flat = [token for ids in whole.sequences for token in ids]
+    assert all(flat[place] != 1 for place in whole.scored)  # 1 ends every sequence
+    half = replace(shape, heal_scored_share=0.5)
+    (first,), (again,), (later,) = (heal_module._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
+    assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)
+    assert first == again != later
 
 
 def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
