@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from drama_dist import ranks
 from drama_dist.augment.crop import crops
@@ -23,8 +22,6 @@ from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.write_queries import write_queries
 from drama_dist.augment.written import Written, in_parts
 from drama_dist.corpus.table import Corpus
-from drama_dist.encoder.contract import wire_tokenizer
-from drama_dist.encoder.sources import resolve
 from drama_dist.index.encode import TextEncoder
 from drama_dist.index.lexical import LexicalIndex
 from drama_dist.progress import say
@@ -33,8 +30,6 @@ from drama_dist.settings import Settings, as_dict
 from drama_dist.stages import Stage, open_stage, write_text
 
 _PART = 512
-_LENGTHS_OF = 10_000
-_BINS = 32
 
 
 def augment(
@@ -49,7 +44,6 @@ def augment(
         "llm": settings.llm,
         "teacher": as_dict(settings.teacher),
         "augment": as_dict(settings.augment),
-        "encoder": as_dict(settings.encoder),
     }
     stage = open_stage(settings.run, "augment", sections, inputs)
     if stage.done:
@@ -61,7 +55,6 @@ def augment(
         write_records(stage.folder / "examples.jsonl", examples)
         write_records(stage.folder / "set_aside.jsonl", aside)
         write_text(stage.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
-        _write_token_lengths(settings, corpus, examples, stage.folder / "token_lengths.json")
         for parts in ("synthetic", "ranked"):
             shutil.rmtree(stage.folder / parts, ignore_errors=True)
     say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
@@ -116,26 +109,6 @@ def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, i
     by_source = Counter(f"{example.source} examples" for example in examples)
     by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
     return {**by_source, **by_reason}
-
-
-def _write_token_lengths(settings: Settings, corpus: Corpus, examples: list[Example], path: Path) -> None:
-    """Histograms of what the encoder reads, for the report: {edges, passages, queries}."""
-    contract = settings.encoder
-    tokenizer = wire_tokenizer(AutoTokenizer.from_pretrained(resolve(settings.llm)))
-    passages = corpus.passages.contents(range(min(len(corpus.passages), _LENGTHS_OF)))
-    queries = [example.query for example in examples[:_LENGTHS_OF]]
-    edges = np.linspace(0, max(contract.max_passage_tokens, contract.max_query_tokens) + 1, _BINS + 1)
-
-    def histogram(texts: list[str], prefix: str, limit: int) -> list[int]:
-        ids = tokenizer([prefix + text for text in texts], truncation=True, max_length=limit)["input_ids"]
-        return np.histogram([len(own) for own in ids], edges)[0].tolist()
-
-    lengths = {
-        "edges": edges.tolist(),
-        "passages": histogram(passages, contract.passage_prefix, contract.max_passage_tokens),
-        "queries": histogram(queries, contract.query_prefix, contract.max_query_tokens),
-    }
-    write_text(path, json.dumps(lengths) + "\n")
 
 
 def _folded(text: str) -> str:

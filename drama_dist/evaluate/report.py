@@ -137,7 +137,7 @@ def _figures(run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float
     curves = {name: curve for name, folder in _LOSS_FOLDERS.items() if (curve := _loss(run / folder / "metrics.jsonl"))}
     if curves:
         drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves)))
-    lengths = _json(run / "augment" / "token_lengths.json")
+    lengths = _json(run / "train" / "token_lengths.json")
     if lengths:
         note = "Tokens after truncation, prefix and special tokens included. Each histogram sums to 100%."
         drawn.append(("Token lengths", note, figures.token_lengths(lengths)))

@@ -6,6 +6,7 @@ grad_cache.py, the optimiser in engine.py.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.progress import progress_bar
 from drama_dist.records import Example, read_records
 from drama_dist.settings import Settings, as_dict
-from drama_dist.stages import Stage, open_stage
+from drama_dist.stages import Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
+from drama_dist.train.token_lengths import token_lengths
 
 
 def train(
@@ -42,6 +44,9 @@ def train(
     engine = Engine(
         start, OptimiserSettings(choice.dtype, choice.zero_stage, choice.weight_decay, choice.gradient_clipping)
     )
+    if ranks.rank() == 0:
+        lengths = token_lengths(start, table, examples)
+        write_text(stage.folder / "token_lengths.json", json.dumps(lengths) + "\n")
     _steps(settings, stage, start, engine, examples, table)
     _save_encoder(stage, start, engine)
     return stage.finish(examples=len(examples), steps=choice.steps)
