@@ -14,8 +14,8 @@ from drama_dist import ranks
 from drama_dist.augment.build_examples import augment as write_examples
 from drama_dist.corpus.build import build_corpus
 from drama_dist.corpus.table import Corpus, open_corpus
-from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.sources import model_fingerprint, resolve
+from drama_dist.encoder.backbone import load
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.evaluate.report import results_table, write_report
 from drama_dist.evaluate.tasks import evaluate_system
 from drama_dist.export import export_encoder
@@ -24,7 +24,7 @@ from drama_dist.index.teacher import Teacher
 from drama_dist.progress import say
 from drama_dist.prune.build import prune as build_backbone
 from drama_dist.prune.build import random_twin
-from drama_dist.settings import Settings, as_dict, write_settings
+from drama_dist.settings import OTHER_MODEL, Settings, as_dict, write_settings
 from drama_dist.stages import fingerprint, open_stage, write_text
 from drama_dist.train.loop import train as train_encoder
 
@@ -56,9 +56,10 @@ def augment(settings: Settings) -> Path:
 
 def train(settings: Settings, system: str = "drama") -> Path:
     """Train the pruned encoder (RUN/train) or its randomly initialised twin (RUN/train-random-init)."""
-    folder, pruned, examples = corpus(settings), prune(settings), augment(settings)
-    inputs = {"corpus": fingerprint(folder), "prune": fingerprint(pruned), "augment": fingerprint(examples)}
-    start = load(pruned, contract=settings.encoder)
+    folder, examples = corpus(settings), augment(settings)
+    source = settings.train.start or str(prune(settings))
+    inputs = {"corpus": fingerprint(folder), "augment": fingerprint(examples), "start": model_fingerprint(source)}
+    start = load(source, contract=settings.encoder)
     if system == "random-init":
         start = random_twin(start, settings.seed)
     return train_encoder(settings, TRAINED[system], start, examples, open_corpus(folder).passages, inputs)
@@ -68,7 +69,8 @@ def encode(settings: Settings, system: str = "drama") -> Path:
     """Encode the corpus with one system: RUN/encode/SYSTEM."""
     folder = corpus(settings)
     sections, inputs = _encoding(settings, system)
-    stage = open_stage(settings.run, f"encode/{system}", sections, {"corpus": fingerprint(folder), **inputs})
+    name = f"encode/{result_name(system)}"
+    stage = open_stage(settings.run, name, sections, {"corpus": fingerprint(folder), **inputs})
     if not stage.done:
         encode_corpus(stage, open_corpus(folder).passages, _encoder(settings, system), settings.encode.shard_passages)
     return stage.final
@@ -78,7 +80,8 @@ def evaluate(settings: Settings) -> Path:
     """Compare all systems on the test queries: RUN/evaluate."""
     folder = corpus(settings)
     encoded = {system: encode(settings, system) for system in settings.evaluate.systems if system != "bm25"}
-    inputs = {"corpus": fingerprint(folder), **{name: fingerprint(path) for name, path in encoded.items()}}
+    models = {result_name(system): fingerprint(path) for system, path in encoded.items()}
+    inputs = {"corpus": fingerprint(folder), **models}
     sections = {"evaluate": as_dict(settings.evaluate), "encoder": as_dict(settings.encoder)}
     stage = open_stage(settings.run, "evaluate", sections, inputs)
     if not stage.done:
@@ -130,11 +133,19 @@ def run(settings: Settings) -> Path:
     return report(settings)
 
 
+def result_name(system: str) -> str:
+    """What a system is called in folders and tables: model:NAME by the last part of its name."""
+    return Path(system.removeprefix(OTHER_MODEL)).name
+
+
 def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[str, str]]:
     """What a system's vectors depend on: settings, and inputs beside the corpus."""
     if system == "teacher":
         return {"teacher": as_dict(settings.teacher)}, {"model": model_fingerprint(settings.teacher.model)}
-    sections: dict[str, object] = {"encode": as_dict(settings.encode), "encoder": as_dict(settings.encoder)}
+    sections: dict[str, object] = {"encode": as_dict(settings.encode)}
+    if system.startswith(OTHER_MODEL):
+        return sections, {"model": model_fingerprint(system.removeprefix(OTHER_MODEL))}
+    sections["encoder"] = as_dict(settings.encoder)
     if system == "llm-unpruned":
         return sections, {"model": model_fingerprint(settings.llm)}
     return sections, {"model": fingerprint(train(settings, system))}
@@ -143,13 +154,15 @@ def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[
 def _encoder(settings: Settings, system: str) -> TextEncoder:
     if system == "teacher":
         return Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
-    contract = settings.encoder
+    if system.startswith(OTHER_MODEL):
+        encoder = load(system.removeprefix(OTHER_MODEL), dtype=settings.encode.dtype)
+    elif system == "llm-unpruned":
+        encoder = load(settings.llm, dtype=settings.encode.dtype, contract=settings.encoder, bidirectional=False)
+    else:
+        folder = Path(settings.run) / TRAINED[system]
+        encoder = load(folder, dtype=settings.encode.dtype, contract=settings.encoder)
     if settings.encode.max_passage_tokens:
-        contract = replace(contract, max_passage_tokens=settings.encode.max_passage_tokens)
-    folder = resolve(settings.llm) if system == "llm-unpruned" else str(Path(settings.run) / TRAINED[system])
-    encoder: Encoder = load(
-        folder, dtype=settings.encode.dtype, contract=contract, bidirectional=system != "llm-unpruned"
-    )
+        encoder.contract = replace(encoder.contract, max_passage_tokens=settings.encode.max_passage_tokens)
     encoder.tokens_per_batch = settings.encode.batch_tokens
     return encoder
 
@@ -158,11 +171,10 @@ def _score(
     settings: Settings, system: str, texts: Corpus, encoded: dict[str, Path], folder: Path
 ) -> list[dict[str, object]]:
     """Result rows of one system, one for each dim."""
+    name, depth = result_name(system), settings.evaluate.depth
     if system == "bm25":
-        rows = evaluate_system(system, [], None, None, texts, settings.evaluate.depth, folder)
-        return [row.as_row() for row in rows]
+        return [row.as_row() for row in evaluate_system(name, [], None, None, texts, depth, folder)]
     passages = load_embeddings(encoded[system])
     queries = _encoder(settings, system).encode_queries([query.text for query in texts.queries])
-    dims = sorted(settings.encoder.dims, reverse=True) if system in TRAINED else [passages.shape[1]]
-    rows = evaluate_system(system, dims, queries, passages, texts, settings.evaluate.depth, folder)
-    return [row.as_row() for row in rows]
+    dims = settings.encoder.dims if system in TRAINED else [passages.shape[1]]
+    return [row.as_row() for row in evaluate_system(name, dims, queries, passages, texts, depth, folder)]

@@ -100,6 +100,7 @@ class AugmentSettings:
 class TrainSettings:
     """The single training stage."""
 
+    start: str | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
     steps: int = 1000
     batch_size: int = 256  # queries, over all ranks
     hard_negatives: int = 1  # per query
@@ -131,7 +132,8 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    systems: list[str] = field(default_factory=lambda: ["drama", "teacher", "bm25"])  # and random-init, llm-unpruned
+    # Also random-init, llm-unpruned, and model:NAME for any Llama-type encoder (folder, hub name, ...).
+    systems: list[str] = field(default_factory=lambda: ["drama", "teacher", "bm25"])
     depth: int = 100
 
 
@@ -162,6 +164,7 @@ class Settings:
 
 
 SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
+OTHER_MODEL = "model:"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layer_choice": ("even", "influence"),
     "teacher.dtype": ("bfloat16", "float32"),
@@ -218,9 +221,9 @@ def check(settings: Settings) -> None:
     weights = settings.train.dim_weights
     if weights and len(weights) != len(dims):
         raise SettingsError(f"train.dim_weights={weights}: expected one weight for each of encoder.dims={dims}")
-    unknown = [name for name in settings.evaluate.systems if name not in SYSTEMS]
-    if unknown:
-        raise SettingsError(f"evaluate.systems has {unknown[0]!r}: expected names among {', '.join(SYSTEMS)}")
+    for name in settings.evaluate.systems:
+        if name not in SYSTEMS and not name.startswith(OTHER_MODEL):
+            raise SettingsError(f"evaluate.systems has {name!r}: expected {', '.join(SYSTEMS)} or {OTHER_MODEL}NAME")
     if not 0 < settings.prune.heal_scored_share <= 1:
         raise SettingsError(
             f"prune.heal_scored_share={settings.prune.heal_scored_share}: expected more than 0, up to 1"

@@ -70,6 +70,20 @@ def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..
         pipeline.corpus(small_settings("corpus.held_out_queries=3"))
 
 
+def test_another_model_can_be_the_start_and_be_evaluated(small_settings: Callable[..., Settings], llm: Path) -> None:
+    settings = small_settings(
+        f"train.start={llm}", "encoder.dims=[48,16]", f"evaluate.systems=[drama,model:{llm}]", "train.steps=2"
+    )
+    pipeline.run(settings)
+    run = Path(settings.run)
+    assert not (run / "prune").exists()
+    assert [(row["system"], row["dim"]) for row in rows(run)] == [("drama", 48), ("drama", 16), (llm.name, 48)]
+    as_it_is = drama_dist.load(llm)
+    as_it_is.contract.max_passage_tokens = 256
+    expected = as_it_is.encode_passages(pipeline.open_corpus(run / "corpus").passages.contents(range(5)))
+    np.testing.assert_allclose(pipeline.load_embeddings(run / "encode" / llm.name)[:5], expected, atol=1e-5)
+
+
 def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:

