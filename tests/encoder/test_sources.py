@@ -57,15 +57,10 @@ def test_a_gguf_file_is_converted_once_to_a_model_that_knows_english() -> None:
     assert resolve(SMOLLM2) == str(folder) and list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    losses = []
-    for text in (
-        "The cat sat on the mat and looked out of the window.",
-        "Mat the of window on cat out looked sat and.",
-    ):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            losses.append(float(model(ids, labels=ids).loss))
-    assert losses[0] < 3.5 < losses[1]
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        following = int(model(ids).logits[0, -1].argmax())
+    assert tokenizer.decode([following]) == " Paris"
 
 
 def sentence_transformers_folder(llm: Path, folder: Path, pooling: dict[str, object]) -> Path:
