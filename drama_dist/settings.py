@@ -15,7 +15,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-PACKAGES_CORPUS = "packages:"
+PACKAGES_CORPUS = "installed-packages"
 
 
 class SettingsError(ValueError):
@@ -26,8 +26,8 @@ class SettingsError(ValueError):
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
-    path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "packages:"
-    packages: list[str] = field(default_factory=list)  # for "packages:": import names, whose docs are the corpus
+    path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "installed-packages"
+    packages: list[str] = field(default_factory=list)  # for "installed-packages": import names, whose docs are the corpus
     language: str = "en"
     max_passages: int | None = None  # keep this many, chosen by the seed
     held_out_queries: int = 200  # without qrels: first sentences set aside as test queries

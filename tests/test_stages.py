@@ -1,0 +1,73 @@
+"""Stage folders: finished, half done, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from drama_dist.stages import OtherSettings, fingerprint, open_stage, seconds_of
+
+SETTINGS = {"train": {"steps": 3, "dims": [4, 2]}}
+
+
+def test_a_stage_works_in_a_partial_folder_until_it_is_whole(tmp_path: Path) -> None:
+    stage = open_stage(tmp_path, "train", SETTINGS, {"corpus": "abc"})
+    assert not stage.done and not stage.resumed and stage.folder == tmp_path / "train.partial"
+    (stage.folder / "weights").write_text("w", "utf-8")
+    assert stage.finish(steps=3) == tmp_path / "train"
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    record = json.loads((tmp_path / "train" / "provenance.json").read_text("utf-8"))
+    assert record["steps"] == 3 and record["inputs"] == {"corpus": "abc"} and record["versions"]["torch"]
+    assert seconds_of(tmp_path, "train") >= 0
+    assert open_stage(tmp_path, "train", SETTINGS, {"corpus": "abc"}).done
+
+
+def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
+    first = open_stage(tmp_path, "train", SETTINGS, {})
+    (first.folder / "half").write_text("x", "utf-8")
+    again = open_stage(tmp_path, "train", SETTINGS, {})
+    assert again.resumed and not again.done and (again.folder / "half").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_and_inputs_are_refused_and_listed(tmp_path: Path, finished: bool) -> None:
+    stage = open_stage(tmp_path, "train", SETTINGS, {"corpus": "abc"})
+    if finished:
+        stage.finish()
+    with pytest.raises(OtherSettings) as error:
+        open_stage(tmp_path, "train", {"train": {"steps": 5, "dims": [4, 2], "seed": 1}}, {"corpus": "abd"})
+    message = str(error.value)
+    for line in (
+        "settings.train.steps: 3 in the folder, 5 now",
+        "settings.train.seed: '(absent)' in the folder, 1 now",
+        "inputs.corpus: 'abc' in the folder, 'abd' now",
+        "Name another run (run=runs/NAME)",
+    ):
+        assert line in message
+    assert "dims" not in message
+
+
+def test_the_fingerprint_is_of_the_artefact_and_not_of_its_records(tmp_path: Path) -> None:
+    found = []
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        stage = open_stage(tmp_path / name, "s", {"name": name}, {})
+        (stage.folder / "artefact").write_text(text, "utf-8")
+        stage.log(step=1, name=name)
+        found.append(fingerprint(stage.finish()))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_missing_input_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run the stage that makes it"):
+        fingerprint(tmp_path / "nowhere")
+
+
+def test_metrics_after_a_step_are_forgotten(tmp_path: Path) -> None:
+    stage = open_stage(tmp_path, "s", {}, {})
+    for step in (1, 2, 3):
+        stage.log(step=step)
+    stage.forget_metrics_after(2)
+    lines = (stage.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
