@@ -27,7 +27,9 @@ class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
     path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "installed-packages"
-    packages: list[str] = field(default_factory=list)  # for "installed-packages": import names, whose docs are the corpus
+    packages: list[str] = field(
+        default_factory=list
+    )  # for "installed-packages": import names, whose docs are the corpus
     language: str = "en"
     max_passages: int | None = None  # keep this many, chosen by the seed
     held_out_queries: int = 200  # without qrels: first sentences set aside as test queries

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.table import Qrels, parse_qrels
+from drama_dist.progress import say
 from drama_dist.records import BadRecord, Passage, Query, parse_json_lines
 
 _ID_KEYS = ("_id", "id", "docid")
@@ -101,6 +102,7 @@ def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = load_from_disk(str(folder))
     if not isinstance(rows, Dataset):
         split = next((name for name in ("corpus", "train") if name in rows), next(iter(rows)))
+        say(f"corpus: {folder} has the splits {', '.join(rows)}; reading {split}")
         rows = rows[split]
     for number, row in enumerate(rows, 1):
         yield number, {"id": f"row-{number}", **row}
