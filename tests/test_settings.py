@@ -69,7 +69,7 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
         ("encoder.dims=[8,8]", "expected different positive numbers"),
         ("train.dim_weights=[1.0]", "expected one weight for each of encoder.dims"),
         ("evaluate.systems=[drama,colbert]", "evaluate.systems has 'colbert': expected drama, random-init"),
-        ("train.hard_negatives=9", "train.hard_negatives=9 is more than augment.negatives=8"),
+        ("train.hard_negatives=9", "train.hard_negatives=9.0 is more than augment.negatives=8"),
         ("augment.negatives_to_rank=12", "augment.negatives=8 do not fit between ranks 10 and 12"),
         ("corpus.path=installed-packages", "corpus.packages is empty"),
         ("prune.heal_scored_share=0", "prune.heal_scored_share=0.0: expected more than 0, up to 1"),

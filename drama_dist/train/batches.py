@@ -28,12 +28,13 @@ class Batch:
 
 
 def batches(
-    examples: Sequence[Example], batch_size: int, hard_negatives: int, seed: int, first_step: int = 0
+    examples: Sequence[Example], batch_size: int, hard_negatives: float, seed: int, first_step: int = 0
 ) -> Iterator[Batch]:
     """Yield global batches without end, beginning with step `first_step`.
 
     Every epoch is a new shuffle. No two examples of a batch share a positive; an example that
-    would is put off to the next batch. Raises ValueError where there are too few examples.
+    would is put off to the next batch. hard_negatives: per query; of a fraction, that share of the
+    queries gets one. Raises ValueError where there are too few examples.
     """
     distinct = len({example.positives[0] for example in examples})
     if distinct < batch_size:
@@ -69,12 +70,13 @@ def _epochs(count: int, seed: int) -> Iterator[int]:
         yield from random.Random(f"{seed} epoch {epoch}").sample(range(count), count)
 
 
-def _batch(members: list[Example], hard_negatives: int, choice: random.Random) -> Batch:
+def _batch(members: list[Example], hard_negatives: float, choice: random.Random) -> Batch:
     places: dict[str, int] = {}
     positives = []
     for example in members:
         positive = choice.choice(example.positives)
         positives.append(places.setdefault(positive, len(places)))
-        for negative in choice.sample(example.negatives, min(hard_negatives, len(example.negatives))):
+        wanted = int(hard_negatives) + (choice.random() < hard_negatives % 1)
+        for negative in choice.sample(example.negatives, min(wanted, len(example.negatives))):
             places.setdefault(negative, len(places))
     return Batch([example.query for example in members], list(places), positives)

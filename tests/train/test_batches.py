@@ -59,6 +59,12 @@ def test_negatives_are_as_many_as_asked() -> None:
     assert len(batch.passages) == 4 * (1 + 3)
 
 
+def test_a_fraction_gives_that_share_of_the_queries_a_negative() -> None:
+    rows = [Example(f"q{n}", (f"p{n}",), (f"n{n}",), "crop") for n in range(400)]
+    (batch,) = take(1, rows, 400, 0.25, 1)
+    assert 460 < len(batch.passages) < 540
+
+
 def test_too_few_positives_for_a_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"train.batch_size=8, but the examples have only 3 different first positives"):
         take(1, examples(30, 3), 8, 1, 1)

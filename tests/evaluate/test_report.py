@@ -1,0 +1,64 @@
+"""The report: one page that stands alone, the same numbers as JSON, and the table as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drama_dist.evaluate.report import results_table, write_report
+from drama_dist.settings import Settings
+from drama_dist.stages import open_stage
+
+ROWS = [
+    {"system": "drama", "dim": 32, "ndcg@10": 0.5, "recall@100": 0.9, "mrr@10": 0.4},
+    {"system": "drama", "dim": 16, "ndcg@10": 0.4, "recall@100": 0.8, "mrr@10": 0.3},
+    {"system": "bm25", "dim": None, "ndcg@10": 0.6, "recall@100": 0.7, "mrr@10": 0.4},
+]
+
+
+@pytest.fixture
+def run(small_settings: Callable[..., Settings]) -> Settings:
+    settings = small_settings()
+    for name in ("train", "evaluate"):
+        stage = open_stage(settings.run, name, {}, {})
+        if name == "train":
+            for step in range(1, 6):
+                stage.log(step=step, loss=5.0 / step)
+            lengths = {"edges": [0, 10, 20], "passages": [3, 4], "queries": [9, 0]}
+            (stage.folder / "token_lengths.json").write_text(json.dumps(lengths), "utf-8")
+        else:
+            (stage.folder / "results.json").write_text(json.dumps(ROWS), "utf-8")
+            for name_of, values in (("drama-32", [0.4, 0.6]), ("bm25", [0.5, 0.7])):
+                values_of = {f"q{n}": value for n, value in enumerate(values)}
+                (stage.folder / f"{name_of}.ndcg.json").write_text(json.dumps(values_of), "utf-8")
+        stage.finish()
+    return settings
+
+
+def test_the_json_holds_results_and_seconds(run: Settings) -> None:
+    write_report(Path(run.run), run)
+    report = json.loads((Path(run.run) / "report.json").read_text("utf-8"))
+    assert report["results"] == ROWS and set(report["seconds"]) == {"train", "evaluate"}
+
+
+def test_the_page_holds_table_figures_and_comparison_and_loads_nothing(run: Settings) -> None:
+    page = write_report(Path(run.run), run).read_text("utf-8")
+    assert page.count("<svg") == 4 and "0.600" in page and "drama" in page
+    assert "\N{MINUS SIGN}0.100" in page  # drama against bm25, paired
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!\#)|<script|@import|url\((?!\#)""", page)
+
+
+def test_a_run_that_was_not_evaluated_says_what_to_do(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings()
+    with pytest.raises(FileNotFoundError, match="run `drama evaluate` for this run first"):
+        write_report(Path(settings.run), settings)
+
+
+def test_the_table_as_text_and_as_markdown() -> None:
+    assert results_table(ROWS).splitlines()[2] == "drama    32    0.500       0.900   0.400"
+    markdown = results_table(ROWS, markdown=True).splitlines()
+    assert markdown[2].split("|")[3:6] == ["     0.500 ", "  **0.900** ", " **0.400** "] and "**0.600**" in markdown[4]
