@@ -82,8 +82,10 @@ def _run_stage(verb: str, settings: Settings) -> None:
     from drama_dist import pipeline, ranks
 
     _quiet_libraries()
-    if ranks.world_size() > 1:
-        ranks.start()
+    if ranks.world_size() == 1:
+        getattr(pipeline, verb)(settings)
+        return
+    ranks.start()
     try:
         getattr(pipeline, verb)(settings)
     finally:

@@ -1,0 +1,66 @@
+"""The command: exit status and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drama_dist import pipeline
+from drama_dist.cli import STAGES, main
+from drama_dist.settings import Settings, write_settings
+
+
+@pytest.fixture
+def file(small_settings: Callable[..., Settings], tmp_path: Path) -> Path:
+    write_settings(small_settings(), tmp_path / "whole.yaml")
+    return tmp_path / "whole.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=1"], "drama corpus: override 'train.stepz=1': train.stepz: "),
+        (["corpus.path=/no/such"], "drama corpus: corpus.path=/no/such: no such file or folder"),
+    ],
+)
+def test_a_users_mistake_is_a_message_and_status_2(
+    file: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["corpus", str(file), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_missing_settings_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.yaml"]) == 2
+    assert "drama run: nowhere.yaml: no such settings file" in capsys.readouterr().err
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in [*STAGES, "search"])
+
+
+def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["corpus", str(file), "--fast"])
+    assert "unknown option --fast" in capsys.readouterr().err
+    assert main(["corpus", str(file), "--local_rank=0"]) == 0
+
+
+def test_search_answers_from_a_finished_run_and_says_what_is_missing(
+    small_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings("train.steps=2")
+    assert main(["search", settings.run, "the river"]) == 2
+    assert "finish the run first: drama run SETTINGS run=" in capsys.readouterr().err
+    pipeline.encode(settings)
+    assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == ["1.", "2.", "3."]
+    assert main(["search", settings.run, "the river", "--dim", "99"]) == 2
+    assert "dim=99: these vectors have 32 components" in capsys.readouterr().err
