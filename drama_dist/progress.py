@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from drama_dist import ranks
 
+_LINE = "{desc}: {percentage:3.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+
 
 def say(message: str) -> None:
     """Print a line on rank 0 without breaking a progress bar."""
@@ -29,6 +31,7 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
         unit=f" {unit}",
         disable=ranks.rank() != 0,
         dynamic_ncols=terminal,
+        bar_format=None if terminal else _LINE,
         mininterval=0.2 if terminal else 10,
         maxinterval=10 if terminal else 60,
         smoothing=0.1,
