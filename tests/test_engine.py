@@ -80,5 +80,5 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_ignored(tmp_pa
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     rates = [learning_rate_at(step, 20, 1.0, 0.2) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
+    assert rates[4] == 1.0 and all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert rates[12] == pytest.approx(0.5) and rates[-1] < 0.01

@@ -35,7 +35,7 @@ class LexicalIndex:
 
     def __init__(self, texts: Sequence[str], language: str):
         name = language.lower()
-        self._stemmer = Stemmer.Stemmer(name) if name in Stemmer.algorithms(aliases=True) else None
+        self._stemmer = _stemmer(name)
         self._stopwords = frozenset(STOPWORDS_EN) if name in _ENGLISH else frozenset()
         self._count = len(texts)
         tokens = [self.tokenize(text) for text in texts]
@@ -74,6 +74,14 @@ class LexicalIndex:
     def _scores(self, tokens: list[str]) -> np.ndarray:
         ids = self._bm25.get_tokens_ids(tokens)
         return self._bm25.get_scores_from_ids(ids) if ids else np.zeros(self._count, dtype=np.float32)
+
+
+def _stemmer(language: str) -> Stemmer.Stemmer | None:
+    # Not a look into Stemmer.algorithms(aliases=True): PyStemmer 3.1 leaves the aliases, "en" among them, out.
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError:
+        return None
 
 
 def _pairs(run: str) -> list[str]:
