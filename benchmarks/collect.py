@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from measure import RESULTS, processor
+
 from drama_dist.evaluate.report import results_table
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS_SHOWN = ("seed", "llm", "encoder", "prune", "teacher", "augment", "train", "encode")
 
 
@@ -54,13 +55,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "seconds": report["seconds"],
         "results": report["results"],
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def as_markdown(run: dict[str, Any]) -> str:

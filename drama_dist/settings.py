@@ -33,6 +33,7 @@ class CorpusSettings:
     language: str = "en"
     max_passages: int | None = None  # keep this many, chosen by the seed
     held_out_queries: int = 200  # without qrels: first sentences set aside as test queries
+    lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
     min_words: int = 5  # shorter passages are set aside as trivial
     bad_record_limit: float = 0.01  # share of records that may be set aside as unusable before the stage fails
 

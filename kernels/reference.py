@@ -6,36 +6,42 @@ Shapes: B queries, N passages, K components.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
+
+from drama_dist.kernels.problem import Problem
 
 
 def info_nce_reference(
     queries_BK: torch.Tensor,
     passages_NK: torch.Tensor,
-    positives_B: torch.Tensor,
-    temperature: float,
-    dims: Sequence[int],
-    dim_weights: Sequence[float],
-    passage_ids_N: torch.Tensor | None = None,
+    temperature: torch.Tensor | float,
+    problem: Problem,
+    precision: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (loss, per-dim losses M) in float64, differentiable (van den Oord et al. 2018, eq. 4)."""
-    masked_BN = columns_to_mask(positives_B, passages_NK.shape[0], passage_ids_N)
+    """Return (loss, per-dim losses M), differentiable (van den Oord et al. 2018, eq. 4).
+
+    precision: of everything; less than float64 shows what plain PyTorch makes of the same inputs.
+    """
+    everything = slice(0, len(queries_BK))
+    masked_BN = problem.masked(everything, len(passages_NK))
+    if masked_BN is None:
+        masked_BN = torch.zeros(len(queries_BK), len(passages_NK), dtype=torch.bool)
+    at_positive = problem.positives_B.unsqueeze(1)
+    not_negative_BN = masked_BN.scatter(1, at_positive, True)
     losses = []
-    for dim in dims:
-        query_unit = normalize(queries_BK[:, :dim].double(), dim=1)
-        passage_unit = normalize(passages_NK[:, :dim].double(), dim=1)
-        scores_BN = query_unit @ passage_unit.T / temperature
-        losses.append(cross_entropy(scores_BN.masked_fill(masked_BN, -torch.inf), positives_B))
+    for dim in problem.dims:
+        query_unit = normalize(queries_BK[:, :dim].to(precision), dim=1)
+        passage_unit = normalize(passages_NK[:, :dim].to(precision), dim=1)
+        cosine_BN = query_unit @ passage_unit.T
+        score_BN = cosine_BN / temperature
+        own_B1 = score_BN.gather(1, at_positive)
+        rivals_BN = (score_BN + problem.hardness * cosine_BN.detach()).masked_fill(not_negative_BN, -torch.inf)
+        loss = (rivals_BN.scatter(1, at_positive, own_B1).logsumexp(1) - own_B1[:, 0]).mean()
+        if problem.symmetric:
+            # Row i: the scores of column y(i) for every query, query i's own in place i.
+            rivals_BB = rivals_BN.T[problem.positives_B].diagonal_scatter(own_B1[:, 0])
+            loss = loss + problem.symmetric * (rivals_BB.logsumexp(1) - own_B1[:, 0]).mean()
+        losses.append(loss)
     per_dim = torch.stack(losses)
-    return (per_dim * per_dim.new_tensor(list(dim_weights))).sum(), per_dim.detach()
-
-
-def columns_to_mask(positives_B: torch.Tensor, columns: int, passage_ids_N: torch.Tensor | None) -> torch.Tensor:
-    """B × N, true where a column holds the positive's document under another column."""
-    if passage_ids_N is None:
-        return torch.zeros(len(positives_B), columns, dtype=torch.bool, device=positives_B.device)
-    same_BN = passage_ids_N.unsqueeze(0) == passage_ids_N[positives_B].unsqueeze(1)
-    return same_BN.scatter(1, positives_B.unsqueeze(1), False)
+    return (per_dim * per_dim.new_tensor(problem.weights)).sum(), per_dim.detach()

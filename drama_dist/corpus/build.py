@@ -24,6 +24,7 @@ from drama_dist.stages import fingerprint, open_stage
 
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
+_CAPITAL_WORDS = 4  # fewer may be an abbreviation or a name
 
 
 def build_corpus(settings: Settings) -> Path:
@@ -45,6 +46,8 @@ def build_corpus(settings: Settings) -> Path:
         return stage.finish()
     aside = SetAside()
     raw = _read(choice, aside)
+    if choice.lower_capitals:
+        raw = _lower_capitals(raw)
     if not raw.qrels:
         raw = _hold_out(_sample(_worthwhile(raw.passages, choice, aside), choice, settings.seed), choice, settings.seed)
     write_records(stage.folder / "set_aside.jsonl", aside.as_rows())
@@ -68,6 +71,21 @@ def _read(choice: CorpusSettings, aside: SetAside) -> RawCorpus:
     passages = package_passages(choice.packages, choice.language)
     aside.seen = len(passages)
     return RawCorpus(passages, [], {})
+
+
+def _lower_capitals(raw: RawCorpus) -> RawCorpus:
+    """Texts of several words, all in capitals, in small letters: to an LLM's tokenizer they are fragments."""
+    passages = [replace(one, title=_lower(one.title), text=_lower(one.text)) for one in raw.passages]
+    queries = [replace(one, text=_lower(one.text)) for one in raw.queries]
+    changed = sum(one != other for one, other in zip(raw.passages, passages, strict=True))
+    changed += sum(one != other for one, other in zip(raw.queries, queries, strict=True))
+    if changed:
+        say(f"corpus: {changed} texts in nothing but capitals became small letters (corpus.lower_capitals)")
+    return RawCorpus(passages, queries, raw.qrels)
+
+
+def _lower(text: str) -> str:
+    return text.lower() if text.isupper() and count_words(text) >= _CAPITAL_WORDS else text
 
 
 def _worthwhile(passages: list[Passage], choice: CorpusSettings, aside: SetAside) -> list[Passage]:

@@ -94,6 +94,15 @@ def test_a_beir_folder_without_judgements_and_datasets_on_disk_are_read(build: B
         assert len(corpus.queries) == 12
 
 
+def test_texts_in_nothing_but_capitals_become_small_letters(build: Build, tmp_path: Path) -> None:
+    rows = [*ROWS, {"_id": "loud", "title": "NATO", "text": "NATO MET IN PARIS ON MONDAY"}]
+    queries = [{"_id": "q1", "text": "WHO MET IN PARIS?"}, {"_id": "q2", "text": "NATO in Paris"}]
+    corpus = build(beir(tmp_path / "loud", queries, ["q1\tloud\t1", "q2\tloud\t1"], rows))
+    (found,) = [passage for passage in corpus.passages if passage.id == "loud"]
+    assert (found.title, found.text) == ("NATO", "nato met in paris on monday")
+    assert [query.text for query in corpus.queries] == ["who met in paris?", "NATO in Paris"]
+
+
 def test_trivial_and_repeated_passages_are_set_aside(build: Build, tmp_path: Path) -> None:
     rows = [*ROWS, {"_id": "t", "text": "too short"}, {**ROWS[4], "_id": "again"}]
     assert len(build(lines(tmp_path / "p.jsonl", rows)).passages) == 30

@@ -1,0 +1,169 @@
+"""The loss alone, forward and backward: ours, dense PyTorch, and sentence-transformers' cached loss, on given vectors.
+
+python benchmarks/loss.py [--sizes 1024 4096 8192] [--hard-sizes 1024] [--dtype bfloat16] [--device cpu] [--rounds 5]
+
+Every side gets the same float tensors and gives the loss and both gradients. sentence-transformers runs its
+MatryoshkaLoss over CachedMultipleNegativesRankingLoss without its encoder, with a mini-batch of 32 (its
+default) and with others, of which the fastest counts. A speed-up is printed only where the sides agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import Measured, as_row, circumstances, in_turns, write_results
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from torch.nn.functional import cross_entropy, normalize
+from tqdm import tqdm
+
+from drama_dist.kernels import info_nce
+
+TEMPERATURE = 0.05
+DIMS = ((768,), (768, 512, 256), (768, 512, 256, 128, 64))
+MINI_BATCHES = (32, 128, 512)
+HARD_NEGATIVES = 7
+# Of the loss, and of the gradients' norm. In bfloat16 the peers also round scores.
+AGREEMENT = {torch.bfloat16: (0.02, 0.1), torch.float32: (1e-4, 1e-3)}
+Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def ours(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...]) -> Step:
+    """The public function."""
+    positives = torch.arange(len(queries), device=queries.device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        result = info_nce(queries, passages, positives, temperature=TEMPERATURE, dims=dims)
+        return (result.loss.detach(), *torch.autograd.grad(result.loss, (queries, passages)))
+
+    return step
+
+
+def dense(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...]) -> Step:
+    """What one writes without a library: a matrix of scores for every dim."""
+    positives = torch.arange(len(queries), device=queries.device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = torch.zeros((), device=queries.device)
+        for dim in dims:
+            scores = normalize(queries[:, :dim], dim=1) @ normalize(passages[:, :dim], dim=1).T / TEMPERATURE
+            loss = loss + cross_entropy(scores, positives) / len(dims)
+        return (loss.detach(), *torch.autograd.grad(loss, (queries, passages)))
+
+    return step
+
+
+class _GivenVectors(torch.nn.Module):
+    """Stands where the peer asks for a model that it does not call here."""
+
+    def __getitem__(self, place: int) -> torch.nn.Module:
+        return self
+
+
+def cached(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...], mini_batch: int) -> Step:
+    """sentence-transformers: the loss and the gradients that it would hand to its encoder."""
+    model: Any = _GivenVectors()
+    loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=mini_batch)
+    MatryoshkaLoss(model, loss, list(dims), [1 / len(dims)] * len(dims))  # puts itself around calculate_loss
+    columns = [queries.detach(), *passages.detach().split(len(queries))]
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        chunks = [[part.requires_grad_() for part in column.split(mini_batch)] for column in columns]
+        value, gradients = loss.calculate_loss_and_cache_gradients(chunks)
+        of_columns = [torch.cat(parts) for parts in gradients]
+        return value.detach(), of_columns[0], torch.cat(of_columns[1:])
+
+    return step
+
+
+def disagreement(found: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+    """Relative difference of the loss, and the largest of the gradients' norms."""
+    loss = float((found[0] - other[0]).abs() / found[0].abs())
+    pairs = [(own.float(), theirs.float()) for own, theirs in zip(found[1:], other[1:], strict=True)]
+    return loss, max(float((own - theirs).norm() / own.norm()) for own, theirs in pairs)
+
+
+def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
+    """One line of the table."""
+    generator = torch.Generator().manual_seed(rows)
+    dtype = getattr(torch, options.dtype)
+    queries, passages = (torch.randn(count, max(dims), generator=generator) for count in (rows, columns))
+    passages[:rows] += queries  # positives that can be told from the rest
+    leaves = [side.to(options.device, dtype).requires_grad_() for side in (queries, passages)]
+    sides = {
+        "ours": ours(*leaves, dims),
+        "dense": dense(*leaves, dims),
+        **{f"cached {size}": cached(*leaves, dims, size) for size in MINI_BATCHES},
+    }
+    results = {name: side() for name, side in sides.items()}
+    differences = {name: disagreement(results["ours"], result) for name, result in results.items()}
+    del results
+    measured = in_turns(sides, options.rounds, options.device)
+    return {
+        "rows": rows,
+        "columns": columns,
+        "dims": dims,
+        "measured": {name: as_row(value) for name, value in measured.items()},
+        "disagreement": differences,
+        "agree": {
+            name: all(one <= most for one, most in zip(pair, AGREEMENT[dtype], strict=True))
+            for name, pair in differences.items()
+        },
+        "best_peer": min((name for name in measured if name != "ours"), key=lambda name: measured[name].seconds),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: seconds and megabytes of each side, and the ratios."""
+    lines = [
+        "Seconds (median; fastest to slowest) and extra peak MB. cached: sentence-transformers, by mini-batch.",
+        "time: ours over the best of all peers; memory: ours over dense. 1 dim: our time over that with one dim.",
+        "",
+        "| B × N | dims | ours | dense | " + " | ".join(f"cached {size}" for size in MINI_BATCHES) + " | time | memory"
+        " | 1 dim | largest difference (loss, gradients) |",
+        "|---" * (8 + len(MINI_BATCHES)) + "|",
+    ]
+    one_dim = {
+        (row["rows"], row["columns"]): row["measured"]["ours"]["seconds"] for row in rows if len(row["dims"]) == 1
+    }
+    for row in rows:
+        measured = {name: Measured(**value) for name, value in row["measured"].items()}
+        own, best = measured["ours"], measured[row["best_peer"]]
+        cells = [
+            f"{row['rows']} × {row['columns']}",
+            "/".join(map(str, row["dims"])),
+            *(
+                f"{one.seconds:.2f} ({one.fastest:.2f}–{one.slowest:.2f}), {one.megabytes:.0f}"
+                for one in measured.values()
+            ),
+            f"{own.seconds / best.seconds:.2f}" if row["agree"][row["best_peer"]] else "no agreement",
+            f"{own.megabytes / measured['dense'].megabytes:.2f}",
+            f"{own.seconds / one_dim[row['rows'], row['columns']]:.2f}",
+            ", ".join(f"{max(one):.1e}" for one in zip(*row["disagreement"].values(), strict=True)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 4096, 8192], help="B = N")
+    parser.add_argument("--hard-sizes", type=int, nargs="*", default=[1024], help="B, with N = 8 B")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    shapes = [(size, size) for size in options.sizes]
+    shapes += [(size, (1 + HARD_NEGATIVES) * size) for size in options.hard_sizes]
+    facts, rows = circumstances(options.device), []
+    for (count, columns), dims in tqdm([(shape, dims) for shape in shapes for dims in DIMS], unit=" lines"):
+        rows.append(measure(count, columns, dims, options))
+        name = f"loss-{options.device}-{options.dtype}"
+        path = write_results(name, facts, rows, table(rows))
+    print(table(rows), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The only place that times: sides of a comparison in turns, peak memory, and the results files.
+
+A round runs every side once, so that a change of the machine's load meets all of them; the first round
+is not counted. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
+CUDA: PyTorch's own count).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "inf-cl", "liger-kernel")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: median of the rounds; fastest and slowest: their spread; megabytes: extra peak memory."""
+
+    seconds: float
+    fastest: float
+    slowest: float
+    megabytes: float
+    rounds: int
+
+
+def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Measured]:
+    """Median time and peak memory of every side."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    memory = dict.fromkeys(sides, 0.0)
+    for number in range(rounds + 1):
+        for name, call in sides.items():
+            begin = _begin(device)
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            took = time.perf_counter() - started
+            memory[name] = max(memory[name], (_peak(device) - begin) / 1e6)
+            if number:
+                times[name].append(took)
+    return {
+        name: Measured(statistics.median(taken), min(taken), max(taken), memory[name], rounds)
+        for name, taken in times.items()
+    }
+
+
+def _begin(device: str) -> float:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide what a side takes
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> float:
+    return float(torch.cuda.max_memory_allocated()) if device == "cuda" else _status("VmHWM")
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return 1024 * float(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def circumstances(device: str = "cpu") -> dict[str, Any]:
+    """Machine, date, versions and command."""
+    return {
+        "machine": {
+            "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": platform.system(),
+        },
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _of(name))}},
+        "command": f"python {' '.join(sys.argv)}",
+    }
+
+
+def _of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def as_row(measured: Measured) -> dict[str, Any]:
+    """For the JSON file."""
+    return asdict(measured)
+
+
+def write_results(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> Path:
+    """Write results/NAME.json and results/NAME.md, under a heading that says where and when."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", "utf-8")
+    machine, versions = facts["machine"], ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+    path = RESULTS / f"{name}.md"
+    path.write_text(
+        f"""# {name}
+
+{facts["date"]}, {machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} threads, {machine["system"]};
+{versions}. Command: `{facts["command"]}`.
+
+{markdown}
+""",
+        "utf-8",
+    )
+    return path

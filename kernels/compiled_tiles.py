@@ -1,0 +1,270 @@
+"""Tiles compiled for this CPU from tiles.cpp: scores, masks, exponentials and products in cache, in one pass.
+
+Covers building and loading the library, its operands' layout, and threads. bfloat16 operands where the
+inputs are bfloat16, float32 else; sums are float32 always. For a given number of threads the result is
+the same to the bit.
+Shapes: B queries, N passages, K components, M dims, R rows of a chunk; Kp and Np padded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from drama_dist.kernels.problem import Problem
+from drama_dist.kernels.tiles import ChunkScores, Gradients, Norms, block_ends, pad_blocks, row_chunks, unpad_blocks
+
+SOURCE = Path(__file__).with_name("tiles.cpp")
+_STRIP = 64
+_SCORE_BYTES = 1 << 27
+_MOST_ROWS = 384
+_ROW_STEP = 12  # whole register tiles, and pairs
+_INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
+_FLOATS = ("exponent", "symmetric")
+_ORDER = (  # as in tiles.cpp
+    *_INTEGERS,
+    "ends",
+    *_FLOATS,
+    "queries",
+    "queries_transposed",
+    "passages_by_depth",
+    "passages_by_column",
+    "query_norms",
+    "passage_norms",
+    "masked",
+    "positives",
+    "scores",
+    "own",
+    "maxima",
+    "sums",
+    "column_maxima",
+    "column_sums",
+    "scales",
+    "shifts",
+    "missed",
+    "column_shifts",
+    "row_terms",
+    "column_terms",
+    "query_products",
+    "passage_products",
+    "suffix",
+    "upstream",
+    "upstream_packed",
+)
+
+
+class _Chunk(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64 if name in _INTEGERS else ctypes.c_float if name in _FLOATS else ctypes.c_void_p)
+        for name in _ORDER
+    ]
+
+
+@lru_cache(maxsize=1)
+def extension() -> ctypes.CDLL | None:
+    """The library, built where it is not; None (with one warning) where it cannot be."""
+    try:
+        return ctypes.CDLL(_build())
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"no compiled loss kernels ({reason}): going on with slower PyTorch operations; "
+            "install a C++ compiler (g++) and ninja",
+            stacklevel=2,
+        )
+        return None
+
+
+def _build() -> str:
+    from torch.utils import cpp_extension
+
+    # A cache folder may be shared by machines with other CPUs.
+    cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
+    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
+    name = f"drama_tiles_{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+    with _ninja_on_path():
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        cpp_extension.load(
+            name, [str(SOURCE)], extra_cflags=["-O3", "-march=native"], is_python_module=False, verbose=False
+        )
+    return str(folder / f"{name}.so")
+
+
+class CompiledTiles:
+    """See Tiles."""
+
+    def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
+        both = {queries_BK.dtype, passages_NK.dtype}
+        self._dtype = torch.bfloat16 if both == {torch.bfloat16} else torch.float32
+        self._inputs = queries_BK, passages_NK
+        self._problem, self._columns = problem, len(passages_NK)
+        self._norms = Norms(queries_BK, passages_NK, temperature, problem.dims)
+        self._tile = int(_library().drama_tile_columns())
+        self._threads = torch.get_num_threads()
+        self._ends = block_ends(problem.dims, _STRIP)
+        self._queries = pad_blocks(queries_BK.to(self._dtype), problem.dims, _STRIP)
+        self._state: dict[str, torch.Tensor | float] = self._whole_call(temperature)
+        self._chunk: dict[str, torch.Tensor | float] = {}
+        self._rows = slice(0)
+        self._row_terms_MB = torch.zeros_like(self._norms.query_MB)
+        self._query_products = torch.empty(len(queries_BK), self._ends[-1])
+        self._scores = torch.empty(0)
+
+    def _whole_call(self, temperature: float) -> dict[str, torch.Tensor | float]:
+        problem, tile = self._problem, self._tile
+        tiles = -(-self._columns // tile)
+        passages = pad_blocks(self._inputs[1].to(self._dtype), problem.dims, _STRIP)
+        passages = pad(passages, (0, 0, 0, tiles * tile - self._columns))
+        lane = 2 if self._dtype == torch.bfloat16 else 1
+        kp = self._ends[-1]
+        norms_MN = pad(self._norms.passage_MN, (0, tiles * tile - self._columns))
+        count = len(self._inputs[0])
+        return {
+            "columns": self._columns,
+            "components": kp,
+            "dims": len(problem.dims),
+            "ends": torch.tensor(self._ends),
+            "exponent": 1 + problem.hardness * temperature,
+            "symmetric": problem.symmetric,
+            "passages_by_depth": _strips(passages, lane),
+            "passages_by_column": passages.view(tiles, tile // lane, lane, kp // _STRIP, _STRIP)
+            .permute(0, 3, 1, 4, 2)
+            .contiguous(),
+            "passage_norms": norms_MN.contiguous(),
+            "column_maxima": torch.full_like(norms_MN, -torch.inf),
+            "column_sums": torch.zeros_like(norms_MN),
+            "scales": torch.tensor([weight / count for weight in problem.weights], dtype=torch.float32),
+            "column_terms": torch.zeros_like(norms_MN),
+            "passage_products": torch.zeros(tiles, kp, tile),
+        }
+
+    def row_chunks(self) -> Iterator[slice]:
+        rows, dims = len(self._inputs[0]), len(self._problem.dims)
+        return row_chunks(rows, self._columns, dims, _SCORE_BYTES, _MOST_ROWS, _ROW_STEP)
+
+    def scores(self, rows: slice) -> ChunkScores:
+        masked_RN = self._problem.masked(rows, self._columns)
+        self._rows = rows
+        dims, count = len(self._problem.dims), rows.stop - rows.start
+        padded = count + count % 2
+        tiles = -(-self._columns // self._tile)
+        if self._scores.numel() < dims * tiles * count * self._tile:
+            self._scores = torch.empty(dims * tiles * count * self._tile)
+        self._chunk = {
+            "rows": count,
+            "padded_rows": padded,
+            "queries": self._queries[rows],
+            "queries_transposed": pad(self._queries[rows].T, (0, padded - count)).contiguous(),
+            "query_norms": self._norms.scaled_query_MB[:, rows].contiguous(),
+            "positives": self._problem.positives_B[rows].contiguous(),
+            "scores": self._scores,
+            "own": torch.empty(dims, count),
+        }
+        if masked_RN is not None:
+            self._chunk["masked"] = masked_RN.contiguous()
+        maxima = torch.full((self._threads, dims, count), -torch.inf)
+        sums = torch.zeros_like(maxima)
+        suffix = torch.empty(self._threads, count, self._tile)
+        self._run("scores", True, {"maxima": maxima, "sums": sums, "suffix": suffix})
+        own = self._chunk["own"]
+        assert isinstance(own, torch.Tensor)
+        best_R = maxima[:, -1].amax(0) / float(self._state["exponent"])
+        masked_pairs = torch.zeros((), dtype=torch.int64) if masked_RN is None else masked_RN.sum()
+        return ChunkScores(own, (maxima + sums.log()).logsumexp(0), best_R, masked_pairs)
+
+    def fold_columns(self) -> None:
+        self._run("fold_columns", False, {})
+
+    def column_normalisers(self) -> torch.Tensor:
+        maxima, sums = self._state["column_maxima"], self._state["column_sums"]
+        assert isinstance(maxima, torch.Tensor) and isinstance(sums, torch.Tensor)
+        return (maxima + sums.log())[:, : self._columns]
+
+    def add_gradients(
+        self, shift_MR: torch.Tensor, missed_MR: torch.Tensor, column_shift_MN: torch.Tensor | None
+    ) -> None:
+        count, padded = int(self._chunk["rows"]), int(self._chunk["padded_rows"])
+        self._chunk |= {"shifts": shift_MR.contiguous(), "missed": missed_MR.contiguous()}
+        if column_shift_MN is not None:
+            columns = self._state["passage_norms"]
+            assert isinstance(columns, torch.Tensor)
+            extra = columns.shape[1] - self._columns
+            self._chunk["column_shifts"] = pad(column_shift_MN, (0, extra), value=torch.inf).contiguous()
+        products = torch.zeros(self._threads, count, self._ends[-1])
+        row_terms = torch.zeros(self._threads, *shift_MR.shape)
+        own_scratch = {
+            "query_products": products,
+            "row_terms": row_terms,
+            "suffix": torch.empty(self._threads, count, self._tile),
+            "upstream": torch.empty(self._threads, count, self._tile, dtype=self._dtype),
+            "upstream_packed": torch.empty(self._threads, padded, self._tile, dtype=self._dtype),
+        }
+        self._run("gradients", True, own_scratch)
+        self._query_products[self._rows] = products.sum(0)
+        self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+
+    def gradients(self) -> Gradients:
+        products, column_terms = self._state["passage_products"], self._state["column_terms"]
+        assert isinstance(products, torch.Tensor) and isinstance(column_terms, torch.Tensor)
+        passage = products.transpose(1, 2).reshape(-1, self._ends[-1])[: self._columns]
+        width, dims = self._inputs[0].shape[1], self._problem.dims
+        unpadded = [unpad_blocks(side, dims, _STRIP, width) for side in (self._query_products, passage)]
+        return self._norms.complete(
+            self._inputs, (unpadded[0], unpadded[1]), self._row_terms_MB, column_terms[:, : self._columns].contiguous()
+        )
+
+    def _run(self, name: str, typed: bool, of_thread: dict[str, torch.Tensor]) -> None:
+        """Call a function of the library on every thread, each with its share of the tiles and of `of_thread`."""
+        suffix = f"_{str(self._dtype).removeprefix('torch.')}" if typed else ""
+        function: Callable[..., None] = getattr(_library(), f"drama_{name}{suffix}")
+        tiles = -(-self._columns // self._tile)
+
+        def share(thread: int) -> None:
+            values = self._state | self._chunk | {key: value[thread] for key, value in of_thread.items()}
+            chunk = _Chunk(
+                **{key: value.data_ptr() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+            )
+            begin, end = (tiles * place // self._threads for place in (thread, thread + 1))
+            function(ctypes.byref(chunk), ctypes.c_int64(begin), ctypes.c_int64(end))
+
+        list(_pool(self._threads).map(share, range(self._threads)))
+
+
+def _library() -> ctypes.CDLL:
+    library = extension()
+    assert library is not None
+    return library
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="drama-tiles")
+
+
+def _strips(vectors: torch.Tensor, lane: int) -> torch.Tensor:
+    """Rows × Kp to [rows / 64][Kp / lane][64][lane]."""
+    rows, kp = vectors.shape
+    return vectors.view(rows // _STRIP, _STRIP, kp // lane, lane).permute(0, 2, 1, 3).contiguous()
+
+
+class _ninja_on_path:
+    """The ninja of this environment, which need not be activated."""
+
+    def __enter__(self) -> None:
+        import ninja
+
+        self._before = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, self._before])
+
+    def __exit__(self, *_: object) -> None:
+        os.environ["PATH"] = self._before

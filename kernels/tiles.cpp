@@ -1,0 +1,329 @@
+// Tiles of scores and of their gradients, for one chunk of rows and a range of column tiles.
+//
+// Covers the arithmetic only: memory, packing, threads and the loss itself are compiled_tiles.py's.
+// Knows nothing of torch, so that it builds in seconds; one thread calls it for its own tiles.
+//
+// Shapes: R rows, N columns in tiles of 64 · STRIPS, K components in blocks (block d is what dim d has
+// beyond dim d - 1, padded to 64), M dims. E is an operand's element: bfloat16 bits, two to a lane, or
+// float. A packed operand is laid out [columns / 64][depth / lane][64][lane].
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Bfloat16;
+
+constexpr int64_t WIDTH = 16, STRIP = 64, STRIPS = 2, TILE = STRIP * STRIPS, ROWS = 6;
+constexpr float MASKED = -1e30f;
+
+struct Chunk {
+  int64_t rows, padded_rows, columns, components, dims;
+  const int64_t* ends;  // M: where each block ends among the padded components
+  float exponent;       // z = exponent * score
+  float symmetric;
+  const void* queries;             // R x K
+  const void* queries_transposed;  // K x padded R
+  const void* passages_by_depth;   // packed, depth is K
+  const void* passages_by_column;  // per tile packed, depth is the tile's columns
+  const float* query_norms;        // M x R, 1 / (norm * temperature)
+  const float* passage_norms;      // M x N, 1 / norm
+  const uint8_t* masked;           // R x columns, or null
+  const int64_t* positives;        // R
+  float* scores;                   // M x tiles x R x TILE
+  float* own;                      // M x R
+  float* maxima;                   // M x R of one thread
+  float* sums;                     // M x R of one thread: sum of exp(z - maximum)
+  float* column_maxima;            // M x N
+  float* column_sums;              // M x N
+  const float* scales;             // M: weight / B
+  const float* shifts;             // M x R
+  const float* missed;             // M x R
+  const float* column_shifts;      // M x N, or null
+  float* row_terms;                // M x R of one thread
+  float* column_terms;             // M x N
+  float* query_products;           // R x K of one thread
+  float* passage_products;         // tiles x K x TILE
+  float* suffix;                   // R x TILE, scratch of one thread
+  void* upstream;                  // R x TILE in E, scratch
+  void* upstream_packed;           // packed, depth is padded R, scratch
+};
+
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+inline Floats all(float value) { return Floats{} + value; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += v[i];
+  return total;
+}
+inline float maximum(Floats v) {
+  float most = v[0];
+  for (int i = 1; i < WIDTH; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// exp for arguments up to 88; 0 below -87. Cody-Waite reduction, Taylor to degree 6: 2 ulp.
+inline Floats exponential(Floats x) {
+  Floats clamped = larger(x, all(-87.f));
+  Floats rounded = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are the integer
+  Floats n = rounded - 12582912.f;
+  Floats r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
+  Floats p = all(1.f / 720);
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  Ints power = ((Ints)rounded << 23) + (127 << 23);
+  Floats result = p * (Floats)power;
+  return x > all(-87.f) ? result : Floats{};
+}
+
+inline Bits rounded_to_bfloat16(Floats value) {  // to nearest even, in the low half of each lane
+  Bits bits = (Bits)value;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+template <class E>
+struct Operand;
+
+template <>
+struct Operand<float> {
+  static constexpr int64_t lane = 1;
+  static Floats multiply_add(Floats sum, const float* a, const float* b) { return sum + *a * load(b); }
+  static void write_row(float* to, Floats value) { store(to, value); }
+  static void write_packed(float* to, Floats first, Floats) { store(to, first); }
+};
+
+template <>
+struct Operand<Bfloat16> {
+  static constexpr int64_t lane = 2;
+  static Floats multiply_add(Floats sum, const Bfloat16* a, const Bfloat16* b) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+#if defined(__AVX512BF16__)
+    __m512i bits = _mm512_loadu_si512(b);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)bits);
+#else
+    Bits left = Bits{} + (uint32_t)pair, right;
+    std::memcpy(&right, b, sizeof right);
+    sum += (Floats)(left << 16) * (Floats)(right << 16);
+    return sum + (Floats)(left & 0xffff0000u) * (Floats)(right & 0xffff0000u);
+#endif
+  }
+  static void write_row(Bfloat16* to, Floats value) {
+    Halves narrow = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
+    std::memcpy(to, &narrow, sizeof narrow);
+  }
+  static void write_packed(Bfloat16* to, Floats first, Floats second) {
+    Bits pairs = rounded_to_bfloat16(first) | (rounded_to_bfloat16(second) << 16);
+    std::memcpy(to, &pairs, sizeof pairs);
+  }
+};
+
+// C (R x 64, row stride ldc) += A (R x depth, row stride lda) * B (one packed strip), R at most ROWS.
+template <class E, int R>
+inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
+  constexpr int64_t lane = Operand<E>::lane;
+  Floats total[R][4];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 4; ++v) total[r][v] = load(c + r * ldc + v * WIDTH);
+  for (int64_t k = 0; k < depth; k += lane) {
+    const E* row = b + k * STRIP;
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)
+        total[r][v] = Operand<E>::multiply_add(total[r][v], a + r * lda + k, row + v * WIDTH * lane);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 4; ++v) store(c + r * ldc + v * WIDTH, total[r][v]);
+}
+
+template <class E>
+void multiply(int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b, int64_t strip_stride,
+              float* c, int64_t ldc) {
+  for (int64_t s = 0; s < strips; ++s) {
+    const E* strip = b + s * strip_stride;
+    float* to = c + s * STRIP;
+    int64_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS) multiply_rows<E, ROWS>(depth, a + r * lda, lda, strip, to + r * ldc, ldc);
+    const E* rest = a + r * lda;
+    float* last = to + r * ldc;
+    switch (rows - r) {
+      case 5: multiply_rows<E, 5>(depth, rest, lda, strip, last, ldc); break;
+      case 4: multiply_rows<E, 4>(depth, rest, lda, strip, last, ldc); break;
+      case 3: multiply_rows<E, 3>(depth, rest, lda, strip, last, ldc); break;
+      case 2: multiply_rows<E, 2>(depth, rest, lda, strip, last, ldc); break;
+      case 1: multiply_rows<E, 1>(depth, rest, lda, strip, last, ldc); break;
+    }
+  }
+}
+
+int64_t tiles_of(const Chunk& c) { return c.columns / TILE + (c.columns % TILE != 0); }
+
+// One row of a tile: scores of one dim from the product, masked, and the row's running logsumexp.
+inline void score_row(const Chunk& c, int64_t d, int64_t tile, int64_t r, const float* product, float* scores) {
+  const int64_t padded = tiles_of(c) * TILE, first = tile * TILE, valid = c.columns - first;
+  const float* norms = c.passage_norms + d * padded + first;
+  const float norm = c.query_norms[d * c.rows + r];
+  const int64_t own = c.positives[r] - first;
+  for (int64_t v = 0; v < TILE; v += WIDTH) store(scores + v, load(product + v) * norm * load(norms + v));
+  if (c.masked && valid >= TILE) {
+    const uint8_t* flags = c.masked + r * c.columns + first;
+    for (int64_t v = 0; v < TILE; v += WIDTH) {
+      Bytes some;
+      std::memcpy(&some, flags + v, sizeof some);
+      store(scores + v, __builtin_convertvector(some, Ints) != 0 ? all(MASKED) : load(scores + v));
+    }
+  } else if (c.masked) {
+    for (int64_t v = 0; v < valid; ++v)
+      if (c.masked[r * c.columns + first + v]) scores[v] = MASKED;
+  }
+  for (int64_t v = valid; v < TILE; ++v) scores[v] = MASKED;
+  if (own >= 0 && own < TILE) {
+    c.own[d * c.rows + r] = scores[own];
+    scores[own] = MASKED;
+  }
+  Floats most = load(scores);
+  for (int64_t v = WIDTH; v < TILE; v += WIDTH) most = larger(most, load(scores + v));
+  float& running = c.maxima[d * c.rows + r];
+  float& total = c.sums[d * c.rows + r];
+  const float highest = maximum(most) * c.exponent;
+  if (highest > running) {
+    total *= exponential(all(running - highest))[0];
+    running = highest;
+  }
+  Floats sums{};
+  for (int64_t v = 0; v < TILE; v += WIDTH) sums += exponential(load(scores + v) * c.exponent - running);
+  total += sum(sums);
+}
+
+template <class E>
+void scores(const Chunk& c, int64_t begin, int64_t end) {
+  const E* queries = static_cast<const E*>(c.queries);
+  const E* passages = static_cast<const E*>(c.passages_by_depth);
+  const int64_t tiles = tiles_of(c);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float* product = c.suffix;
+    std::memset(product, 0, sizeof(float) * c.rows * TILE);
+    const E* strips = passages + tile * STRIPS * c.components * STRIP;
+    for (int64_t d = 0, from = 0; d < c.dims; from = c.ends[d++]) {
+      multiply<E>(c.rows, STRIPS, c.ends[d] - from, queries + from, c.components, strips + from * STRIP,
+                  c.components * STRIP, product, TILE);
+      float* to = c.scores + (d * tiles + tile) * c.rows * TILE;
+      for (int64_t r = 0; r < c.rows; ++r) score_row(c, d, tile, r, product + r * TILE, to + r * TILE);
+    }
+  }
+}
+
+// Every row's share in its columns' running logsumexp.
+void fold_columns(const Chunk& c, int64_t begin, int64_t end) {
+  const int64_t tiles = tiles_of(c);
+  for (int64_t tile = begin; tile < end; ++tile)
+    for (int64_t d = 0; d < c.dims; ++d)
+      for (int64_t v = 0; v < TILE; v += WIDTH) {
+        const float* scores = c.scores + (d * tiles + tile) * c.rows * TILE + v;
+        const int64_t place = (d * tiles + tile) * TILE + v;
+        Floats most = load(c.column_maxima + place), before = most, total = load(c.column_sums + place);
+        for (int64_t r = 0; r < c.rows; ++r) most = larger(most, load(scores + r * TILE) * c.exponent);
+        total *= exponential(before - most);
+        for (int64_t r = 0; r < c.rows; ++r) total += exponential(load(scores + r * TILE) * c.exponent - most);
+        store(c.column_maxima + place, most);
+        store(c.column_sums + place, total);
+      }
+}
+
+// Gradients of one dim's scores in a tile, added to the suffix sums over dims, and the norms' terms.
+void add_gradients_of_dim(const Chunk& c, int64_t d, int64_t tile) {
+  const int64_t tiles = tiles_of(c), place = (d * tiles + tile) * TILE;
+  const float* norms = c.passage_norms + place;
+  const float* column_shifts = c.column_shifts ? c.column_shifts + place : nullptr;
+  float* column_terms = c.column_terms + place;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    const int64_t row = d * c.rows + r, own = c.positives[r] - tile * TILE;
+    const float* scores = c.scores + (d * tiles + tile) * c.rows * TILE + r * TILE;
+    float* suffix = c.suffix + r * TILE;
+    const float norm = c.query_norms[row], scale = c.scales[d], shift = c.shifts[row];
+    Floats terms{};
+    for (int64_t v = 0; v < TILE; v += WIDTH) {
+      Floats score = load(scores + v), z = score * c.exponent;
+      Floats gradient = exponential(z - shift);
+      if (column_shifts) gradient += c.symmetric * exponential(z - load(column_shifts + v));
+      gradient *= scale;
+      Floats term = gradient * score;
+      terms += term;
+      store(column_terms + v, load(column_terms + v) + term);
+      store(suffix + v, load(suffix + v) + gradient * norm * load(norms + v));
+    }
+    c.row_terms[row] += sum(terms);
+    if (own >= 0 && own < TILE) {
+      const float gradient = -scale * c.missed[row], term = gradient * c.own[row];
+      c.row_terms[row] += term;
+      column_terms[own] += term;
+      suffix[own] += gradient * norm * norms[own];
+    }
+  }
+}
+
+template <class E>
+void write_upstream(const Chunk& c) {
+  constexpr int64_t lane = Operand<E>::lane;
+  E* rows = static_cast<E*>(c.upstream);
+  E* packed = static_cast<E*>(c.upstream_packed);
+  for (int64_t r = 0; r < c.padded_rows; r += lane)
+    for (int64_t v = 0; v < TILE; v += WIDTH) {
+      Floats first = r < c.rows ? load(c.suffix + r * TILE + v) : Floats{};
+      Floats second = lane == 2 && r + 1 < c.rows ? load(c.suffix + (r + 1) * TILE + v) : Floats{};
+      if (r < c.rows) Operand<E>::write_row(rows + r * TILE + v, first);
+      if (lane == 2 && r + 1 < c.rows) Operand<E>::write_row(rows + (r + 1) * TILE + v, second);
+      E* strip = packed + (v / STRIP) * c.padded_rows * STRIP;
+      Operand<E>::write_packed(strip + r * STRIP + (v % STRIP) * lane, first, second);
+    }
+}
+
+template <class E>
+void add_gradients(const Chunk& c, int64_t begin, int64_t end) {
+  const E* queries = static_cast<const E*>(c.queries_transposed);
+  const E* passages = static_cast<const E*>(c.passages_by_column);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    std::memset(c.suffix, 0, sizeof(float) * c.rows * TILE);
+    for (int64_t d = c.dims - 1; d >= 0; --d) {
+      const int64_t from = d ? c.ends[d - 1] : 0, width = c.ends[d] - from;
+      add_gradients_of_dim(c, d, tile);
+      write_upstream<E>(c);
+      multiply<E>(c.rows, width / STRIP, TILE, static_cast<const E*>(c.upstream), TILE,
+                  passages + (tile * c.components + from) * TILE, TILE * STRIP, c.query_products + from,
+                  c.components);
+      multiply<E>(width, STRIPS, c.padded_rows, queries + from * c.padded_rows, c.padded_rows,
+                  static_cast<const E*>(c.upstream_packed), c.padded_rows * STRIP,
+                  c.passage_products + (tile * c.components + from) * TILE, TILE);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+int64_t drama_tile_columns() { return TILE; }
+void drama_scores_float32(const Chunk* c, int64_t begin, int64_t end) { scores<float>(*c, begin, end); }
+void drama_scores_bfloat16(const Chunk* c, int64_t begin, int64_t end) { scores<Bfloat16>(*c, begin, end); }
+void drama_fold_columns(const Chunk* c, int64_t begin, int64_t end) { fold_columns(*c, begin, end); }
+void drama_gradients_float32(const Chunk* c, int64_t begin, int64_t end) { add_gradients<float>(*c, begin, end); }
+void drama_gradients_bfloat16(const Chunk* c, int64_t begin, int64_t end) { add_gradients<Bfloat16>(*c, begin, end); }
+}
