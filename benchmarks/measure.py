@@ -1,7 +1,7 @@
 """The only place that times: sides of a comparison in turns, peak memory, and the results files.
 
-A round runs every side once, so that a change of the machine's load meets all of them; the first round
-is not counted. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
+A round runs every side once, so that a change of the machine's load meets all of them; the first rounds
+are not counted. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
 CUDA: PyTorch's own count).
 """
 
@@ -39,11 +39,13 @@ class Measured:
     rounds: int
 
 
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Measured]:
-    """Median time and peak memory of every side."""
+def in_turns(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = 1
+) -> dict[str, Measured]:
+    """Median time and peak memory of every side, over `rounds` rounds after `warm_up` that do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0.0)
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for name, call in sides.items():
             begin = _begin(device)
             started = time.perf_counter()
@@ -51,7 +53,7 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = 
             _wait(device)
             took = time.perf_counter() - started
             memory[name] = max(memory[name], (_peak(device) - begin) / 1e6)
-            if number:
+            if number >= warm_up:
                 times[name].append(took)
     return {
         name: Measured(statistics.median(taken), min(taken), max(taken), memory[name], rounds)

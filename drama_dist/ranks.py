@@ -15,6 +15,7 @@ import torch.distributed as dist
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+_LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:
@@ -37,6 +38,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """This process's number on its own machine, from 0: the GPU that it takes."""
     return _from_environment(_LOCAL_NAMES, 0)
+
+
+def local_world_size() -> int:
+    """How many processes of the job share this machine."""
+    return _from_environment(_LOCAL_WORLD_NAMES, world_size())
 
 
 def device() -> torch.device:

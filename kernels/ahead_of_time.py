@@ -67,10 +67,14 @@ class Compiled:
     matrix_instructions: dict[str, int]
 
 
-def variants(target: str) -> Iterator[Variant]:
+def variants(target: str) -> list[Variant]:
     """Every variant that the launchers ship for a target of TARGETS."""
+    return list(_variants(hip=target.startswith("gfx")))
+
+
+def _variants(hip: bool) -> Iterator[Variant]:
     for precision in ("bf16", "fp16", "fp32"):
-        table = triton_tiles.shapes(precision == "fp32", hip=target.startswith("gfx"))
+        table = triton_tiles.shapes(precision == "fp32", hip)
         for teacher in (False, True):
             for transposed in (False, True):
                 sided = {"HAS_TEACHER": teacher, "TRANSPOSED": transposed, "MP": 4, "SEGMENT": table.segment}

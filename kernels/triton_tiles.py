@@ -52,7 +52,7 @@ class _Shapes:
 # As large as the registers of the oldest chip allow without spills; see ahead_of_time.py.
 _SHAPES = {
     ("cuda", "half"): _Shapes(
-        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 32, 32, 4, 3)),
+        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 32, 32, 8, 3)),
         separate=(Shape(64, 64, 64, 8, 2), Shape(64, 32, 64, 8, 2)),
         shared=(Shape(64, 64, 32, 8, 2), Shape(64, 32, 32, 8, 2)),
         segment=128,

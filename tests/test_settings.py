@@ -31,9 +31,9 @@ def test_what_is_written_is_read_back(file: Path, tmp_path: Path) -> None:
     assert read_settings(tmp_path / "again.yaml") == settings
 
 
-@pytest.mark.parametrize("name", ["quickstart.yaml", "your-corpus.yaml"])
+@pytest.mark.parametrize("name", ["quickstart.yaml", "your-corpus.yaml", "long-8k.yaml"])
 def test_the_shipped_settings_are_valid(name: str) -> None:
-    settings = read_settings(ROOT / "configs" / name, ["corpus.path=docs"] if name.startswith("your") else [])
+    settings = read_settings(ROOT / "configs" / name, [] if name.startswith("quickstart") else ["corpus.path=docs"])
     assert max(settings.encoder.dims) == settings.prune.hidden
 
 

@@ -54,6 +54,11 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def checkpoint_layers(self) -> None:
+        """From now on keep only each layer's input for the backward pass, and compute the layer again there."""
+        self.train()  # transformers checkpoints layers in training mode only
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
     def hidden_states(self, packed: Packed) -> torch.Tensor:
         """Last hidden states of all tokens, T × K, in the backbone's dtype."""
         output = self.backbone(

@@ -1,7 +1,7 @@
 """The training stage: one run of contrastive training over any number of ranks, resumable.
 
 Covers the order of a step, metrics and checkpoints. The loss is in objective.py, memory in
-grad_cache.py, the optimiser in engine.py.
+grad_cache.py, cost in telemetry.py, the optimiser in engine.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from drama_dist.stages import Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
+from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
 
 
@@ -59,45 +61,53 @@ def _steps(
     saved = stage.folder / "checkpoints"
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
-    cache = GradCache(encoder, engine, choice.chunk_tokens, choice.kept_tokens)
+    if choice.checkpoint_layers:
+        encoder.checkpoint_layers()
+    budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30
+    cache = GradCache(encoder, engine, choice.chunk_tokens, budget)
+    telemetry = Telemetry(encoder, stage.folder / "tensorboard" if choice.tensorboard else None, first)
     order: Iterator[Batch] = batches(examples, choice.batch_size, choice.hard_negatives, settings.seed, first)
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
     for step in range(first, choice.steps):
         began = time.monotonic()
-        objective, tokens, repeated = _batch_step(settings, next(order), encoder, cache, table)
+        objective, lengths, repeated = _batch_step(settings, next(order), encoder, cache, table)
         rate = learning_rate_at(step, choice.steps, choice.learning_rate, choice.warmup_share)
         norm = engine.step(rate)
-        seconds = time.monotonic() - began
-        stage.log(
-            step=step + 1,
-            loss=objective.loss,
-            per_dim=objective.per_dim,
-            accuracy=objective.accuracy,
-            margin=objective.margin,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=tokens,
-            tokens_per_second=round(tokens / seconds, 1),
-            recomputed_share=round(repeated, 4),
-        )
-        bar.set_postfix_str(f"loss {objective.loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        cost = telemetry.figures(lengths, objective, time.monotonic() - began, repeated)
+        _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
+        bar.set_postfix_str(_postfix(objective, cost), refresh=False)
         bar.update(1)
         if (step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps:
             engine.save(saved, step + 1, choice.keep_checkpoints)
     bar.close()
+    telemetry.close()
+
+
+def _report_step(stage: Stage, telemetry: Telemetry, step: int, objective: Objective, figures: dict[str, Any]) -> None:
+    named = {name: getattr(objective, name) for name in ("loss", "per_dim", "accuracy", "margin", "masked")}
+    stage.log(step=step, **named, **figures)
+    telemetry.write(step, named | figures, objective)
+
+
+def _postfix(objective: Objective, cost: dict[str, Any]) -> str:
+    again = f", {cost['recomputed_share']:.0%} twice" if cost["recomputed_share"] else ""
+    return (
+        f"loss {objective.loss:.3f}, {cost['tokens_per_second']:,.0f} tokens/s, "
+        f"{cost['peak_share']:.0%} of peak, {cost['peak_memory_gib']:.1f} GiB{again}"
+    )
 
 
 def _batch_step(
     settings: Settings, batch: Batch, encoder: Encoder, cache: GradCache, table: PassageTable
-) -> tuple[Objective, int, float]:
-    """Forward and backward of one global batch; returns the figures, the global tokens, the share recomputed."""
+) -> tuple[Objective, list[int], float]:
+    """Forward and backward of one global batch; returns the figures, the own lengths, the share recomputed."""
     queries, passages = ranks.own_share(len(batch.queries)), ranks.own_share(len(batch.passages))
     contents = table.contents([table.position(passage) for passage in batch.passages])
     sequences = encoder.tokenize_queries([batch.queries[i] for i in queries])
     sequences += encoder.tokenize_passages([contents[i] for i in passages])
     first_place: dict[str, int] = {}
     same_text = [first_place.setdefault(text, place) for place, text in enumerate(contents)]
-    embeddings = cache.encode(sequences)
+    embeddings, repeated = cache.encode(sequences)
     objective = contrastive_objective(
         embeddings[: len(queries)],
         embeddings[len(queries) :],
@@ -106,9 +116,8 @@ def _batch_step(
         settings.encoder,
         settings.train,
     )
-    repeated = cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-    tokens = sum(ranks.on_every_rank(sum(len(sequence) for sequence in sequences)))
-    return objective, tokens, repeated
+    cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
+    return objective, [len(sequence) for sequence in sequences], repeated
 
 
 def _save_encoder(stage: Stage, encoder: Encoder, engine: Engine) -> None:

@@ -18,7 +18,10 @@ from drama_dist.settings import EncoderSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Objective:
-    """Gradients of the own rows, and the global batch's figures."""
+    """Gradients of the own rows, and the global batch's figures.
+
+    margins: score(positive) − score(best negative) in units of 1/temperature, of every query that has a negative.
+    """
 
     query_gradient_BK: torch.Tensor
     passage_gradient_NK: torch.Tensor
@@ -26,6 +29,8 @@ class Objective:
     per_dim: dict[int, float]
     accuracy: float
     margin: float
+    masked: int
+    margins: list[float]
 
 
 def contrastive_objective(
@@ -52,16 +57,20 @@ def contrastive_objective(
         dim_weights=train.dim_weights or None,
         passage_ids=passage_ids,
     )
-    assert result.accuracy is not None and result.margin is not None
+    assert result.accuracy is not None and result.margins is not None and result.masked is not None
     share = len(queries) / sum(ranks.on_every_rank(len(queries)))
     query_gradient, passage_gradient = torch.autograd.grad(result.loss * share, (queries, passages))
-    figures = torch.cat([torch.stack([result.loss.detach(), result.accuracy, result.margin]), result.per_dim])
-    loss, accuracy, margin, *per_dim = ranks.sum_over_ranks(figures * share).tolist()
+    figures = torch.cat([torch.stack([result.loss.detach(), result.accuracy]), result.per_dim])
+    loss, accuracy, *per_dim = ranks.sum_over_ranks(figures * share).tolist()
+    margins = ranks.gather_rows(result.margins)
+    margins = margins[~margins.isnan()]
     return Objective(
         query_gradient,
         ranks.sum_to_owner(passage_gradient, len(passages_NK)),
         loss,
         dict(zip(encoder.dims, per_dim, strict=True)),
         accuracy,
-        margin,
+        float(margins.mean()) if len(margins) else 0.0,
+        int(ranks.sum_over_ranks(result.masked)),
+        margins.tolist(),
     )

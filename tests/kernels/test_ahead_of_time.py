@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -12,22 +14,24 @@ from drama_dist.kernels import ahead_of_time
 from drama_dist.kernels.ahead_of_time import SHARED_LIMITS, TARGETS, Compiled, Variant
 
 
-def shipped(target: str) -> list[Variant]:
-    """In a process of its own: here, Triton may be interpreting."""
-    return list(ahead_of_time.variants(target))
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    """Processes of their own: in this one Triton may be interpreting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            yield pool
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[Variant, Compiled]]:
+def compiled(compilers: ProcessPoolExecutor) -> dict[str, dict[Variant, Compiled]]:
     """What the compilers report of every variant for every target."""
-    before = os.environ.pop("TRITON_INTERPRET", None)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        jobs = [(variant, target) for target in TARGETS for variant in pool.submit(shipped, target).result()]
-        reports = list(pool.map(ahead_of_time.compile_variant, *zip(*jobs, strict=True)))
-    if before is not None:
-        os.environ["TRITON_INTERPRET"] = before
+    shipped = [
+        (variant, target) for target in TARGETS for variant in compilers.submit(ahead_of_time.variants, target).result()
+    ]
+    reports = compilers.map(ahead_of_time.compile_variant, *zip(*shipped, strict=True))
     found: dict[str, dict[Variant, Compiled]] = {target: {} for target in TARGETS}
-    for (variant, target), report in zip(jobs, reports, strict=True):
+    for (variant, target), report in zip(shipped, reports, strict=True):
         found[target][variant] = report
     return found
 
@@ -59,18 +63,9 @@ def test_products_are_matrix_instructions(compiled: dict[str, dict[Variant, Comp
             assert kinds_that_do & report.matrix_instructions.keys(), (target, variant.name)
 
 
-def test_the_report_shows_a_spill_where_there_is_one() -> None:
-    """A tile far too large for two warps."""
-    before = os.environ.pop("TRITON_INTERPRET", None)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        report = pool.submit(_spilling).result()
-    if before is not None:
-        os.environ["TRITON_INTERPRET"] = before
-    assert report.spilled > 0
-
-
-def _spilling() -> Compiled:
-    import dataclasses
-
-    variant = next(one for one in ahead_of_time.variants("sm_80") if one.kernel == "forward")
-    return ahead_of_time.compile_variant(dataclasses.replace(variant, warps=1), "sm_80")
+def test_the_report_shows_a_spill_where_there_is_one(compilers: ProcessPoolExecutor) -> None:
+    """A tile far too large for one warp."""
+    variants = compilers.submit(ahead_of_time.variants, "sm_80").result()
+    forward = next(variant for variant in variants if variant.kernel == "forward")
+    narrow = dataclasses.replace(forward, warps=1)
+    assert compilers.submit(ahead_of_time.compile_variant, narrow, "sm_80").result().spilled > 0

@@ -24,13 +24,14 @@ TEXTS = [
 
 
 class PlainEngine:
-    """Accumulates gradients as autograd does, and counts what it was told."""
+    """Accumulates gradients as autograd does, and counts the calls."""
 
     def __init__(self) -> None:
-        self.lasts: list[bool] = []
+        self.calls = 0
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        self.lasts.append(last)
+        assert last
+        self.calls += 1
         loss.backward()
 
 
@@ -54,28 +55,103 @@ def plain(encoder: Encoder, sequences: list[list[int]]) -> dict[str, torch.Tenso
     return gradients(encoder)
 
 
+ALL, NOTHING = 1e12, 0.0
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["", "layers checkpointed"])
 @pytest.mark.parametrize(
-    ("chunk", "kept", "share"),
-    [(10**6, 10**6, 0.0), (10**6, 0, 1.0), (16, 10**6, 0.0), (16, 0, 1.0), (16, 20, None), (1, 25, None)],
-    ids=["one chunk kept", "one chunk twice", "chunks kept", "chunks twice", "some kept", "a text a chunk"],
+    ("chunk", "budget", "share"),
+    [(10**6, ALL, 0.0), (10**6, NOTHING, 1.0), (16, ALL, 0.0), (16, NOTHING, 1.0), (16, None, 0.0), (16, "some", None)],
+    ids=["one chunk kept", "one chunk twice", "chunks kept", "chunks twice", "measured", "some kept"],
 )
-def test_gradients_equal_those_of_the_whole_batch(encoder: Encoder, chunk: int, kept: int, share: float | None) -> None:
+def test_gradients_equal_those_of_the_whole_batch(
+    encoder: Encoder, chunk: int, budget: float | str | None, share: float | None, layers: bool
+) -> None:
     sequences = encoder.tokenize_passages(TEXTS)
     expected = plain(encoder, sequences)
-    encoder.zero_grad()
+    if layers:
+        encoder.checkpoint_layers()
     engine = PlainEngine()
-    cache = GradCache(encoder, engine, chunk, kept)  # type: ignore[arg-type]
-    embeddings = cache.encode(sequences).requires_grad_()
-    (upstream,) = torch.autograd.grad(loss_of(embeddings), embeddings)
-    repeated = cache.backward(upstream)
-    assert share is None or repeated == share
-    assert share is not None or 0 < repeated < 1
-    assert engine.lasts == [False] * (len(engine.lasts) - 1) + [True]
+    cache = GradCache(encoder, engine, chunk, None)  # type: ignore[arg-type]
+    if budget == "some":
+        cache.encode(sequences)
+        assert cache.bytes_per_token is not None
+        budget = 60 * cache.bytes_per_token
+    cache.activation_budget = budget  # type: ignore[assignment]
+    encoder.zero_grad()
+    embeddings, repeated = cache.encode(sequences)
+    (upstream,) = torch.autograd.grad(loss_of(embeddings.requires_grad_()), embeddings)
+    cache.backward(upstream)
+    assert repeated == share if share is not None else 0 < repeated < 1
+    assert engine.calls == 1
     found = gradients(encoder)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         scale = float(expected[name].abs().max())
         assert float((gradient - expected[name]).abs().max()) <= 1e-5 * scale, name
+
+
+def test_packed_and_padded_texts_have_the_same_gradients(encoder: Encoder) -> None:
+    """Each text alone is what padding with a mask comes to."""
+    sequences = encoder.tokenize_passages(TEXTS)
+    expected = plain(encoder, sequences)
+    encoder.zero_grad()
+    loss_of(torch.cat([encoder(pack([sequence])) for sequence in sequences])).backward()
+    for name, gradient in gradients(encoder).items():
+        assert float((gradient - expected[name]).abs().max()) <= 1e-5 * float(expected[name].abs().max()), name
+
+
+def test_three_steps_end_in_the_same_weights(llm: Path) -> None:
+    """Kept, encoded twice, or with checkpointed layers."""
+    ends = []
+    for budget, layers in ((ALL, False), (NOTHING, False), (NOTHING, True)):
+        encoder = load(llm, contract=EncoderSettings(max_query_tokens=16, max_passage_tokens=48, dims=[48, 16])).train()
+        if layers:
+            encoder.checkpoint_layers()
+        optimiser = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+        cache = GradCache(encoder, PlainEngine(), 16, budget)  # type: ignore[arg-type]
+        for _ in range(3):
+            embeddings, _ = cache.encode(encoder.tokenize_passages(TEXTS))
+            (upstream,) = torch.autograd.grad(loss_of(embeddings.requires_grad_()), embeddings)
+            optimiser.zero_grad()
+            cache.backward(upstream)
+            optimiser.step()
+        ends.append(torch.cat([weight.detach().flatten() for weight in encoder.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_is_the_same_when_a_chunk_is_encoded_again(encoder: Encoder) -> None:
+    """Gradients with dropout equal those of a kept graph from the same random state."""
+    encoder.backbone.config.attention_dropout = 0.5
+    for layer in encoder.backbone.layers:
+        layer.self_attn.attention_dropout = 0.5
+    sequences, found = encoder.tokenize_passages(TEXTS), []
+    upstream = torch.randn(len(sequences), encoder.hidden_size, generator=torch.Generator().manual_seed(1))
+    for budget in (ALL, NOTHING):
+        torch.manual_seed(4)
+        encoder.zero_grad()
+        cache = GradCache(encoder, PlainEngine(), 10**6, budget)  # type: ignore[arg-type]
+        cache.bytes_per_token = 1.0
+        cache.encode(sequences)
+        torch.rand(7)  # the random state moves on
+        cache.backward(upstream)
+        found.append(gradients(encoder))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_measured_is_what_autograd_keeps(encoder: Encoder) -> None:
+    """Bytes grow with tokens, and checkpointed layers keep a fraction."""
+    sequences = [[3] * 40, [4] * 40]
+    cache = GradCache(encoder, PlainEngine(), 40, ALL)  # type: ignore[arg-type]
+    cache.encode(sequences)
+    whole = cache.bytes_per_token
+    encoder.checkpoint_layers()
+    cache.bytes_per_token = None
+    cache.encode(sequences)
+    assert whole is not None and cache.bytes_per_token is not None
+    assert 4 * 48 * 4 < cache.bytes_per_token < whole / 3  # at least an input of every layer
 
 
 def test_the_comparison_notices_a_missing_chunk(encoder: Encoder) -> None:
@@ -88,6 +164,6 @@ def test_the_comparison_notices_a_missing_chunk(encoder: Encoder) -> None:
 
 def test_embeddings_come_in_the_order_given(encoder: Encoder) -> None:
     sequences = encoder.tokenize_passages(TEXTS)
-    cache = GradCache(encoder, PlainEngine(), 16, 20)  # type: ignore[arg-type]
+    cache = GradCache(encoder, PlainEngine(), 16, None)  # type: ignore[arg-type]
     with torch.no_grad():
-        torch.testing.assert_close(cache.encode(sequences), encoder(pack(sequences)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cache.encode(sequences)[0], encoder(pack(sequences)), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,49 @@
+"""Memory of this rank: what is free, and the peak so far. On CUDA the GPU's, elsewhere the machine's."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+
+from drama_dist import ranks
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that this rank may still take: its part of what the machine, or its control group, has left."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return min(float(psutil.virtual_memory().available), *_left_in_groups(_own_group())) / ranks.local_world_size()
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most that this rank has held at once."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _own_group() -> Path:
+    try:
+        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return _CONTROL_GROUPS
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return _CONTROL_GROUPS / own
+
+
+def _left_in_groups(group: Path) -> list[float]:
+    """What each limit on the group and on those around it leaves (control groups, version 2: slurm, containers)."""
+    left = [float("inf")]
+    while group.is_relative_to(_CONTROL_GROUPS):
+        try:
+            limit, used = ((group / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current"))
+            left += [float(limit) - float(used)] if limit != "max" else []
+        except OSError:
+            pass
+        group = group.parent
+    return left

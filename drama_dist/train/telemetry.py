@@ -1,0 +1,97 @@
+"""What a training step costs: tokens a second, share of the machine's peak, padding saved, memory.
+
+Covers the figures of a step, and writing them to TensorBoard. It measures the peak of matrix products
+once; floating-point operations are counted from shapes, recomputation not included (model FLOPs
+utilisation, Chowdhery et al. 2022, PaLM, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from drama_dist import ranks
+from drama_dist.encoder.backbone import Encoder
+from drama_dist.train.memory import peak_bytes
+from drama_dist.train.objective import Objective
+
+_PRODUCT = 2048  # rows of the square matrices whose product shows the peak
+_REPEATS = 4
+_MARGIN_BINS = 20
+
+
+class Telemetry:
+    """Figures of every step of one training run; `folder` None writes no event files."""
+
+    def __init__(self, encoder: Encoder, folder: Path | None, first_step: int):
+        self.encoder = encoder
+        self.peak = _matrix_product_peak(next(encoder.parameters()).dtype, encoder.device)
+        self._writer = None
+        if folder is not None and ranks.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def figures(
+        self, lengths: Sequence[int], objective: Objective, seconds: float, recomputed_share: float
+    ) -> dict[str, Any]:
+        """What metrics.jsonl holds of a step's cost; lengths: the own sequences'. All ranks must call it."""
+        own = torch.tensor(
+            [sum(lengths), len(lengths), _operations(self.encoder, lengths), recomputed_share * sum(lengths)],
+            dtype=torch.float64,
+            device=self.encoder.device,
+        )
+        tokens, sequences, operations, repeated = ranks.sum_over_ranks(own).tolist()
+        longest = max(ranks.on_every_rank(max(lengths)))
+        counts, edges = np.histogram(objective.margins, bins=_MARGIN_BINS)
+        return {
+            "tokens": int(tokens),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_share": round(operations / seconds / (self.peak * ranks.world_size()), 4),
+            "padding_avoided": round(1 - tokens / (sequences * longest), 4),
+            "recomputed_share": round(repeated / tokens, 4),
+            "peak_memory_gib": round(peak_bytes(self.encoder.device) / 2**30, 3),
+            "margins": {"counts": counts.tolist(), "edges": [round(float(edge), 4) for edge in edges]},
+        }
+
+    def write(self, step: int, figures: dict[str, Any], objective: Objective) -> None:
+        """Add a step to the event files."""
+        if self._writer is None:
+            return
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(f"train/{name}", value, step)
+        for dim, loss in objective.per_dim.items():
+            self._writer.add_scalar(f"loss_by_dim/{dim}", loss, step)
+        self._writer.add_histogram("train/margins", np.array(objective.margins), step)
+
+    def close(self) -> None:
+        """Write out what is still in memory."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
+    """Floating-point operations of a forward and backward pass: 6 a weight and token, and attention's products."""
+    config = encoder.backbone.config
+    layers = sum(weight.numel() for weight in encoder.backbone.layers.parameters() if weight.ndim > 1)
+    width = config.num_attention_heads * config.head_dim
+    attention = 12 * config.num_hidden_layers * width * sum(length * length for length in lengths)
+    return 6.0 * layers * sum(lengths) + attention
+
+
+@torch.no_grad()
+def _matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large product; the best of a few."""
+    left, right = (torch.randn(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - began)
+    return 2 * _PRODUCT**3 / best
