@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 
-.PHONY: help quickstart test test-slow lint format wheel clean
+.PHONY: help quickstart test test-slow bench bench-gpu lint format wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,6 +17,24 @@ test: .venv/ready ## the default test suite
 
 test-slow: .venv/ready ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+bench: .venv/ready ## ours and the peers here: make bench DATA=FOLDER (xquad-en, cisi, npl, time in BEIR form)
+	$(call benchmarks,cpu)
+
+bench-gpu: .venv/ready ## the same on a GPU; inf-cl and Liger join where they are installed
+	$(call benchmarks,cuda)
+
+define benchmarks
+	@test -d "$(DATA)/cisi" || { echo "no $(DATA)/cisi: say make bench DATA=FOLDER with xquad-en, cisi, npl and time"; exit 1; }
+	@test -d runs/quickstart/export || { echo "no runs/quickstart/export: run make quickstart first"; exit 1; }
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/loss.py --device $(1)
+	$(BIN)/python benchmarks/step.py --device $(1) --data $(DATA)
+	$(BIN)/python benchmarks/encode.py --device $(1) --data $(DATA)
+	$(BIN)/python benchmarks/lengths.py --device $(1) --data $(DATA)
+	$(BIN)/python benchmarks/growth.py --device $(1)
+	$(BIN)/python benchmarks/summary.py
+endef
 
 lint: .venv/ready ## ruff and types
 	$(BIN)/ruff check .

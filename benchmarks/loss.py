@@ -1,20 +1,24 @@
 """The loss alone, forward and backward: ours, dense PyTorch, and sentence-transformers' cached loss, on given vectors.
 
-python benchmarks/loss.py [--sizes 1024 4096 8192] [--hard-sizes 1024] [--dtype bfloat16] [--device cpu] [--rounds 5]
+python benchmarks/loss.py [--sizes 1024 4096 8192 16384] [--hard-sizes 1024] [--dtype bfloat16]
+    [--device cpu] [--rounds 5]
 
 Every side gets the same float tensors and gives the loss and both gradients. sentence-transformers runs its
 MatryoshkaLoss over CachedMultipleNegativesRankingLoss without its encoder, with a mini-batch of 32 (its
-default) and with others, of which the fastest counts. A speed-up is printed only where the sides agree.
+default) and with others, of which the fastest counts. On CUDA inf-cl and Liger's fused cross-entropy join, once
+for every dim, where they are installed. A speed-up is printed only where the sides agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Measured, as_row, circumstances, in_turns, write_results
+from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
@@ -78,6 +82,37 @@ def cached(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...],
     return step
 
 
+def per_dim(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...], one: Callable[..., Any]) -> Step:
+    """A fused loss of normalised vectors, `one` (queries, passages, positives, dim), called once for every dim."""
+    positives = torch.arange(len(queries), device=queries.device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = torch.zeros((), device=queries.device)
+        for dim in dims:
+            units = (normalize(side[:, :dim], dim=1).contiguous() for side in (queries, passages))
+            loss = loss + one(*units, positives, dim) / len(dims)
+        return (loss.detach(), *torch.autograd.grad(loss, (queries, passages)))
+
+    return step
+
+
+def fused_peers() -> dict[str, Callable[..., Any]]:
+    """Peers that need CUDA, of those that are installed."""
+    found: dict[str, Callable[..., Any]] = {}
+    if importlib.util.find_spec("inf_cl"):
+        from inf_cl import cal_flash_loss
+
+        found["inf-cl"] = lambda query, passage, positives, dim: cal_flash_loss(
+            query, passage, positives, scale=1 / TEMPERATURE, head_dim=math.gcd(dim, 256)
+        ).mean()
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["liger"] = lambda query, passage, positives, dim: liger(passage, query / TEMPERATURE, positives)
+    return found
+
+
 def disagreement(found: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[float, float]:
     """Relative difference of the loss, and the largest of the gradients' norms."""
     loss = float((found[0] - other[0]).abs() / found[0].abs())
@@ -97,6 +132,8 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
         "dense": dense(*leaves, dims),
         **{f"cached {size}": cached(*leaves, dims, size) for size in MINI_BATCHES},
     }
+    if options.device == "cuda":
+        sides |= {name: per_dim(*leaves, dims, one) for name, one in fused_peers().items()}
     results = {name: side() for name, side in sides.items()}
     differences = {name: disagreement(results["ours"], result) for name, result in results.items()}
     del results
@@ -121,9 +158,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Seconds (median; fastest to slowest) and extra peak MB. cached: sentence-transformers, by mini-batch.",
         "time: ours over the best of all peers; memory: ours over dense. 1 dim: our time over that with one dim.",
         "",
-        "| B × N | dims | ours | dense | " + " | ".join(f"cached {size}" for size in MINI_BATCHES) + " | time | memory"
-        " | 1 dim | largest difference (loss, gradients) |",
-        "|---" * (8 + len(MINI_BATCHES)) + "|",
+        f"| B × N | dims | {' | '.join(rows[0]['measured'])} | time | memory | 1 dim | largest difference "
+        "(loss, gradients) |",
+        "|---" * (6 + len(rows[0]["measured"])) + "|",
     ]
     one_dim = {
         (row["rows"], row["columns"]): row["measured"]["ours"]["seconds"] for row in rows if len(row["dims"]) == 1
@@ -149,12 +186,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 4096, 8192], help="B = N")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 4096, 8192, 16384], help="B = N")
     parser.add_argument("--hard-sizes", type=int, nargs="*", default=[1024], help="B, with N = 8 B")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    use_device(options.device)
     shapes = [(size, size) for size in options.sizes]
     shapes += [(size, (1 + HARD_NEGATIVES) * size) for size in options.hard_sizes]
     facts, rows = circumstances(options.device), []

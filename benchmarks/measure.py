@@ -61,6 +61,14 @@ def in_turns(
     }
 
 
+def use_device(name: str) -> None:
+    """Keep to cpu or cuda, in everything that chooses for itself; ends the program where there is no CUDA."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here")
+
+
 def _begin(device: str) -> float:
     gc.collect()
     if device == "cuda":

@@ -152,7 +152,7 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0),
+        optimizer=torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True),
         config=_deepspeed_config(settings),
         dist_init_required=False,
     )

@@ -38,8 +38,10 @@ def packed_attention(
         return _flash(query, key, value, scaling, packed, dropout, causal), None
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for begin, count, length in packed.runs:
-        q, k, v = (_run(tensor, begin, count, length) for tensor in (query, key, value))
+    for (count, length), *parts in zip(
+        packed.runs, *(_by_run(each, packed) for each in (query, key, value)), strict=True
+    ):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
         output = scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
@@ -47,9 +49,12 @@ def packed_attention(
     return torch.cat(outputs).unsqueeze(0), None
 
 
-def _run(tensor: torch.Tensor, begin: int, count: int, length: int) -> torch.Tensor:
-    """1 × H × T × D to count × H × length × D for one run."""
-    return tensor[0, :, begin : begin + count * length].unflatten(1, (count, length)).transpose(0, 1)
+def _by_run(tensor: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, ...]:
+    """1 × H × T × D to a view H × count · length × D of each run.
+
+    One split: slicing each run out would give each a gradient as large as the whole.
+    """
+    return tensor[0].split([count * length for count, length in packed.runs], dim=1)
 
 
 def _flash(

@@ -32,14 +32,9 @@ class Packed:
         return max(self.lengths)
 
     @cached_property
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(first token, sequences, length) of each run of neighbours of equal length: one attention call each."""
-        runs, begin = [], 0
-        for length, members in groupby(self.lengths):
-            count = len(list(members))
-            runs.append((begin, count, length))
-            begin += count * length
-        return runs
+    def runs(self) -> list[tuple[int, int]]:
+        """(sequences, length) of each run of neighbours of equal length: one attention call each."""
+        return [(len(list(members)), length) for length, members in groupby(self.lengths)]
 
 
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:

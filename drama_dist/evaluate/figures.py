@@ -81,19 +81,35 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Training loss over steps, one curve per model: every step faint, the running mean strong."""
+    """Training loss over steps, one curve per model or dim: every step faint, the running mean strong."""
 
     def draw(axes: Axes) -> None:
-        for name, curve in curves.items():
+        for number, (name, curve) in enumerate(curves.items()):
             steps, losses = (np.asarray(values, dtype=np.float64) for values in zip(*curve, strict=True))
-            colour = _COLOURS.get(name, _INK)
+            colour = _COLOURS.get(name, f"C{number}")
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=colour, linewidth=2, label=name)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.legend()
 
-    return _svg("loss", draw)
+    return _svg(f"loss-{'-'.join(curves)}".replace(" ", "-"), draw)
+
+
+def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Histograms of several steps, each with `counts` and `edges`, as densities."""
+
+    def draw(axes: Axes) -> None:
+        for number, (name, histogram) in enumerate(histograms.items()):
+            counts, edges = (np.asarray(histogram[key], dtype=np.float64) for key in ("counts", "edges"))
+            density = counts / max(1.0, counts.sum()) / np.diff(edges)
+            axes.stairs(density, edges, color=f"C{number}", linewidth=1.8, label=name)
+        axes.axvline(0, color=_INK, linewidth=1)
+        axes.set_xlabel("margin")
+        axes.set_ylabel("density")
+        axes.legend()
+
+    return _svg("margins", draw)
 
 
 def token_lengths(lengths: Mapping[str, Sequence[float]]) -> str:

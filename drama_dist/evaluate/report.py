@@ -7,6 +7,7 @@ Drawing is figures.py's affair.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def write_report(run: Path, settings: Settings) -> Path:
         table=_table_cells(rows),
         meaning={name: text for name, text in _MEANING.items() if any(row["system"] == name for row in rows)},
         comparisons=_comparisons(run, rows, settings.seed),
+        cost=_training_cost(_metrics(run / "train")),
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds)],
         counts={name: found for name in ("corpus", "augment") if (found := _json(run / name / "counts.json"))},
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
@@ -134,9 +136,16 @@ def _figures(run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float
     if any(row["dim"] is not None for row in rows):
         note = "One encoding, cut to its first components and normalised again. Systems without vectors are lines."
         drawn.append(("Quality by dim", note, figures.quality_by_dim(rows)))
-    curves = {name: curve for name, folder in _LOSS_FOLDERS.items() if (curve := _loss(run / folder / "metrics.jsonl"))}
+    curves = {name: curve for name, folder in _LOSS_FOLDERS.items() if (curve := _loss(_metrics(run / folder)))}
     if curves:
         drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves)))
+    steps = [line for line in _metrics(run / "train") if "margins" in line]
+    if steps:
+        note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."
+        drawn.append(("Loss by dim", note, figures.loss_curves(_loss_by_dim(steps))))
+        note = "Score of the positive less that of the best negative, over the temperature; right of 0 it ranks first."
+        shown = {f"step {line['step']}": line["margins"] for line in (steps[0], steps[len(steps) // 2], steps[-1])}
+        drawn.append(("Margins in training", note, figures.margins(shown)))
     lengths = _json(run / "train" / "token_lengths.json")
     if lengths:
         note = "Tokens after truncation, prefix and special tokens included. Each histogram sums to 100%."
@@ -148,11 +157,37 @@ def _figures(run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float
     return drawn
 
 
-def _loss(path: Path) -> list[tuple[int, float]]:
-    if not path.is_file():
+def _metrics(stage: Path) -> list[dict[str, Any]]:
+    path = stage / "metrics.jsonl"
+    return [line for _, line in read_json_lines(path)] if path.is_file() else []
+
+
+def _loss(steps: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(int(line["step"]), float(line["loss"])) for line in steps if {"step", "loss"} <= line.keys()]
+
+
+def _loss_by_dim(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    return {
+        f"{dim} components": [(line["step"], line["per_dim"][dim]) for line in steps] for dim in steps[0]["per_dim"]
+    }
+
+
+def _training_cost(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(what, value) of a training run: medians over its steps, and the highest memory."""
+    measured = [line for line in steps if "peak_share" in line]
+    if not measured:
         return []
+    middle = {
+        name: statistics.median(line[name] for line in measured)
+        for name in ("tokens", "tokens_per_second", "peak_share", "padding_avoided", "recomputed_share")
+    }
     return [
-        (int(line["step"]), float(line["loss"])) for _, line in read_json_lines(path) if {"step", "loss"} <= line.keys()
+        ("real tokens in a step", f"{middle['tokens']:,.0f}"),
+        ("real tokens per second", f"{middle['tokens_per_second']:,.0f}"),
+        ("share of the machine's matrix-product peak", f"{middle['peak_share']:.1%}"),
+        ("tokens of padding avoided", f"{middle['padding_avoided']:.1%}"),
+        ("tokens encoded twice", f"{middle['recomputed_share']:.1%}"),
+        ("peak memory of a rank", f"{max(line['peak_memory_gib'] for line in measured):.2f} GiB"),
     ]
 
 

@@ -84,8 +84,8 @@ def test_packed_sequences_that_see_each_other_are_refused(llm: Path, monkeypatch
     leaky = load(llm, contract=CONTRACT)
     monkeypatch.undo()
 
-    def one_run(packed: object) -> list[tuple[int, int, int]]:
-        return [(0, 1, len(packed.token_ids_T))]  # type: ignore[attr-defined]
+    def one_run(packed: object) -> list[tuple[int, int]]:
+        return [(1, len(packed.token_ids_T))]  # type: ignore[attr-defined]
 
     monkeypatch.setattr(backbone.Packed, "runs", property(one_run))
     with pytest.raises(LeakError, match="depends on its neighbour"):

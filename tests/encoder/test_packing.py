@@ -14,11 +14,11 @@ def test_positions_restart_and_boundaries_are_where_sequences_begin() -> None:
     assert packed.token_ids_T.tolist() == [5, 6, 7, 8, 9, 10]
     assert packed.position_ids_T.tolist() == [0, 1, 2, 0, 0, 1]
     assert packed.boundaries_B1.tolist() == [0, 3, 4, 6]
-    assert packed.runs == [(0, 1, 3), (3, 1, 1), (4, 1, 2)]
+    assert packed.runs == [(1, 3), (1, 1), (1, 2)]
 
 
 def test_neighbours_of_equal_length_are_one_run() -> None:
-    assert pack([[1, 2], [3, 4], [5]]).runs == [(0, 2, 2), (4, 1, 1)]
+    assert pack([[1, 2], [3, 4], [5]]).runs == [(2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("sequences", [[], [[1], []]])

@@ -18,6 +18,15 @@ ROWS = [
     {"system": "drama", "dim": 16, "ndcg@10": 0.4, "recall@100": 0.8, "mrr@10": 0.3},
     {"system": "bm25", "dim": None, "ndcg@10": 0.6, "recall@100": 0.7, "mrr@10": 0.4},
 ]
+COST = {
+    "per_dim": {"32": 1.0, "16": 2.0},
+    "margins": {"counts": [1, 3], "edges": [-2.0, 0.0, 1.0]},
+    "tokens": 1000,
+    "tokens_per_second": 500.0,
+    "peak_share": 0.125,
+    "padding_avoided": 0.3,
+    "recomputed_share": 0.25,
+}
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def run(small_settings: Callable[..., Settings]) -> Settings:
         stage = open_stage(settings.run, name, {}, {})
         if name == "train":
             for step in range(1, 6):
-                stage.log(step=step, loss=5.0 / step)
+                stage.log(step=step, loss=5.0 / step, **COST, peak_memory_gib=1.0 + step)
             lengths = {"edges": [0, 10, 20], "passages": [3, 4], "queries": [9, 0]}
             (stage.folder / "token_lengths.json").write_text(json.dumps(lengths), "utf-8")
         else:
@@ -47,7 +56,8 @@ def test_the_json_holds_results_and_seconds(run: Settings) -> None:
 
 def test_the_page_holds_table_figures_and_comparison_and_loads_nothing(run: Settings) -> None:
     page = write_report(Path(run.run), run).read_text("utf-8")
-    assert page.count("<svg") == 4 and "0.600" in page and "drama" in page
+    assert page.count("<svg") == 6 and "0.600" in page and "drama" in page
+    assert all(value in page for value in ("12.5%", "30.0%", "25.0%", "6.00 GiB", "32 components", "step 5"))
     assert "\N{MINUS SIGN}0.100" in page  # drama against bm25, paired
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!\#)|<script|@import|url\((?!\#)""", page)
 

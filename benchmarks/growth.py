@@ -1,0 +1,100 @@
+"""Growth: time and memory of the loss, and of a training step, as the batch doubles.
+
+python benchmarks/growth.py [--model runs/quickstart/export] [--loss 1024 ... 32768] [--step 256 ... 2048] [--rounds 3]
+
+The loss: B = N, dims 768, 512 and 256, bfloat16, given vectors; time grows with B², memory should grow with B.
+The step: B pairs of texts of 16 and 48 random tokens (all that matters here is how many there are), the
+quickstart's encoder in bfloat16, nothing kept: memory should hardly grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from lengths import Trained
+from loss import ours
+from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+
+DIMS = (768, 512, 256)
+TOKENS = (16, 48)  # of a query and of a passage
+CHUNK_TOKENS = 4096
+
+
+def loss_rows(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
+    """The loss alone."""
+    sides = {}
+    for size in sizes:
+        generator = torch.Generator().manual_seed(size)
+        sides_of = [torch.randn(size, max(DIMS), generator=generator).to(device, torch.bfloat16) for _ in range(2)]
+        sides[str(size)] = ours(*(side.requires_grad_() for side in sides_of), DIMS)
+    return _rows("loss", sides, rounds, device)
+
+
+def step_rows(model: Path, sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
+    """The training step, without checkpointed layers."""
+    trained = Trained(model, CHUNK_TOKENS)
+    words = trained.encoder.backbone.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    sides = {}
+    for size in sizes:
+        texts = [torch.randint(words, (size, length), generator=generator).tolist() for length in TOKENS]
+        sides[str(size)] = lambda both=texts: trained.step([*both[0], *both[1]])
+    return _rows("step", sides, rounds, device)
+
+
+def _rows(job: str, sides: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
+    measured = in_turns(sides, rounds, device)
+    return [{"job": job, "batch": int(size), "measured": as_row(one)} for size, one in measured.items()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: each line with its growth over the one before."""
+    lines = [
+        "Median; fastest to slowest round. Growth is over the line before, where the batch is half.",
+        "",
+        "| job | batch | seconds | growth | extra peak MB | growth |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    before: dict[str, Measured] = {}
+    for row in rows:
+        one = Measured(**row["measured"])
+        last = before.get(row["job"])
+        growth = (
+            ["", ""]
+            if last is None
+            else [
+                f"{one.seconds / last.seconds:.2f}",
+                f"{one.megabytes / max(1.0, last.megabytes):.2f}",
+            ]
+        )
+        lines.append(
+            f"| {row['job']} | {row['batch']} | {one.seconds:.2f} ({one.fastest:.2f}–{one.slowest:.2f}) | {growth[0]} "
+            f"| {one.megabytes:.0f} | {growth[1]} |"
+        )
+        before[row["job"]] = one
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser.add_argument("--loss", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--step", type=int, nargs="*", default=[256, 512, 1024, 2048])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    use_device(options.device)
+    rows = loss_rows(options.loss, options.rounds, options.device)
+    rows += step_rows(options.model, options.step, options.rounds, options.device)
+    print(
+        table(rows),
+        write_results(f"growth-{options.device}", circumstances(options.device), rows, table(rows)),
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Cost by length of text: time and memory for each token, of a training step and of encoding.
+
+python benchmarks/lengths.py --data DIR [--model runs/quickstart/export] [--lengths 512 1024 2048 8192] [--rounds 5]
+
+Every line has the same number of tokens, in texts of one length cut from TIME's articles end to end, so that only
+the length differs. In the step each text is the query and its successor the passage; layers are checkpointed
+and chunks hold one text of the largest length, as in configs/long-8k.yaml. memory/token: extra peak over the
+tokens that are in memory at once, a chunk's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+from texts import corpus
+
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.packing import pack
+from drama_dist.engine import Engine, OptimiserSettings
+from drama_dist.settings import TrainSettings
+from drama_dist.train.grad_cache import GradCache
+from drama_dist.train.objective import contrastive_objective
+
+TRAIN = TrainSettings(temperature=0.05)
+
+
+class Trained:
+    """An encoder with its engine and gradient cache; every text that does not fit a chunk is encoded twice."""
+
+    def __init__(self, model: Path, chunk_tokens: int):
+        self.encoder = load(model)
+        self.encoder.checkpoint_layers()
+        self.engine = Engine(self.encoder, OptimiserSettings("bfloat16", 1, 0.01, 1.0))
+        self.cache = GradCache(self.encoder, self.engine, chunk_tokens, 0.0)
+
+    def step(self, texts: list[list[int]]) -> None:
+        """One training step with a learning rate of 0."""
+        embeddings, _ = self.cache.encode(texts)
+        queries = embeddings[: len(texts) // 2]
+        places = torch.arange(len(queries), device=self.encoder.device)
+        objective = contrastive_objective(
+            queries, embeddings[len(queries) :], places, places, self.encoder.contract, TRAIN
+        )
+        self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
+        self.engine.step(0.0)
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, texts: list[list[int]], chunk_tokens: int) -> None:
+    """Vectors of all texts."""
+    size = chunk_tokens // len(texts[0])
+    for place in range(0, len(texts), size):
+        encoder(pack(texts[place : place + size], encoder.device))
+
+
+def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[list[int]]:
+    """As many texts of `length` tokens, BOS and EOS among them, as make up `tokens`."""
+    bos, eos, own = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, length - 2
+    return [[bos, *stream[place * own : (place + 1) * own], eos] for place in range(tokens // length)]
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both jobs at every length, in turns."""
+    chunk = max(options.lengths)
+    trained, plain = Trained(options.model, chunk), load(options.model, dtype="bfloat16")
+    stream = [
+        token
+        for text in corpus(options.data, "time")
+        for token in plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
+    texts = {length: cut(stream, plain, length, options.chunks * chunk) for length in options.lengths}
+    sides = {("step", length): lambda own=own: trained.step(own) for length, own in texts.items()}
+    sides |= {("encode", length): lambda own=own: encode(plain, own, chunk) for length, own in texts.items()}
+    measured = in_turns(
+        {f"{job} {length}": call for (job, length), call in sides.items()}, options.rounds, options.device
+    )
+    return [
+        {
+            "job": job,
+            "length": length,
+            "tokens": options.chunks * chunk,
+            "chunk_tokens": chunk,
+            "measured": as_row(measured[f"{job} {length}"]),
+        }
+        for job, length in sides
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what a token costs, and that over the cost at 1,024."""
+    lines = [
+        "Median; fastest to slowest round. Ratios are to the line of the same job at 1,024 tokens.",
+        "",
+        "| job | length | tokens | µs/token | ratio | MB | kB/token in memory | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    base = {row["job"]: Measured(**row["measured"]) for row in rows if row["length"] == 1024}
+    for row in rows:
+        one = Measured(**row["measured"])
+        micros = [1e6 * seconds / row["tokens"] for seconds in (one.seconds, one.fastest, one.slowest)]
+        ratios = ["", ""]
+        if row["job"] in base:
+            ratios = [
+                f"{one.seconds / base[row['job']].seconds:.2f}",
+                f"{one.megabytes / base[row['job']].megabytes:.2f}",
+            ]
+        lines.append(
+            f"| {row['job']} | {row['length']} | {row['tokens']} | {micros[0]:.0f} ({micros[1]:.0f}–{micros[2]:.0f}) "
+            f"| {ratios[0]} | {one.megabytes:.0f} | {1e3 * one.megabytes / row['chunk_tokens']:.1f} | {ratios[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True, help="folder with time/ in BEIR form")
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 8192])
+    parser.add_argument("--chunks", type=int, default=4, help="tokens of a line, in texts of the largest length")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    use_device(options.device)
+    rows = measure(options)
+    print(
+        table(rows),
+        write_results(f"lengths-{options.device}", circumstances(options.device), rows, table(rows)),
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    main()

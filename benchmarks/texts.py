@@ -1,0 +1,75 @@
+"""Texts of natural lengths for the benchmarks, from BEIR folders: queries, their passages, hard negatives.
+
+The folder DATA holds one folder a collection: corpus.jsonl, queries.jsonl, qrels/test.tsv. Nothing is cut or
+made up; where a collection has too few judged queries, sentences of its own passages stand for queries.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from drama_dist.corpus.read import SetAside, read_corpus
+from drama_dist.corpus.split import random_crop
+from drama_dist.index.lexical import LexicalIndex
+from drama_dist.records import Passage
+
+_NEGATIVE_RANKS = slice(10, 30)
+Pair = TypeVar("Pair")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """queries; columns: for each query a positive, and a hard negative where the set has them."""
+
+    name: str
+    queries: list[str]
+    columns: tuple[list[str], ...]
+
+    @property
+    def passages(self) -> list[str]:
+        """All columns, one after another."""
+        return [text for column in self.columns for text in column]
+
+
+def questions(data: Path, count: int) -> Texts:
+    """XQuAD in English: `count` questions, each with its paragraph; a paragraph comes as often as it is asked about.
+
+    Raises ValueError where there are fewer.
+    """
+    raw = read_corpus(data / "xquad-en", "en", SetAside())
+    contents = {passage.id: passage.content for passage in raw.passages}
+    pairs = [(query.text, contents[next(iter(raw.qrels[query.id]))]) for query in raw.queries]
+    chosen = _sample(pairs, count, data / "xquad-en")
+    return Texts("XQuAD-en", [query for query, _ in chosen], ([passage for _, passage in chosen],))
+
+
+def abstracts(data: Path, count: int) -> Texts:
+    """CISI: a sentence of each of `count` abstracts, the abstract, and a hard negative from BM25's ranks 11 to 30."""
+    passages = read_corpus(data / "cisi", "en", SetAside()).passages
+    crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) for passage in passages]
+    chosen = _sample([pair for pair in zip(crops, passages, strict=True) if pair[0]], count, data / "cisi")
+    queries = [crop for crop, _ in chosen if crop]
+    index = LexicalIndex([passage.content for passage in passages], "en")
+    _, ranks = index.search(queries, _NEGATIVE_RANKS.stop)
+    negatives = [
+        _far(passages, row[_NEGATIVE_RANKS], passage) for row, (_, passage) in zip(ranks.tolist(), chosen, strict=True)
+    ]
+    return Texts("CISI + 1 hard negative", queries, ([passage.content for _, passage in chosen], negatives))
+
+
+def corpus(data: Path, name: str) -> list[str]:
+    """All passages of a collection."""
+    return [passage.content for passage in read_corpus(data / name, "en", SetAside()).passages]
+
+
+def _far(passages: list[Passage], ranks: list[int], own: Passage) -> str:
+    return next(passages[place].content for place in ranks if place >= 0 and passages[place] is not own)
+
+
+def _sample(pairs: list[Pair], count: int, where: Path) -> list[Pair]:
+    if len(pairs) < count:
+        raise ValueError(f"{where}: {len(pairs)} usable queries, a batch of {count} needs as many")
+    return random.Random(0).sample(pairs, count)
