@@ -59,10 +59,15 @@ class Encoder(nn.Module):
         self.train()  # transformers checkpoints layers in training mode only
         self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
-    def hidden_states(self, packed: Packed) -> torch.Tensor:
-        """Last hidden states of all tokens, T × K, in the backbone's dtype."""
+    def hidden_states(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states of all tokens, T × K, in the backbone's dtype.
+
+        embedded_TK: the tokens' embeddings, where the caller has looked them up already.
+        """
+        if embedded_TK is None:
+            embedded_TK = self.backbone.embed_tokens(packed.token_ids_T)
         output = self.backbone(
-            input_ids=packed.token_ids_T.unsqueeze(0),
+            inputs_embeds=embedded_TK.unsqueeze(0),
             position_ids=packed.position_ids_T.unsqueeze(0),
             use_cache=False,
             packed=packed,
@@ -70,8 +75,8 @@ class Encoder(nn.Module):
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def forward(self, packed: Packed) -> torch.Tensor:
-        return mean_pool(self.hidden_states(packed), packed)
+    def forward(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
+        return mean_pool(self.hidden_states(packed, embedded_TK), packed)
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept."""

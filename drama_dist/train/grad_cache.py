@@ -4,14 +4,19 @@ Texts are encoded in chunks of a token budget; the loss gives gradients for the 
 backward pass takes them through all chunks, so that ranks reduce their gradients once a step, however
 many chunks each has. The graphs of as many chunks as the activation budget holds are kept; the others are
 checkpoints: encoded again when the backward pass reaches them. Either way the gradients are the same.
+
+The step's words are looked up once, and chunks take theirs from these: a chunk's gradient of the embeddings is
+then as large as the step's words, not as the vocabulary. Shapes: W different words of a step, K components.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from drama_dist.encoder.backbone import Encoder
@@ -41,18 +46,19 @@ class GradCache:
         tokens that will be encoded twice.
         """
         self._sequences, self._encoded = sequences, []
+        words = self._look_up(sequences)
         lengths = [len(sequence) for sequence in sequences]
         embeddings = torch.empty(len(sequences), self.encoder.hidden_size, device=self.encoder.device)
         held, repeated = 0.0, 0
         for chunk in token_budget_chunks(lengths, self.chunk_tokens):
             tokens = sum(lengths[position] for position in chunk)
             if self.bytes_per_token is None:
-                self.bytes_per_token = self._measure(chunk) / tokens
+                self.bytes_per_token = self._measure(chunk, words) / tokens
             held += tokens * self.bytes_per_token
             keep = held <= self._budget()
             if not keep:
                 repeated += tokens
-            pooled = self._forward(chunk, keep)
+            pooled = self._forward(chunk, words, keep)
             self._encoded.append((chunk, pooled))
             embeddings[chunk] = pooled.detach()
         return embeddings, repeated / sum(lengths)
@@ -68,7 +74,7 @@ class GradCache:
             self.activation_budget = _SHARE_OF_FREE * free_bytes(self.encoder.device)
         return self.activation_budget
 
-    def _measure(self, chunk: list[int]) -> float:
+    def _measure(self, chunk: list[int], words: _Words) -> float:
         """Bytes that autograd keeps for the backward pass of a chunk, without the weights."""
         weights = {weight.untyped_storage().data_ptr() for weight in self.encoder.parameters()}
         storages: dict[int, int] = {}
@@ -80,14 +86,34 @@ class GradCache:
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            graph = self._forward(chunk, keep=True)
+            graph = self._forward(chunk, words, keep=True)
         del graph
         return sum(storages.values())
 
-    def _forward(self, chunk: list[int], keep: bool) -> torch.Tensor:
+    def _look_up(self, sequences: Sequence[Sequence[int]]) -> _Words:
+        used_W = torch.tensor(
+            sorted({token for sequence in sequences for token in sequence}), device=self.encoder.device
+        )
+        place_V = torch.zeros(self.encoder.backbone.config.vocab_size, dtype=torch.int64, device=used_W.device)
+        place_V[used_W] = torch.arange(len(used_W), device=used_W.device)
+        return _Words(place_V, self.encoder.backbone.embed_tokens(used_W))
+
+    def _forward(self, chunk: list[int], words: _Words, keep: bool) -> torch.Tensor:
         packed = pack([self._sequences[position] for position in chunk], self.encoder.device)
+
+        def encoded(embedding_WK: torch.Tensor) -> torch.Tensor:
+            embedded: torch.Tensor = self.encoder(packed, embedding(words.place_V[packed.token_ids_T], embedding_WK))
+            return embedded
+
         if keep:
-            pooled: torch.Tensor = self.encoder(packed)
-            return pooled
+            return encoded(words.embedding_WK)
         random = self.encoder.training and self.encoder.backbone.config.attention_dropout > 0
-        return checkpoint(self.encoder, packed, use_reentrant=False, preserve_rng_state=random)
+        return checkpoint(encoded, words.embedding_WK, use_reentrant=False, preserve_rng_state=random)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """place_V: row of each token id of the vocabulary among the step's words; embedding_WK: their embeddings."""
+
+    place_V: torch.Tensor
+    embedding_WK: torch.Tensor
