@@ -118,7 +118,7 @@ class TrainSettings:
     chunk_tokens: int = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
     # twice. "auto" measures: half of what is free.
-    activation_budget: float | str = "auto"
+    activation_budget: int | float | str = "auto"
     checkpoint_layers: bool = False  # keep only the inputs of layers, and compute each twice: for long passages
     tensorboard: bool = True  # event files in train/tensorboard
     checkpoint_every: int = 50
@@ -238,7 +238,7 @@ def check(settings: Settings) -> None:
     if settings.train.temperature <= 0:
         raise SettingsError(f"train.temperature={settings.train.temperature}: expected more than 0")
     budget = settings.train.activation_budget
-    if not (budget == "auto" or (isinstance(budget, float) and budget >= 0)):
+    if not (budget == "auto" or (isinstance(budget, int | float) and budget >= 0)):
         raise SettingsError(f"train.activation_budget={budget!r}: expected auto, or GiB, 0 or more")
     if settings.train.zero_stage not in (1, 2):
         raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 1 or 2")

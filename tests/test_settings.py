@@ -64,6 +64,8 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
         ("train.steps=0", "train.steps=0: expected 1 or more"),
         ("train.temperature=0", "train.temperature=0.0: expected more than 0"),
         ("train.dtype=float16", "train.dtype='float16': expected one of bfloat16, float32"),
+        ("train.activation_budget=half", "train.activation_budget='half': expected auto, or GiB, 0 or more"),
+        ("train.activation_budget=-1", "train.activation_budget=-1: expected auto, or GiB"),
         ("train.zero_stage=3", "train.zero_stage=3: expected 1 or 2"),
         ("encoder.dims=[]", "encoder.dims"),
         ("encoder.dims=[8,8]", "expected different positive numbers"),
@@ -78,6 +80,11 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
 def test_a_bad_value_is_refused_with_the_allowed_ones(file: Path, override: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_settings(file, [override])
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("2", 2), ("0.5", 0.5)])
+def test_the_activation_budget_is_a_number_or_auto(file: Path, text: str, value: object) -> None:
+    assert read_settings(file, [f"train.activation_budget={text}"]).train.activation_budget == value
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
