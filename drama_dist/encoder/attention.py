@@ -1,7 +1,8 @@
 """Attention over packed sequences, one call for every backend.
 
-On CUDA `flash_attn_varlen_func`; elsewhere PyTorch's SDPA without a mask, once for each run of
-sequences of equal length. Registered with transformers under NAME, so that its Llama layers call it.
+On CUDA `flash_attn_varlen_func`; elsewhere once for each run of sequences of equal length: PyTorch's SDPA
+without a mask, which is its flash kernel on the CPU, or, for the gradients of short sequences, plain products.
+Registered with transformers under NAME, so that its Llama layers call it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import AttentionInterface
 from drama_dist.encoder.packing import Packed
 
 NAME = "drama_packed"
+_SHORT = 256  # up to this length plain products give gradients faster than the flash kernel: benchmarks/attention.py
 
 
 def packed_attention(
@@ -42,11 +44,19 @@ def packed_attention(
         packed.runs, *(_by_run(each, packed) for each in (query, key, value)), strict=True
     ):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-        output = scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-        )
+        if q.requires_grad and length <= _SHORT and not (causal or grouped or dropout):
+            output = plain_attention(q, k, v, scaling)
+        else:
+            output = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+            )
         outputs.append(output.transpose(1, 2).reshape(count * length, query.shape[1], -1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention by its formula (Vaswani et al. 2017, eq. 1); all … × length × D. Holds length × length scores."""
+    return torch.softmax((query * scaling) @ key.transpose(-1, -2), -1) @ value
 
 
 def _by_run(tensor: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, ...]:

@@ -51,6 +51,25 @@ def test_each_sequence_attends_to_itself_only(causal: bool) -> None:
     torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("short", [256, 0], ids=["plain products", "flash kernel"])
+def test_gradients_are_those_of_attention_written_out(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many key-value heads as query heads, the form of pruned encoders."""
+    monkeypatch.setattr(attention, "_SHORT", short)
+    query, key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1).requires_grad_() for tensor in tensors())
+    found, _ = attention.packed_attention(module(False), query, key, value, None, 0.3, pack([[1] * n for n in LENGTHS]))
+    expected = written_out(
+        query, key[:, :: HEADS // KEY_VALUE_HEADS], value[:, :: HEADS // KEY_VALUE_HEADS], 0.3, False
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    own = torch.autograd.grad((found * upstream).sum(), (query, key, value))
+    theirs = torch.autograd.grad((expected * upstream).sum(), (query, key, value))
+    # Written out, copies of a key-value head share its gradient; here each has its own.
+    for mine, other in zip(own, theirs, strict=True):
+        pairs = [side.unflatten(1, (KEY_VALUE_HEADS, -1)).sum(2) for side in (mine, other)]
+        torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_call_of_flash_attention_follows_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers through `flash_attn_varlen_func` as its documentation describes it, written in PyTorch."""
 
