@@ -33,6 +33,10 @@ class Texts:
         """All columns, one after another."""
         return [text for column in self.columns for text in column]
 
+    def first(self, count: int) -> Texts:
+        """The first `count` queries with their passages."""
+        return Texts(self.name, self.queries[:count], tuple(column[:count] for column in self.columns))
+
 
 def questions(data: Path, count: int) -> Texts:
     """XQuAD in English: `count` questions, each with its paragraph; a paragraph comes as often as it is asked about.
