@@ -53,9 +53,9 @@ class _Shapes:
 _SHAPES = {
     ("cuda", "half"): _Shapes(
         forward=(Shape(64, 64, 64, 8, 3), Shape(64, 32, 32, 8, 3)),
-        separate=(Shape(64, 64, 64, 8, 2), Shape(64, 32, 64, 8, 2)),
+        separate=(Shape(64, 64, 32, 8, 2),),
         shared=(Shape(64, 64, 32, 8, 2), Shape(64, 32, 32, 8, 2)),
-        segment=128,
+        segment=256,
     ),
     ("cuda", "float32"): _Shapes(
         forward=(Shape(64, 32, 32, 8, 2),),
