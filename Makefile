@@ -25,7 +25,8 @@ bench-gpu: .venv/ready ## the same on a GPU; inf-cl and Liger join where they ar
 	$(call benchmarks,cuda)
 
 define benchmarks
-	@test -d "$(DATA)/cisi" || { echo "no $(DATA)/cisi: say make bench DATA=FOLDER with xquad-en, cisi, npl and time"; exit 1; }
+	@for set in xquad-en cisi npl time; do test -d "$(DATA)/$$set" || \
+	  { echo "no folder $(DATA)/$$set: say make bench DATA=FOLDER with xquad-en, cisi, npl and time in BEIR form"; exit 1; }; done
 	@test -d runs/quickstart/export || { echo "no runs/quickstart/export: run make quickstart first"; exit 1; }
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/loss.py --device $(1)
@@ -33,6 +34,7 @@ define benchmarks
 	$(BIN)/python benchmarks/encode.py --device $(1) --data $(DATA)
 	$(BIN)/python benchmarks/lengths.py --device $(1) --data $(DATA)
 	$(BIN)/python benchmarks/growth.py --device $(1)
+	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/attention.py)
 	$(BIN)/python benchmarks/summary.py
 endef
 

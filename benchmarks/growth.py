@@ -35,7 +35,7 @@ def loss_rows(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]
 
 def step_rows(model: Path, sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
     """The training step, without checkpointed layers."""
-    trained = Trained(model, CHUNK_TOKENS)
+    trained = Trained(model, CHUNK_TOKENS, checkpointed=False)
     words = trained.encoder.backbone.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     sides = {}

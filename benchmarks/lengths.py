@@ -29,11 +29,12 @@ TRAIN = TrainSettings(temperature=0.05)
 
 
 class Trained:
-    """An encoder with its engine and gradient cache; every text that does not fit a chunk is encoded twice."""
+    """An encoder with its engine and gradient cache; every chunk is encoded twice."""
 
-    def __init__(self, model: Path, chunk_tokens: int):
+    def __init__(self, model: Path, chunk_tokens: int, checkpointed: bool):
         self.encoder = load(model)
-        self.encoder.checkpoint_layers()
+        if checkpointed:
+            self.encoder.checkpoint_layers()
         self.engine = Engine(self.encoder, OptimiserSettings("bfloat16", 1, 0.01, 1.0))
         self.cache = GradCache(self.encoder, self.engine, chunk_tokens, 0.0)
 
@@ -66,7 +67,7 @@ def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[l
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both jobs at every length, in turns."""
     chunk = max(options.lengths)
-    trained, plain = Trained(options.model, chunk), load(options.model, dtype="bfloat16")
+    trained, plain = Trained(options.model, chunk, checkpointed=True), load(options.model, dtype="bfloat16")
     stream = [
         token
         for text in corpus(options.data, "time")

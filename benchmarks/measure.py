@@ -1,7 +1,7 @@
 """The only place that times: sides of a comparison in turns, peak memory, and the results files.
 
 A round runs every side once, so that a change of the machine's load meets all of them; the first rounds
-are not counted. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
+are not counted. Freed memory goes back to the system before each, so every side pays for its own pages. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
 CUDA: PyTorch's own count).
 """
 
@@ -63,6 +63,7 @@ def in_turns(
 
 def use_device(name: str) -> None:
     """Keep to cpu or cuda, in everything that chooses for itself; ends the program where there is no CUDA."""
+    os.environ["DS_ACCELERATOR"] = name
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():

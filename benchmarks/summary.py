@@ -25,7 +25,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def loss_lines(device: str) -> Iterator[list[str]]:
-    """The loss alone, at the largest square batch of the issue's table."""
+    """The loss alone, at SHOWN_BATCH."""
     for row in results(f"loss-{device}-bfloat16")["rows"]:
         if (row["rows"], row["columns"]) == SHOWN_BATCH and row["agree"][row["best_peer"]]:
             own, peer = row["measured"]["ours"], row["measured"][row["best_peer"]]
@@ -66,13 +66,14 @@ def summary() -> str:
         lines = [*loss_lines(device), *step_lines(device), *encode_lines(device)]
         if not lines:
             continue
-        facts = next(found for kind in ("step", "encode") if "machine" in (found := results(f"{kind}-{device}")))
+        files = [results(name) for name in (f"loss-{device}-bfloat16", f"step-{device}", f"encode-{device}")]
+        facts = next(found for found in files if found["rows"])
         versions = facts["versions"]
         head = ["what, in bfloat16", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
         parts.append(
             f"{facts['machine']['processor']}, {facts['machine']['threads']} threads, {facts['date'][:10]}, torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
-            "sides in one run on the same checkpoint and texts; all figures in "
+            "sides in one run on the same vectors, or the same checkpoint and texts; all figures in "
             "[benchmarks/results](benchmarks/results).\n\n"
             + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
         )

@@ -116,7 +116,7 @@ class Engine:
                 safe_set_full_optimizer_state(weight, tensors[moment][name], moment)
         step = int(json.loads((found[-1] / "state.json").read_text("utf-8"))["step"])
         for state in self._engine.optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
+            state["step"].fill_(float(step))
         say(f"going on from step {step} ({found[-1]})")
         return step
 
@@ -137,7 +137,8 @@ def _initialise_moments(zero_optimizer: Any) -> None:
     """
     state = zero_optimizer.optimizer.state
     for partition in zero_optimizer.single_partition_of_fp32_groups:
-        state[partition] = {"step": torch.tensor(0.0), **{name: torch.zeros_like(partition) for name in _MOMENTS}}
+        count = torch.zeros((), device=partition.device)  # where the fused optimiser looks for it
+        state[partition] = {"step": count, **{name: torch.zeros_like(partition) for name in _MOMENTS}}
     zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 

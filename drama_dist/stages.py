@@ -25,7 +25,7 @@ from drama_dist import ranks
 from drama_dist.progress import say
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
-_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml"}
+_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard"}
 
 
 class OtherSettings(ValueError):
@@ -138,7 +138,7 @@ def fingerprint_of_folder(folder: Path) -> str:
     """SHA-256 over names and contents of all files but the stage's own records."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in _RECORDS_OF_THE_RUN:
+        if path.is_file() and _RECORDS_OF_THE_RUN.isdisjoint(path.relative_to(folder).parts):
             total.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
     return total.hexdigest()
 

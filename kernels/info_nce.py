@@ -6,6 +6,7 @@ passages and scales by its share of the rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,6 +136,11 @@ def _check(
         raise ValueError(
             f"expected queries B × K and passages N × K, got {tuple(queries.shape)}, {tuple(passages.shape)}"
         )
+    if (queries.dtype, queries.device) != (passages.dtype, passages.device):
+        raise ValueError(
+            f"expected queries and passages of one dtype on one device, got {queries.dtype} on {queries.device} "
+            f"and {passages.dtype} on {passages.device}"
+        )
     if positives.shape != (len(queries),) or positives.dtype != torch.int64:
         raise ValueError(f"expected {len(queries)} int64 positives, got {tuple(positives.shape)} {positives.dtype}")
     if int(positives.min()) < 0 or int(positives.max()) >= len(passages):
@@ -175,3 +181,5 @@ def _check_options(
             raise ValueError(f"own passages name column {int(named.max())} of {columns}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend.startswith("triton") and not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend={backend!r}: the vectors are on {queries.device}, expected CUDA")

@@ -78,7 +78,7 @@ inline float maximum(Floats v) {
 
 // exp for arguments up to 88; 0 below -87. Cody-Waite reduction, Taylor to degree 6: 2 ulp.
 inline Floats exponential(Floats x) {
-  Floats clamped = larger(x, all(-87.f));
+  Floats clamped = larger(all(-87.f), x);  // in this order NaN stays NaN
   Floats rounded = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are the integer
   Floats n = rounded - 12582912.f;
   Floats r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
@@ -91,7 +91,7 @@ inline Floats exponential(Floats x) {
   p = p * r + 1.f;
   Ints power = ((Ints)rounded << 23) + (127 << 23);
   Floats result = p * (Floats)power;
-  return x > all(-87.f) ? result : Floats{};
+  return x <= all(-87.f) ? Floats{} : result;
 }
 
 inline Bits rounded_to_bfloat16(Floats value) {  // to nearest even, in the low half of each lane

@@ -312,22 +312,36 @@ def _unit_teachers(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 
 def _mask_inputs(problem: Problem, teachers: tuple[torch.Tensor, torch.Tensor], passages: int) -> dict[str, Any]:
-    """Positives, documents and limits of queries; without ids every passage is a document of its own."""
-    positives, ids, excluded = problem.positives_B, problem.passage_ids_N, problem.excluded_ids_BE
-    ids = torch.arange(passages, device=positives.device) if ids is None else ids
+    """Positives, documents and limits of queries; without ids every passage is a document of its own.
+
+    int32, half the registers of int64: documents go by the order of their ids.
+    """
+    positives = problem.positives_B
+    if problem.passage_ids_N is None:
+        ids, excluded = torch.arange(passages, dtype=torch.int32, device=positives.device), None
+    else:
+        ids, excluded = _ranked(problem.passage_ids_N, problem.excluded_ids_BE)
     limits = torch.full(positives.shape, math.inf, device=positives.device)
     if problem.teacher is not None:
         limits = (teachers[0][: len(positives)].float() * teachers[1][positives].float()).sum(
             1
         ) - problem.teacher.margin
     return {
-        "positives_ptr": _to_tiles(positives, -1),
+        "positives_ptr": _to_tiles(positives.int(), -1),
         "passage_ids_ptr": _to_tiles(ids, -1),
         "own_ids_ptr": _to_tiles(ids[positives], -1),
-        "excluded_ptr": positives if excluded is None else _rows_to_tiles(excluded, -1),
+        "excluded_ptr": ids if excluded is None else _rows_to_tiles(excluded, -1),
         "excluded_count": 0 if excluded is None else excluded.shape[1],
         "teacher_limits_ptr": _to_tiles(limits, math.inf),
     }
+
+
+def _ranked(ids_N: torch.Tensor, excluded_BE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids by their order among all that occur, int32: equal where they were equal."""
+    if excluded_BE is None:
+        return ids_N.unique(return_inverse=True)[1].int(), None
+    ranks = torch.cat([ids_N, excluded_BE.flatten()]).unique(return_inverse=True)[1].int()
+    return ranks[: len(ids_N)], ranks[len(ids_N) :].view(excluded_BE.shape)
 
 
 def _segments(ends: list[int], width: int) -> list[tuple[int, int, int]]:

@@ -185,7 +185,7 @@ def _training_cost(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         ("real tokens in a step", f"{middle['tokens']:,.0f}"),
         ("real tokens per second", f"{middle['tokens_per_second']:,.0f}"),
         ("share of the machine's matrix-product peak", f"{middle['peak_share']:.1%}"),
-        ("tokens of padding avoided", f"{middle['padding_avoided']:.1%}"),
+        ("padding avoided, of a batch padded to its longest text", f"{middle['padding_avoided']:.1%}"),
         ("tokens encoded twice", f"{middle['recomputed_share']:.1%}"),
         ("peak memory of a rank", f"{max(line['peak_memory_gib'] for line in measured):.2f} GiB"),
     ]

@@ -4,6 +4,7 @@ Texts are encoded in chunks of a token budget; the loss gives gradients for the 
 backward pass takes them through all chunks, so that ranks reduce their gradients once a step, however
 many chunks each has. The graphs of as many chunks as the activation budget holds are kept; the others are
 checkpoints: encoded again when the backward pass reaches them. Either way the gradients are the same.
+Autograd adds the chunks' gradients in the weights' precision: in bfloat16 keep to at most some hundred chunks.
 
 The step's words are looked up once, and chunks take theirs from these: a chunk's gradient of the embeddings is
 then as large as the step's words, not as the vocabulary. Shapes: W different words of a step, K components.
@@ -30,8 +31,8 @@ _SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more c
 class GradCache:
     """One step's sequences: `encode`, then `backward` with the embeddings' gradients.
 
-    activation_budget: bytes that kept graphs may hold; None measures what is free when the first chunk
-    has been encoded.
+    activation_budget: bytes that kept graphs may hold; None measures what is free when the longest
+    chunk has been encoded.
     """
 
     def __init__(self, encoder: Encoder, engine: Engine, chunk_tokens: int, activation_budget: float | None):
@@ -50,10 +51,11 @@ class GradCache:
         lengths = [len(sequence) for sequence in sequences]
         embeddings = torch.empty(len(sequences), self.encoder.hidden_size, device=self.encoder.device)
         held, repeated = 0.0, 0
-        for chunk in token_budget_chunks(lengths, self.chunk_tokens):
+        chunks = token_budget_chunks(lengths, self.chunk_tokens)
+        if self.bytes_per_token is None:  # the longest texts need most
+            self.bytes_per_token = self._measure(chunks[-1], words) / sum(lengths[place] for place in chunks[-1])
+        for chunk in chunks:
             tokens = sum(lengths[position] for position in chunk)
-            if self.bytes_per_token is None:
-                self.bytes_per_token = self._measure(chunk, words) / tokens
             held += tokens * self.bytes_per_token
             keep = held <= self._budget()
             if not keep:

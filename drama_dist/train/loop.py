@@ -29,6 +29,9 @@ from drama_dist.train.objective import Objective, contrastive_objective
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
 
+# Settings that change what training costs, and not what comes of it: a run may go on with others.
+_WITHOUT_EFFECT = {"activation_budget", "checkpoint_layers", "tensorboard", "checkpoint_every", "keep_checkpoints"}
+
 
 def train(
     settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
@@ -37,7 +40,8 @@ def train(
 
     Raises ValueError where there are too few examples for a batch.
     """
-    sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": as_dict(settings.train)}
+    chosen = {name: value for name, value in as_dict(settings.train).items() if name not in _WITHOUT_EFFECT}
+    sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": chosen}
     stage = open_stage(settings.run, name, sections, inputs)
     if stage.done:
         return stage.final
@@ -61,6 +65,7 @@ def _steps(
     saved = stage.folder / "checkpoints"
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
+    encoder.train()
     if choice.checkpoint_layers:
         encoder.checkpoint_layers()
     budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30

@@ -10,6 +10,7 @@ import torch
 
 from drama_dist import ranks
 
+_PROCESS = Path("/proc/self")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -20,11 +21,22 @@ def free_bytes(device: torch.device) -> float:
     return min(float(psutil.virtual_memory().available), *_left_in_groups(_own_group())) / ranks.local_world_size()
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from here on; outside Linux it goes on counting from the start of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _PROCESS.exists():
+        (_PROCESS / "clear_refs").write_text("5", "ascii")
+
+
 def peak_bytes(device: torch.device) -> float:
-    """The most that this rank has held at once."""
+    """The most that this rank has held at once since `reset_peak`."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not _PROCESS.exists():
+        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = (_PROCESS / "status").read_text("utf-8").splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _own_group() -> Path:
@@ -42,8 +54,14 @@ def _left_in_groups(group: Path) -> list[float]:
     while group.is_relative_to(_CONTROL_GROUPS):
         try:
             limit, used = ((group / name).read_text("utf-8").strip() for name in ("memory.max", "memory.current"))
-            left += [float(limit) - float(used)] if limit != "max" else []
+            left += [float(limit) - float(used) + _reclaimable(group)] if limit != "max" else []
         except OSError:
             pass
         group = group.parent
     return left
+
+
+def _reclaimable(group: Path) -> float:
+    """Bytes of cached files in a group, which the kernel gives back when they are needed."""
+    lines = (group / "memory.stat").read_text("utf-8").splitlines()
+    return float(next((line.split()[1] for line in lines if line.startswith("inactive_file ")), 0))

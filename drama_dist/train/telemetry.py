@@ -17,10 +17,10 @@ import torch
 
 from drama_dist import ranks
 from drama_dist.encoder.backbone import Encoder
-from drama_dist.train.memory import peak_bytes
+from drama_dist.train.memory import peak_bytes, reset_peak
 from drama_dist.train.objective import Objective
 
-_PRODUCT = 2048  # rows of the square matrices whose product shows the peak
+_PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices whose product shows the peak
 _REPEATS = 4
 _MARGIN_BINS = 20
 
@@ -31,6 +31,7 @@ class Telemetry:
     def __init__(self, encoder: Encoder, folder: Path | None, first_step: int):
         self.encoder = encoder
         self.peak = _matrix_product_peak(next(encoder.parameters()).dtype, encoder.device)
+        reset_peak(encoder.device)
         self._writer = None
         if folder is not None and ranks.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -56,7 +57,7 @@ class Telemetry:
             "padding_avoided": round(1 - tokens / (sequences * longest), 4),
             "recomputed_share": round(repeated / tokens, 4),
             "peak_memory_gib": round(peak_bytes(self.encoder.device) / 2**30, 3),
-            "margins": {"counts": counts.tolist(), "edges": [round(float(edge), 4) for edge in edges]},
+            "margins": {"counts": counts.tolist(), "edges": edges.tolist()},
         }
 
     def write(self, step: int, figures: dict[str, Any], objective: Objective) -> None:
@@ -64,11 +65,12 @@ class Telemetry:
         if self._writer is None:
             return
         for name, value in figures.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"train/{name}", value, step)
         for dim, loss in objective.per_dim.items():
             self._writer.add_scalar(f"loss_by_dim/{dim}", loss, step)
-        self._writer.add_histogram("train/margins", np.array(objective.margins), step)
+        if objective.margins:
+            self._writer.add_histogram("train/margins", np.array(objective.margins), step)
 
     def close(self) -> None:
         """Write out what is still in memory."""
@@ -88,10 +90,11 @@ def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
 @torch.no_grad()
 def _matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large product; the best of a few."""
-    left, right = (torch.randn(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2))
+    size = _PRODUCT[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(_REPEATS):
         began = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
-    return 2 * _PRODUCT**3 / best
+    return 2 * size**3 / best

@@ -29,11 +29,17 @@ BACKENDS = {
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name that info_nce knows; eager hides the compiler's work."""
+    if request.param == "compiled":
+        assert compiled_tiles.extension() is not None
     if request.param == "eager":
         monkeypatch.setattr(compiled_tiles, "extension", lambda: None)
         monkeypatch.setattr("drama_dist.kernels.eager_tiles._SCORE_BYTES", 4 * 3 * 70 * 5)  # several chunks
     monkeypatch.setattr(compiled_tiles, "_SCORE_BYTES", 4 * 3 * 70 * 12)
     return BACKENDS[request.param][0]
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if GPU and backend.startswith("triton") else "cpu"
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -117,7 +123,7 @@ CASES = [
 def test_loss_and_gradients_equal_the_reference(
     backend: str, dtype: torch.dtype, shape: tuple[int, int], option: str, temperature: float
 ) -> None:
-    device = "cuda" if GPU and backend.startswith("triton") else "cpu"
+    device = device_of(backend)
     (ours, found), (truth, expected) = ours_and_truth(backend, shape, dtype, option, temperature, device)
     tight = 1e-12 if dtype == torch.float64 else 2e-6
     loose = tight if dtype != torch.bfloat16 else 2e-4  # bfloat16's products are PyTorch's and the CPU's
@@ -130,7 +136,7 @@ def test_loss_and_gradients_equal_the_reference(
 @pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 def test_float32_errs_no_more_than_plain_pytorch(backend: str) -> None:
     """Relative errors of loss and gradients, the mean of several draws; 3e-7 is two units in the last place."""
-    device = "cuda" if GPU and backend.startswith("triton") else "cpu"
+    device = device_of(backend)
     errors = []
     for shape in ((33, 70), (29, 66), (35, 40), (20, 64)):
         queries, passages, positives, _ = inputs(*shape, torch.float32, device)
@@ -179,7 +185,7 @@ def nan_in_new_memory() -> Iterator[None]:
 @pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 def test_nothing_is_read_before_it_is_written(backend: str) -> None:
     assert torch.empty(3).isnan().all()
-    device = "cuda" if GPU and backend.startswith("triton") else "cpu"
+    device = device_of(backend)
     (ours, found), (truth, expected) = ours_and_truth(backend, (7, 9), torch.float32, "everything", 0.05, device)
     torch.testing.assert_close(ours.loss.double(), truth.loss.double(), rtol=2e-6, atol=2e-6)
     for own, theirs in zip(found, expected, strict=True):
@@ -188,7 +194,7 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
 def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
-    device = "cuda" if GPU and backend == "triton" else "cpu"
+    device = device_of(backend)
     runs = [ours_and_truth(backend, (33, 70), torch.float32, "plain", 0.05, device)[0] for _ in range(2)]
     assert torch.equal(runs[0][0].loss, runs[1][0].loss)
     assert all(torch.equal(own, again) for own, again in zip(runs[0][1], runs[1][1], strict=True))
@@ -196,7 +202,7 @@ def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
 def test_accuracy_margins_and_masked_pairs_are_those_of_the_scores(backend: str) -> None:
-    queries, passages, positives, ids = inputs(20, 30, torch.float32)
+    queries, passages, positives, ids = inputs(20, 30, torch.float32, device_of(backend))
     result = info_nce(queries, passages, positives, temperature=0.5, dims=DIMS, passage_ids=ids, backend=backend)
     scores = normalize(queries[:, :33]) @ normalize(passages[:, :33]).T / 0.5
     own = scores.gather(1, positives[:, None])[:, 0]
@@ -212,14 +218,14 @@ def test_accuracy_margins_and_masked_pairs_are_those_of_the_scores(backend: str)
 @pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 @pytest.mark.parametrize("symmetric", [0.0, 1.0])
 def test_a_query_with_no_rival_has_no_loss_and_no_gradient(backend: str, symmetric: float) -> None:
-    queries, passages, _, _ = inputs(3, 4, torch.float32)
+    queries, passages, _, _ = inputs(3, 4, torch.float32, device_of(backend))
     result = info_nce(
         queries,
         passages,
-        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 1, 2], device=queries.device),
         temperature=0.1,
         dims=DIMS,
-        passage_ids=torch.zeros(4, dtype=torch.int64),
+        passage_ids=torch.zeros(4, dtype=torch.int64, device=queries.device),
         symmetric=symmetric,
         backend=backend,
     )
@@ -233,7 +239,7 @@ def test_a_query_with_no_rival_has_no_loss_and_no_gradient(backend: str, symmetr
 @pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 @pytest.mark.parametrize("temperature", [0.01, 1e-3])
 def test_a_tiny_temperature_does_not_overflow(backend: str, temperature: float) -> None:
-    queries, passages, positives, _ = inputs(8, 16, torch.float32)
+    queries, passages, positives, _ = inputs(8, 16, torch.float32, device_of(backend))
     result = info_nce(queries, passages, positives, temperature=temperature, dims=DIMS, backend=backend)
     truth = info_nce(queries, passages, positives, temperature=temperature, dims=DIMS, backend="reference")
     torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-5, atol=1e-5)
@@ -243,7 +249,7 @@ def test_a_tiny_temperature_does_not_overflow(backend: str, temperature: float) 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
 def test_without_gradients_there_is_the_same_loss(backend: str) -> None:
-    queries, passages, positives, _ = inputs(8, 16, torch.float32)
+    queries, passages, positives, _ = inputs(8, 16, torch.float32, device_of(backend))
     with_gradients = info_nce(queries, passages, positives, temperature=0.1, dims=DIMS, backend=backend)
     with torch.no_grad():
         without = info_nce(queries, passages, positives, temperature=0.1, dims=DIMS, backend=backend)
@@ -279,14 +285,31 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.Monk
         ({"teacher": TeacherMargin(torch.ones(2, 3), torch.ones(4, 3))}, "expected 2 and 5 vectors of the teacher"),
         ({"distillation": Distillation(torch.tensor([[0], [9]]), torch.zeros(2, 1))}, "own passages name column 9"),
         ({"backend": "cuda"}, "backend='cuda'"),
+        ({"passages": torch.ones(5, K, dtype=torch.float64)}, "of one dtype on one device, got torch.float32"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
     queries, passages, positives, _ = inputs(2, 5, torch.float32)
-    arguments: dict[str, Any] = {"positives": positives, "temperature": 0.1, **change}
+    given = {"passages": passages, "positives": positives, "temperature": 0.1}
+    arguments: dict[str, Any] = {**given, **change}
     with pytest.raises(ValueError, match=message):
-        info_nce(queries, passages, **arguments)
+        info_nce(queries, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"], indirect=True)
+def test_a_passage_that_is_not_a_number_shows_in_the_loss(backend: str) -> None:
+    queries, passages, positives, _ = inputs(3, 40, torch.float32)
+    broken = passages.detach().clone()
+    broken[next(column for column in range(40) if column not in positives)] = torch.nan
+    assert info_nce(queries, broken, positives, temperature=0.1, backend=backend).loss.isnan()
+
+
+def test_triton_on_the_cpu_is_refused_unless_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    queries, passages, positives, _ = inputs(2, 5, torch.float32)
+    with pytest.raises(ValueError, match="the vectors are on cpu, expected CUDA"):
+        info_nce(queries, passages, positives, temperature=0.1, backend="triton")
 
 
 def test_triton_refuses_what_it_cannot_take() -> None:

@@ -1,0 +1,87 @@
+"""What a step costs: counted operations, the figures of a step, event files, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.packing import pack
+from drama_dist.settings import EncoderSettings
+from drama_dist.train import memory
+from drama_dist.train.objective import Objective
+from drama_dist.train.telemetry import Telemetry, _operations
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(llm: Path) -> Encoder:
+    return load(llm, contract=EncoderSettings(dims=[48]))
+
+
+def objective(margins: list[float]) -> Objective:
+    empty = torch.zeros(0)
+    return Objective(empty, empty, 1.5, {48: 1.5}, 0.5, 0.1, 0, margins)
+
+
+def test_operations_are_those_that_pytorch_counts(encoder: Encoder) -> None:
+    """Of the forward pass, times three; the flash kernel of the CPU is not counted by PyTorch, so added by hand."""
+    lengths = [7, 20, 20]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(pack([[3] * length for length in lengths]))
+    config = encoder.backbone.config
+    attention = 4 * config.num_hidden_layers * 48 * sum(length**2 for length in lengths)
+    counted = counter.get_total_flops()
+    seen = {name: value for name, value in counter.get_flop_counts()["Global"].items() if "attention" in str(name)}
+    expected = 3 * (counted - sum(seen.values()) + attention)
+    assert _operations(encoder, lengths) == pytest.approx(expected, rel=1e-6)
+
+
+def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry = Telemetry(encoder, tmp_path, first_step=0)
+    values = [-2.0, -1.0, 0.5, 3.0]
+    found = telemetry.figures([10, 30], objective(values), seconds=2.0, recomputed_share=0.25)
+    assert found["tokens"] == 40 and found["tokens_per_second"] == 20.0 and found["recomputed_share"] == 0.25
+    assert found["padding_avoided"] == pytest.approx(1 - 40 / 60, abs=1e-4)
+    assert found["peak_share"] == pytest.approx(_operations(encoder, [10, 30]) / 2.0 / telemetry.peak, abs=1e-4)
+    counts, edges = np.histogram(values, bins=20)
+    assert found["margins"] == {"counts": counts.tolist(), "edges": edges.tolist()}
+    telemetry.write(1, found, objective(values))
+    telemetry.write(2, found, objective([]))  # no query had a negative
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/tokens_per_second")] == [20.0, 20.0]
+    assert [event.step for event in events.Scalars("loss_by_dim/48")] == [1, 2]
+
+
+def test_the_peak_counts_from_its_reset() -> None:
+    filled = np.ones(2**26)  # 512 MiB
+    assert memory.peak_bytes(CPU) > filled.nbytes
+    del filled
+    memory.reset_peak(CPU)
+    before = memory.peak_bytes(CPU)
+    again = np.ones(2**25)
+    assert 0.9 * again.nbytes < memory.peak_bytes(CPU) - before < 1.5 * again.nbytes
+
+
+def test_a_control_groups_limit_counts_without_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "job" / "step"
+    inner.mkdir(parents=True)
+    for name, value in (("memory.max", "max"), ("memory.current", "7")):
+        (inner / name).write_text(value)
+    for name, value in (
+        ("memory.max", "1000"),
+        ("memory.current", "900"),
+        ("memory.stat", "anon 5\ninactive_file 300\n"),
+    ):
+        (inner.parent / name).write_text(value)
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_own_group", lambda: inner)
+    assert memory.free_bytes(CPU) == 400.0
