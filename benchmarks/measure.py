@@ -1,8 +1,9 @@
 """The only place that times: sides of a comparison in turns, peak memory, and the results files.
 
 A round runs every side once, so that a change of the machine's load meets all of them; the first rounds
-are not counted. Freed memory goes back to the system before each, so every side pays for its own pages. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status;
-CUDA: PyTorch's own count).
+are not counted. Freed memory goes back to the system before each run, so every side pays for its own
+pages. Memory is the process's peak above what it held before (Linux: VmHWM of /proc/self/status; CUDA:
+PyTorch's own count).
 """
 
 from __future__ import annotations
