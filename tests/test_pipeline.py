@@ -62,6 +62,8 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert {path.name for path in changed} <= {"settings.yaml"} and all(path.parent == run for path in changed)
+    cheaper = ["train.activation_budget=0", "train.checkpoint_layers=true", "train.tensorboard=false"]
+    assert pipeline.train(small_settings(*cheaper)) == run / "train"  # what only costs otherwise is no other run
 
 
 def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..., Settings]) -> None:
