@@ -15,7 +15,6 @@ from measure import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-SHOWN_BATCH = (8192, 8192)
 
 
 def results(name: str) -> dict[str, Any]:
@@ -25,9 +24,10 @@ def results(name: str) -> dict[str, Any]:
 
 
 def loss_lines(device: str) -> Iterator[list[str]]:
-    """The loss alone, at SHOWN_BATCH."""
-    for row in results(f"loss-{device}-bfloat16")["rows"]:
-        if (row["rows"], row["columns"]) == SHOWN_BATCH and row["agree"][row["best_peer"]]:
+    """The loss alone, at the largest square batch that was measured."""
+    square = [row for row in results(f"loss-{device}-bfloat16")["rows"] if row["rows"] == row["columns"]]
+    for row in square:
+        if row["rows"] == square[-1]["rows"] and row["agree"][row["best_peer"]]:
             own, peer = row["measured"]["ours"], row["measured"][row["best_peer"]]
             what = f"loss and gradients, {row['rows']} × {row['columns']}, {len(row['dims'])} dims"
             yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], row["best_peer"])
