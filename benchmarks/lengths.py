@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     use_device(options.device)
+    if options.chunks < 2:
+        parser.error(f"--chunks {options.chunks}: expected 2 or more, so that the longest texts have a passage each")
     rows = measure(options)
     print(
         table(rows),

@@ -114,8 +114,13 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
         },
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _of(name))}},
-        "command": f"python {' '.join(sys.argv)}",
+        "command": f"python {' '.join(map(_without_folders, sys.argv))}",
     }
+
+
+def _without_folders(word: str) -> str:
+    """An absolute path's last part: where this machine keeps it is nobody's business."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _of(package: str) -> str | None:
