@@ -29,7 +29,8 @@ def loss_lines(device: str) -> Iterator[list[str]]:
     for row in square:
         if row["rows"] == square[-1]["rows"] and row["agree"][row["best_peer"]]:
             own, peer = row["measured"]["ours"], row["measured"][row["best_peer"]]
-            what = f"loss and gradients, {row['rows']} × {row['columns']}, {len(row['dims'])} dims"
+            dims = f"{len(row['dims'])} dim{'s' if len(row['dims']) > 1 else ''}"
+            what = f"loss and gradients, {row['rows']} × {row['columns']}, {dims}"
             yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], row["best_peer"])
 
 
