@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -22,10 +23,11 @@ def free_bytes(device: torch.device) -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` count from here on; outside Linux it goes on counting from the start of the process."""
+    """Let `peak_bytes` count from here on; where the system does not offer that, it counts from the process's start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _PROCESS.exists():
+        return
+    with contextlib.suppress(OSError):
         (_PROCESS / "clear_refs").write_text("5", "ascii")
 
 

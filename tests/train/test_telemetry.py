@@ -71,6 +71,12 @@ def test_the_peak_counts_from_its_reset() -> None:
     assert 0.9 * again.nbytes < memory.peak_bytes(CPU) - before < 1.5 * again.nbytes
 
 
+def test_without_the_systems_counter_the_peak_is_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_PROCESS", tmp_path / "absent")
+    memory.reset_peak(CPU)
+    assert memory.peak_bytes(CPU) > 2**26
+
+
 def test_a_control_groups_limit_counts_without_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "job" / "step"
     inner.mkdir(parents=True)
