@@ -40,7 +40,7 @@ class Trained:
 
     def step(self, texts: list[list[int]]) -> None:
         """One training step with a learning rate of 0."""
-        embeddings, _ = self.cache.encode(texts)
+        embeddings = self.cache.encode(texts).embeddings_NK
         queries = embeddings[: len(texts) // 2]
         places = torch.arange(len(queries), device=self.encoder.device)
         objective = contrastive_objective(

@@ -29,6 +29,7 @@ from drama_dist import ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.settings import TrainSettings
+from drama_dist.train.fused_layers import fuse_layers
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
 
@@ -50,6 +51,7 @@ Step = Callable[[Texts], tuple[float, float, int]]  # loss, gradient's norm, rea
 def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
     """The training loop's own parts; budget: bytes for kept graphs."""
     encoder = load(model)
+    fuse_layers(encoder.backbone)
     encoder.contract = replace(encoder.contract, max_query_tokens=LIMIT, max_passage_tokens=LIMIT)
     engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.01, CLIPPING))
     cache = GradCache(encoder, engine, chunk_tokens, budget)
@@ -57,11 +59,11 @@ def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
 
     def step(texts: Texts) -> tuple[float, float, int]:
         sequences = encoder.tokenize_queries(texts.queries) + encoder.tokenize_passages(texts.passages)
-        embeddings, _ = cache.encode(sequences)
+        encoded = cache.encode(sequences)
         count, device = len(texts.queries), encoder.device
         objective = contrastive_objective(
-            embeddings[:count],
-            embeddings[count:],
+            encoded.embeddings_NK[:count],
+            encoded.embeddings_NK[count:],
             torch.arange(count, device=device),
             torch.arange(len(texts.passages), device=device),  # every column counts, as for the peer
             encoder.contract,

@@ -1,6 +1,6 @@
 """Tiles compiled for this CPU from tiles.cpp: scores, masks, exponentials and products in cache, in one pass.
 
-Covers building and loading the library, its operands' layout, and threads. bfloat16 operands where the
+Covers the library's operands, their layout, and threads. bfloat16 operands where the
 inputs are bfloat16, float32 else; sums are float32 always. For a given number of threads the result is
 the same to the bit.
 Shapes: B queries, N passages, K components, M dims, R rows of a chunk; Kp and Np padded.
@@ -9,22 +9,17 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk; Kp and N
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
+from drama_dist.kernels.libraries import library
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.tiles import ChunkScores, Gradients, Norms, block_ends, pad_blocks, row_chunks, unpad_blocks
 
-SOURCE = Path(__file__).with_name("tiles.cpp")
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
 _MOST_ROWS = 384
@@ -70,34 +65,9 @@ class _Chunk(ctypes.Structure):
     ]
 
 
-@lru_cache(maxsize=1)
 def extension() -> ctypes.CDLL | None:
-    """The library, built where it is not; None (with one warning) where it cannot be."""
-    try:
-        return ctypes.CDLL(_build())
-    except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"no compiled loss kernels ({reason}): going on with slower PyTorch operations; "
-            "install a C++ compiler (g++) and ninja",
-            stacklevel=2,
-        )
-        return None
-
-
-def _build() -> str:
-    from torch.utils import cpp_extension
-
-    # A cache folder may be shared by machines with other CPUs.
-    cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
-    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
-    name = f"drama_tiles_{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
-    with _ninja_on_path():
-        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-        cpp_extension.load(
-            name, [str(SOURCE)], extra_cflags=["-O3", "-march=native"], is_python_module=False, verbose=False
-        )
-    return str(folder / f"{name}.so")
+    """The compiled loss kernels; None (with one warning) where they cannot be built."""
+    return library("tiles", "the loss goes on with slower PyTorch operations")
 
 
 class CompiledTiles:
@@ -255,16 +225,3 @@ def _strips(vectors: torch.Tensor, lane: int) -> torch.Tensor:
     """Rows × Kp to [rows / 64][Kp / lane][64][lane]."""
     rows, kp = vectors.shape
     return vectors.view(rows // _STRIP, _STRIP, kp // lane, lane).permute(0, 2, 1, 3).contiguous()
-
-
-class _ninja_on_path:
-    """The ninja of this environment, which need not be activated."""
-
-    def __enter__(self) -> None:
-        import ninja
-
-        self._before = os.environ.get("PATH", "")
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, self._before])
-
-    def __exit__(self, *_: object) -> None:
-        os.environ["PATH"] = self._before

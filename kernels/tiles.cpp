@@ -6,22 +6,11 @@
 // Shapes: R rows, N columns in tiles of 64 · STRIPS, K components in blocks (block d is what dim d has
 // beyond dim d - 1, padded to 64), M dims. E is an operand's element: bfloat16 bits, two to a lane, or
 // float. A packed operand is laid out [columns / 64][depth / lane][64][lane].
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef uint16_t Bfloat16;
-
-constexpr int64_t WIDTH = 16, STRIP = 64, STRIPS = 2, TILE = STRIP * STRIPS, ROWS = 6;
+constexpr int64_t STRIP = 64, STRIPS = 2, TILE = STRIP * STRIPS, ROWS = 6;
 constexpr float MASKED = -1e30f;
 
 struct Chunk {
@@ -56,49 +45,6 @@ struct Chunk {
   void* upstream_packed;           // packed, depth is padded R, scratch
 };
 
-inline Floats load(const float* from) {
-  Floats value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-inline Floats all(float value) { return Floats{} + value; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < WIDTH; ++i) total += v[i];
-  return total;
-}
-inline float maximum(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < WIDTH; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
-// exp for arguments up to 88; 0 below -87. Cody-Waite reduction, Taylor to degree 6: 2 ulp.
-inline Floats exponential(Floats x) {
-  Floats clamped = larger(all(-87.f), x);  // in this order NaN stays NaN
-  Floats rounded = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are the integer
-  Floats n = rounded - 12582912.f;
-  Floats r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
-  Floats p = all(1.f / 720);
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  Ints power = ((Ints)rounded << 23) + (127 << 23);
-  Floats result = p * (Floats)power;
-  return x <= all(-87.f) ? Floats{} : result;
-}
-
-inline Bits rounded_to_bfloat16(Floats value) {  // to nearest even, in the low half of each lane
-  Bits bits = (Bits)value;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-
 template <class E>
 struct Operand;
 
@@ -106,7 +52,6 @@ template <>
 struct Operand<float> {
   static constexpr int64_t lane = 1;
   static Floats multiply_add(Floats sum, const float* a, const float* b) { return sum + *a * load(b); }
-  static void write_row(float* to, Floats value) { store(to, value); }
   static void write_packed(float* to, Floats first, Floats) { store(to, first); }
 };
 
@@ -125,10 +70,6 @@ struct Operand<Bfloat16> {
     sum += (Floats)(left << 16) * (Floats)(right << 16);
     return sum + (Floats)(left & 0xffff0000u) * (Floats)(right & 0xffff0000u);
 #endif
-  }
-  static void write_row(Bfloat16* to, Floats value) {
-    Halves narrow = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
-    std::memcpy(to, &narrow, sizeof narrow);
   }
   static void write_packed(Bfloat16* to, Floats first, Floats second) {
     Bits pairs = rounded_to_bfloat16(first) | (rounded_to_bfloat16(second) << 16);
@@ -290,8 +231,8 @@ void write_upstream(const Chunk& c) {
     for (int64_t v = 0; v < TILE; v += WIDTH) {
       Floats first = r < c.rows ? load(c.suffix + r * TILE + v) : Floats{};
       Floats second = lane == 2 && r + 1 < c.rows ? load(c.suffix + (r + 1) * TILE + v) : Floats{};
-      if (r < c.rows) Operand<E>::write_row(rows + r * TILE + v, first);
-      if (lane == 2 && r + 1 < c.rows) Operand<E>::write_row(rows + (r + 1) * TILE + v, second);
+      if (r < c.rows) store(rows + r * TILE + v, first);
+      if (lane == 2 && r + 1 < c.rows) store(rows + (r + 1) * TILE + v, second);
       E* strip = packed + (v / STRIP) * c.padded_rows * STRIP;
       Operand<E>::write_packed(strip + r * STRIP + (v % STRIP) * lane, first, second);
     }

@@ -24,7 +24,8 @@ from drama_dist.records import Example, read_records
 from drama_dist.settings import Settings, as_dict
 from drama_dist.stages import Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
-from drama_dist.train.grad_cache import GradCache
+from drama_dist.train.fused_layers import fuse_layers
+from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
@@ -66,6 +67,7 @@ def _steps(
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     encoder.train()
+    fuse_layers(encoder.backbone)
     if choice.checkpoint_layers:
         encoder.checkpoint_layers()
     budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30
@@ -75,10 +77,10 @@ def _steps(
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
     for step in range(first, choice.steps):
         began = time.monotonic()
-        objective, lengths, repeated = _batch_step(settings, next(order), encoder, cache, table)
+        objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
         rate = learning_rate_at(step, choice.steps, choice.learning_rate, choice.warmup_share)
         norm = engine.step(rate)
-        cost = telemetry.figures(lengths, objective, time.monotonic() - began, repeated)
+        cost = telemetry.figures(encoded.lengths, objective, time.monotonic() - began, encoded.recomputed)
         _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
         bar.set_postfix_str(_postfix(objective, cost), refresh=False)
         bar.update(1)
@@ -104,25 +106,25 @@ def _postfix(objective: Objective, cost: dict[str, Any]) -> str:
 
 def _batch_step(
     settings: Settings, batch: Batch, encoder: Encoder, cache: GradCache, table: PassageTable
-) -> tuple[Objective, list[int], float]:
-    """Forward and backward of one global batch; returns the figures, the own lengths, the share recomputed."""
+) -> tuple[Objective, Encoded]:
+    """Forward and backward of one global batch."""
     queries, passages = ranks.own_share(len(batch.queries)), ranks.own_share(len(batch.passages))
     contents = table.contents([table.position(passage) for passage in batch.passages])
     sequences = encoder.tokenize_queries([batch.queries[i] for i in queries])
     sequences += encoder.tokenize_passages([contents[i] for i in passages])
     first_place: dict[str, int] = {}
     same_text = [first_place.setdefault(text, place) for place, text in enumerate(contents)]
-    embeddings, repeated = cache.encode(sequences)
+    encoded = cache.encode(sequences)
     objective = contrastive_objective(
-        embeddings[: len(queries)],
-        embeddings[len(queries) :],
+        encoded.embeddings_NK[: len(queries)],
+        encoded.embeddings_NK[len(queries) :],
         torch.tensor([batch.positives[i] for i in queries], device=encoder.device),
         torch.tensor(same_text, device=encoder.device),
         settings.encoder,
         settings.train,
     )
     cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-    return objective, [len(sequence) for sequence in sequences], repeated
+    return objective, encoded
 
 
 def _save_encoder(stage: Stage, encoder: Encoder, engine: Engine) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from drama_dist.kernels import Distillation, InfoNCE, TeacherMargin, compiled_tiles, info_nce
+from drama_dist.kernels import Distillation, InfoNCE, TeacherMargin, compiled_tiles, info_nce, libraries
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.reference import info_nce_reference
 
@@ -257,18 +257,18 @@ def test_without_gradients_there_is_the_same_loss(backend: str) -> None:
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler() -> str:
+    def no_compiler(name: str) -> str:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(compiled_tiles, "_build", no_compiler)
-    compiled_tiles.extension.cache_clear()
+    monkeypatch.setattr(libraries, "_build", no_compiler)
+    libraries.library.cache_clear()
     queries, passages, positives, _ = inputs(3, 4, torch.float32)
-    with pytest.warns(UserWarning, match=r"no compiled loss kernels \(no g\+\+\).*install a C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"tiles.cpp was not compiled \(no g\+\+\).*install a C\+\+ compiler"):
         info_nce(queries, passages, positives, temperature=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         info_nce(queries, passages, positives, temperature=0.1)
-    compiled_tiles.extension.cache_clear()
+    libraries.library.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
     return info_nce(embeddings[:2], embeddings[2:], torch.tensor([1, 3]), temperature=0.1, dims=[48, 16]).loss
 
 
+def upstream_of(embeddings: torch.Tensor) -> torch.Tensor:
+    leaf = embeddings.detach().requires_grad_()
+    return torch.autograd.grad(loss_of(leaf), leaf)[0]
+
+
 def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in encoder.named_parameters() if weight.grad is not None}
 
@@ -75,14 +80,13 @@ def test_gradients_equal_those_of_the_whole_batch(
     cache = GradCache(encoder, engine, chunk, None)  # type: ignore[arg-type]
     if budget == "some":
         cache.encode(sequences)
-        assert cache.bytes_per_token is not None
-        budget = 60 * cache.bytes_per_token
+        assert cache._bytes_per_token is not None
+        budget = 60 * cache._bytes_per_token
     cache.activation_budget = budget  # type: ignore[assignment]
     encoder.zero_grad()
-    embeddings, repeated = cache.encode(sequences)
-    (upstream,) = torch.autograd.grad(loss_of(embeddings.requires_grad_()), embeddings)
-    cache.backward(upstream)
-    assert repeated == share if share is not None else 0 < repeated < 1
+    encoded = cache.encode(sequences)
+    cache.backward(upstream_of(encoded.embeddings_NK))
+    assert encoded.recomputed == share if share is not None else 0 < encoded.recomputed < 1
     assert engine.calls == 1
     found = gradients(encoder)
     assert found.keys() == expected.keys()
@@ -111,10 +115,9 @@ def test_three_steps_end_in_the_same_weights(llm: Path) -> None:
         optimiser = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
         cache = GradCache(encoder, PlainEngine(), 16, budget)  # type: ignore[arg-type]
         for _ in range(3):
-            embeddings, _ = cache.encode(encoder.tokenize_passages(TEXTS))
-            (upstream,) = torch.autograd.grad(loss_of(embeddings.requires_grad_()), embeddings)
+            encoded = cache.encode(encoder.tokenize_passages(TEXTS))
             optimiser.zero_grad()
-            cache.backward(upstream)
+            cache.backward(upstream_of(encoded.embeddings_NK))
             optimiser.step()
         ends.append(torch.cat([weight.detach().flatten() for weight in encoder.parameters()]))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
@@ -132,7 +135,7 @@ def test_dropout_is_the_same_when_a_chunk_is_encoded_again(encoder: Encoder) -> 
         torch.manual_seed(4)
         encoder.zero_grad()
         cache = GradCache(encoder, PlainEngine(), 10**6, budget)  # type: ignore[arg-type]
-        cache.bytes_per_token = 1.0
+        cache._bytes_per_token = 1.0
         cache.encode(sequences)
         torch.rand(7)  # the random state moves on
         cache.backward(upstream)
@@ -146,12 +149,12 @@ def test_what_is_measured_is_what_autograd_keeps(encoder: Encoder) -> None:
     sequences = [[3] * 40, [4] * 40]
     cache = GradCache(encoder, PlainEngine(), 40, ALL)  # type: ignore[arg-type]
     cache.encode(sequences)
-    whole = cache.bytes_per_token
+    whole = cache._bytes_per_token
     encoder.checkpoint_layers()
-    cache.bytes_per_token = None
+    cache._bytes_per_token = None
     cache.encode(sequences)
-    assert whole is not None and cache.bytes_per_token is not None
-    assert 4 * 48 * 4 < cache.bytes_per_token < whole / 3  # at least an input of every layer
+    assert whole is not None and cache._bytes_per_token is not None
+    assert 4 * 48 * 4 < cache._bytes_per_token < whole / 3  # at least an input of every layer
 
 
 def test_the_comparison_notices_a_missing_chunk(encoder: Encoder) -> None:
@@ -166,4 +169,30 @@ def test_embeddings_come_in_the_order_given(encoder: Encoder) -> None:
     sequences = encoder.tokenize_passages(TEXTS)
     cache = GradCache(encoder, PlainEngine(), 16, None)  # type: ignore[arg-type]
     with torch.no_grad():
-        torch.testing.assert_close(cache.encode(sequences)[0], encoder(pack(sequences)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cache.encode(sequences).embeddings_NK, encoder(pack(sequences)), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_texts_are_encoded_once(encoder: Encoder) -> None:
+    sequences = encoder.tokenize_passages([*TEXTS, TEXTS[3], TEXTS[0]])
+    upstream = torch.randn(len(sequences), encoder.hidden_size, generator=torch.Generator().manual_seed(1))
+    (encoder(pack(sequences)) * upstream).sum().backward()
+    expected = gradients(encoder)
+    encoder.zero_grad()
+    cache = GradCache(encoder, PlainEngine(), 16, NOTHING)  # type: ignore[arg-type]
+    encoded = cache.encode(sequences)
+    assert encoded.lengths == [len(sequence) for sequence in sequences[: len(TEXTS)]]
+    assert torch.equal(encoded.embeddings_NK[len(TEXTS)], encoded.embeddings_NK[3])
+    cache.backward(upstream)
+    for name, gradient in gradients(encoder).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_graphs_stay_within_the_budget(encoder: Encoder) -> None:
+    """By what autograd really holds for each chunk."""
+    sequences = encoder.tokenize_passages([text + " and more" * place for place, text in enumerate(TEXTS * 3)])
+    cache = GradCache(encoder, PlainEngine(), 48, ALL)  # type: ignore[arg-type]
+    cache.encode(sequences)
+    assert cache.held_bytes > 0
+    cache.activation_budget = 0.6 * cache.held_bytes
+    share = cache.encode(sequences).recomputed
+    assert 0 < share < 1 and 0.3 * cache.activation_budget < cache.held_bytes <= cache.activation_budget

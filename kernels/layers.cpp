@@ -1,0 +1,147 @@
+// What a transformer layer does between its matrix products, forward and backward, one pass over memory each.
+//
+// Covers RMSNorm, SwiGLU, and rows of heads to heads of rows with rotary positions. Threads are OpenMP's, the same
+// that PyTorch's operations use. E is an element, bfloat16 bits or float; arithmetic is float. Every width is a
+// multiple of 16, half a head too.
+//
+// Shapes: T tokens, K components, H heads of D components.
+#include <cmath>
+
+#include "vectors.h"
+
+namespace {
+
+inline Floats sigmoid(Floats x) { return 1.f / (1.f + exponential(-larger(all(-88.f), x))); }
+
+// 1 / root mean square of a row (Zhang and Sennrich 2019, eq. 4).
+template <class E>
+inline float inverse_root_mean_square(const E* row, int64_t width, float epsilon) {
+  Floats squares{};
+  for (int64_t k = 0; k < width; k += WIDTH) {
+    Floats x = load(row + k);
+    squares += x * x;
+  }
+  return 1.f / std::sqrt(sum(squares) / width + epsilon);
+}
+
+template <class E>
+void rms_norm(int64_t rows, int64_t width, float epsilon, const E* x, const E* weight, E* normed) {
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < rows; ++t) {
+    const E* row = x + t * width;
+    float scale = inverse_root_mean_square(row, width, epsilon);
+    for (int64_t k = 0; k < width; k += WIDTH) store(normed + t * width + k, load(row + k) * scale * load(weight + k));
+  }
+}
+
+// gradient += that of x; weight_gradient (one row for each part of the rows) += that of the weight.
+template <class E>
+void rms_norm_backward(int64_t rows, int64_t width, int64_t parts, float epsilon, const E* upstream, const E* x,
+                       const E* weight, E* gradient, float* weight_gradient) {
+#pragma omp parallel for schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    float* of_weight = weight_gradient + part * width;
+    for (int64_t t = rows * part / parts; t < rows * (part + 1) / parts; ++t) {
+      const E *row = x + t * width, *above = upstream + t * width;
+      float scale = inverse_root_mean_square(row, width, epsilon);
+      Floats products{};
+      for (int64_t k = 0; k < width; k += WIDTH) products += load(above + k) * load(weight + k) * load(row + k);
+      float along = sum(products) * scale * scale * scale / width;
+      for (int64_t k = 0; k < width; k += WIDTH) {
+        Floats up = load(above + k), value = load(row + k);
+        E* to = gradient + t * width + k;
+        store(to, load(to) + up * load(weight + k) * scale - value * along);
+        store(of_weight + k, load(of_weight + k) + up * value * scale);
+      }
+    }
+  }
+}
+
+// x * sigmoid(x) * up (Shazeer 2020, SwiGLU).
+template <class E>
+void swiglu(int64_t count, const E* gate, const E* up, E* product) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    Floats x = load(gate + i);
+    store(product + i, x * sigmoid(x) * load(up + i));
+  }
+}
+
+// Also the product itself, over `upstream`.
+template <class E>
+void swiglu_backward(int64_t count, E* upstream, const E* gate, const E* up, E* gate_gradient, E* up_gradient) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    Floats x = load(gate + i), y = load(up + i), above = load(upstream + i), share = sigmoid(x);
+    store(gate_gradient + i, above * y * share * (1.f + x * (1.f - share)));
+    store(up_gradient + i, above * x * share);
+    store(upstream + i, x * share * y);
+  }
+}
+
+// Half a head's components are rotated by the other half's (Su et al. 2021, in the layout of transformers' Llama).
+template <class E>
+inline void rotate(int64_t size, const E* from, const E* cosines, const E* sines, float direction, E* to) {
+  int64_t half = size / 2;
+  for (int64_t d = 0; d < half; d += WIDTH) {
+    Floats first = load(from + d), second = load(from + half + d);
+    if (cosines) {
+      Floats x = first, y = second;
+      if (direction > 0) {
+        first = x * load(cosines + d) - y * load(sines + d);
+        second = y * load(cosines + half + d) + x * load(sines + half + d);
+      } else {
+        first = x * load(cosines + d) + y * load(sines + half + d);
+        second = y * load(cosines + half + d) - x * load(sines + d);
+      }
+    }
+    store(to + d, first);
+    store(to + half + d, second);
+  }
+}
+
+// rows: T x stride, a token's heads side by side from `rows` on; heads: for each sequence H x length x D. direction 1
+// goes from rows to heads and rotates; -1 comes back, and rotates by the transposed matrix. No rotation without
+// cosines (T x D).
+template <class E>
+void heads(int64_t sequences, const int32_t* boundaries, int64_t count, int64_t size, int64_t stride, float direction,
+           const E* cosines, const E* sines, E* rows, E* by_head) {
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t s = 0; s < sequences; ++s) {
+    int64_t begin = boundaries[s], length = boundaries[s + 1] - begin;
+    for (int64_t h = 0; h < count; ++h)
+      for (int64_t t = 0; t < length; ++t) {
+        E* row = rows + (begin + t) * stride + h * size;
+        E* head = by_head + begin * count * size + (h * length + t) * size;
+        const E *cosine = cosines ? cosines + (begin + t) * size : nullptr, *sine = sines + (begin + t) * size;
+        rotate(size, direction > 0 ? row : head, cosine, sine, direction, direction > 0 ? head : row);
+      }
+  }
+}
+
+}  // namespace
+
+#define FUNCTIONS(E, NAME)                                                                                            \
+  void drama_rms_norm_##NAME(int64_t rows, int64_t width, float epsilon, const E* x, const E* weight, E* normed) {    \
+    rms_norm(rows, width, epsilon, x, weight, normed);                                                                \
+  }                                                                                                                   \
+  void drama_rms_norm_backward_##NAME(int64_t rows, int64_t width, int64_t parts, float epsilon, const E* upstream,   \
+                                      const E* x, const E* weight, E* gradient, float* weight_gradient) {             \
+    rms_norm_backward(rows, width, parts, epsilon, upstream, x, weight, gradient, weight_gradient);                   \
+  }                                                                                                                   \
+  void drama_swiglu_##NAME(int64_t count, const E* gate, const E* up, E* product) {                                   \
+    swiglu(count, gate, up, product);                                                                                 \
+  }                                                                                                                   \
+  void drama_swiglu_backward_##NAME(int64_t count, E* upstream, const E* gate, const E* up, E* gate_gradient,         \
+                                    E* up_gradient) {                                                                 \
+    swiglu_backward(count, upstream, gate, up, gate_gradient, up_gradient);                                           \
+  }                                                                                                                   \
+  void drama_heads_##NAME(int64_t sequences, const int32_t* boundaries, int64_t count, int64_t size, int64_t stride,  \
+                          float direction, const E* cosines, const E* sines, E* rows, E* by_head) {                   \
+    heads(sequences, boundaries, count, size, stride, direction, cosines, sines, rows, by_head);                      \
+  }
+
+extern "C" {
+FUNCTIONS(float, float32)
+FUNCTIONS(Bfloat16, bfloat16)
+}

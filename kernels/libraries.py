@@ -1,0 +1,64 @@
+"""C++ libraries for this CPU, built with ninja the first time they are needed.
+
+Covers building, loading and caching one source file of this folder. Says once, and gives None, where there is
+no compiler. The libraries' functions are called through ctypes, which lets other threads go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+@lru_cache
+def library(name: str, without: str) -> ctypes.CDLL | None:
+    """NAME.cpp of this folder as a library; None, with a warning that names what goes on `without` it."""
+    try:
+        return ctypes.CDLL(_build(name))
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"{name}.cpp was not compiled ({reason}): {without}; install a C++ compiler (g++) and ninja",
+            stacklevel=2,
+        )
+        return None
+
+
+def _build(name: str) -> str:
+    from torch.utils import cpp_extension
+
+    # A cache folder may be shared by machines with other CPUs.
+    cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
+    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
+    built = f"drama_{name}_{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+    with _ninja_on_path():
+        folder = Path(cpp_extension._get_build_directory(built, verbose=False))
+        cpp_extension.load(
+            built,
+            [str(_FOLDER / f"{name}.cpp")],
+            # OpenMP's symbols are left to PyTorch, which has loaded its own: a second one would fight it for cores.
+            extra_cflags=["-O3", "-march=native", "-fopenmp"],
+            is_python_module=False,
+            verbose=False,
+        )
+    return str(folder / f"{built}.so")
+
+
+class _ninja_on_path:
+    """The ninja of this environment, which need not be activated."""
+
+    def __enter__(self) -> None:
+        import ninja
+
+        self._before = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, self._before])
+
+    def __exit__(self, *_: object) -> None:
+        os.environ["PATH"] = self._before

@@ -1,0 +1,73 @@
+// Vectors of 16 floats, and what both libraries do with them: exponentials, sums, bfloat16 in memory.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Bfloat16;
+
+constexpr int64_t WIDTH = 16;
+
+inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+inline Floats all(float value) { return Floats{} + value; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += v[i];
+  return total;
+}
+inline float maximum(Floats v) {
+  float most = v[0];
+  for (int i = 1; i < WIDTH; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// exp for arguments up to 88; 0 below -87. Cody-Waite reduction, Taylor to degree 6: 2 ulp.
+inline Floats exponential(Floats x) {
+  Floats clamped = larger(all(-87.f), x);  // in this order NaN stays NaN
+  Floats rounded = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are the integer
+  Floats n = rounded - 12582912.f;
+  Floats r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
+  Floats p = all(1.f / 720);
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  Ints power = ((Ints)rounded << 23) + (127 << 23);
+  Floats result = p * (Floats)power;
+  return x <= all(-87.f) ? Floats{} : result;
+}
+
+inline Bits rounded_to_bfloat16(Floats value) {  // to nearest even, in the low half of each lane
+  Bits bits = (Bits)value;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+inline Floats load(const Bfloat16* from) {
+  Halves narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return (Floats)(__builtin_convertvector(narrow, Bits) << 16);
+}
+inline void store(Bfloat16* to, Floats value) {
+  Halves narrow = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+}  // namespace
