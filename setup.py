@@ -20,7 +20,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), "drama_dist.kernels", "drama_dist.launcher"],
     package_dir=FOLDERS,
-    package_data={"drama_dist": ["py.typed", "model_card.md", "evaluate/*.html"], "drama_dist.kernels": ["*.cpp", "*.h"]},
+    package_data={
+        "drama_dist": ["py.typed", "model_card.md", "evaluate/*.html"],
+        "drama_dist.kernels": ["*.cpp", "*.h"],
+    },
     install_requires=[
         "accelerate>=1.10",  # transformers needs it to load GGUF files
         "bm25s>=0.3",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, rate_of, use_device, write_results
 from sentence_transformers import SentenceTransformer
 from texts import corpus
 
@@ -84,28 +84,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         measured = {side: Measured(**value) for side, value in row["measured"].items()}
         for side, one in measured.items():
-            rates = [row["tokens"] / seconds for seconds in (one.seconds, one.slowest, one.fastest)]
             gains = ["", ""]
             if side.startswith("ours") and row["agree"]:
                 peers = [its for name, its in measured.items() if name.startswith(f"peer {_dtype(side)}")]
                 gains[0] = f"{min(its.seconds for its in peers) / one.seconds:.2f}"
                 gains[1] = f"{measured[DEFAULT].seconds / one.seconds:.2f}"
             lines.append(
-                f"| {row['texts']} | {row['passages']} | {row['tokens']} | {side} | {rates[0]:.0f} "
-                f"({rates[1]:.0f}–{rates[2]:.0f}) | {one.megabytes:.0f} | {row['largest_difference'][side]:.1e} "
+                f"| {row['texts']} | {row['passages']} | {row['tokens']} | {side} "
+                f"| {rate_of(row['tokens'], one)} | {one.megabytes:.0f} | {row['largest_difference'][side]:.1e} "
                 f"| {gains[0]} | {gains[1]} |"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the collections in BEIR form")
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser = arguments(__doc__, data="the collections", model=True)
     parser.add_argument("--sets", nargs="*", default=["cisi", "npl", "time"])
     parser.add_argument("--passages", type=int, default=1000, help="of each collection, from its beginning")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     use_device(options.device)
     facts, rows = circumstances(options.device), []

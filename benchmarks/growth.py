@@ -9,14 +9,13 @@ quickstart's encoder in bfloat16, nothing kept: memory should hardly grow.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from lengths import Trained
 from loss import ours
-from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use_device, write_results
 
 DIMS = (768, 512, 256)
 TOKENS = (16, 48)  # of a query and of a passage
@@ -71,20 +70,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
         lines.append(
-            f"| {row['job']} | {row['batch']} | {one.seconds:.2f} ({one.fastest:.2f}–{one.slowest:.2f}) | {growth[0]} "
-            f"| {one.megabytes:.0f} | {growth[1]} |"
+            f"| {row['job']} | {row['batch']} | {seconds_of(one)} | {growth[0]} | {one.megabytes:.0f} | {growth[1]} |"
         )
         before[row["job"]] = one
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser = arguments(__doc__, rounds=3, model=True)
     parser.add_argument("--loss", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--step", type=int, nargs="*", default=[256, 512, 1024, 2048])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     use_device(options.device)
     rows = loss_rows(options.loss, options.rounds, options.device)

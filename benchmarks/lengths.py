@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, use_device, write_results
 from texts import corpus
 
 from drama_dist.encoder.backbone import Encoder, load
@@ -117,13 +117,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder with time/ in BEIR form")
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser = arguments(__doc__, data="time/", model=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 8192])
-    parser.add_argument("--chunks", type=int, default=4, help="tokens of a line, in texts of the largest length")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=int, default=2, help="tokens of a line, in texts of the largest length")
     options = parser.parse_args()
     use_device(options.device)
     if options.chunks < 2:

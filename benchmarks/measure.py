@@ -8,6 +8,7 @@ PyTorch's own count).
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -53,13 +54,37 @@ def in_turns(
             call()
             _wait(device)
             took = time.perf_counter() - started
-            memory[name] = max(memory[name], (_peak(device) - begin) / 1e6)
+            memory[name] = max(memory[name], _peak(device) / 1e6 - begin)
             if number >= warm_up:
                 times[name].append(took)
     return {
         name: Measured(statistics.median(taken), min(taken), max(taken), memory[name], rounds)
         for name, taken in times.items()
     }
+
+
+def arguments(
+    doc: str | None, rounds: int = 5, data: str | None = None, model: bool = False
+) -> argparse.ArgumentParser:
+    """What every benchmark can be told; data: what its folder must hold."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    if data:
+        parser.add_argument("--data", type=Path, required=True, help=f"folder with {data} in BEIR form")
+    if model:
+        parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def seconds_of(one: Measured) -> str:
+    """Median (fastest–slowest), to three digits."""
+    return f"{one.seconds:#.3g} ({one.fastest:#.3g}–{one.slowest:#.3g})"
+
+
+def rate_of(count: int, one: Measured) -> str:
+    """So many a second: median (slowest–fastest)."""
+    return f"{count / one.seconds:.0f} ({count / one.slowest:.0f}–{count / one.fastest:.0f})"
 
 
 def use_device(name: str) -> None:
@@ -71,15 +96,23 @@ def use_device(name: str) -> None:
         raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here")
 
 
-def _begin(device: str) -> float:
+def held_megabytes(device: str) -> float:
+    """What the process holds now; freed memory is given back first."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() / 1e6
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS") / 1e6
+
+
+def _begin(device: str) -> float:
+    held = held_megabytes(device)
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide what a side takes
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return held
 
 
 def _peak(device: str) -> float:

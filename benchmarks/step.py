@@ -1,12 +1,15 @@
 """A whole training step: ours against sentence-transformers, on the same checkpoint and the same texts.
 
-python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--batches 256 1024] [--rounds 5]
+python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--sets questions abstracts]
+    [--batches 256 1024] [--budgets 0 4] [--rounds 5]
 
 A step is everything from texts to updated weights: tokens, embeddings, the loss over all Matryoshka dims,
 gradients, clipping, AdamW. The learning rate is 0, so every round does the same work. Peers:
 CachedMultipleNegativesRankingLoss under MatryoshkaLoss, in float32 and under bfloat16 autocast, at the
-mini-batches of PEERS, of which one round over TRIED texts finds the fastest for each precision. Tokens are those of the
-texts, padding not counted, each text once. Without --budget no graph is kept, and every chunk is encoded twice.
+mini-batches of PEERS, of which one round over TRIED texts finds the fastest for each precision. Ours: with a budget of
+so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
+padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is all that
+a side adds to the process: weights, optimiser, and the peak of a step.
 """
 
 from __future__ import annotations
@@ -14,13 +17,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Measured, as_row, circumstances, in_turns, use_device, write_results
+from measure import (
+    Measured,
+    arguments,
+    as_row,
+    circumstances,
+    held_megabytes,
+    in_turns,
+    rate_of,
+    use_device,
+    write_results,
+)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from texts import Texts, abstracts, questions
@@ -29,7 +42,6 @@ from drama_dist import ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.settings import TrainSettings
-from drama_dist.train.fused_layers import fuse_layers
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
 
@@ -45,19 +57,30 @@ PEERS = (
     {"mini_batch_size": 128, "mini_batch_num_tokens": 4096},
 )
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}  # of the loss and of the gradient's norm, relative
-Step = Callable[[Texts], tuple[float, float, int]]  # loss, gradient's norm, real tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a step: loss, the gradient's norm, real tokens, and how many of them were encoded."""
+
+    loss: float
+    norm: float
+    tokens: int
+    encoded: int
+
+
+Step = Callable[[Texts], Result]
 
 
 def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
     """The training loop's own parts; budget: bytes for kept graphs."""
     encoder = load(model)
-    fuse_layers(encoder.backbone)
     encoder.contract = replace(encoder.contract, max_query_tokens=LIMIT, max_passage_tokens=LIMIT)
     engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.01, CLIPPING))
     cache = GradCache(encoder, engine, chunk_tokens, budget)
     train = TrainSettings(temperature=TEMPERATURE)
 
-    def step(texts: Texts) -> tuple[float, float, int]:
+    def step(texts: Texts) -> Result:
         sequences = encoder.tokenize_queries(texts.queries) + encoder.tokenize_passages(texts.passages)
         encoded = cache.encode(sequences)
         count, device = len(texts.queries), encoder.device
@@ -70,7 +93,7 @@ def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
             train,
         )
         cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        return objective.loss, engine.step(0.0), sum(map(len, sequences))
+        return Result(objective.loss, engine.step(0.0), sum(map(len, sequences)), sum(encoded.lengths))
 
     return step
 
@@ -85,7 +108,7 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
     loss = MatryoshkaLoss(encoder, cached, dims, [1 / len(dims)] * len(dims))
     optimiser = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.01, fused=True)  # as its trainer does
 
-    def step(texts: Texts) -> tuple[float, float, int]:
+    def step(texts: Texts) -> Result:
         queries = [encoder.prompts["query"] + text for text in texts.queries]
         features = [encoder.preprocess(queries), *(encoder.preprocess(column) for column in texts.columns)]
         tokens = sum(int(feature["attention_mask"].sum()) for feature in features)
@@ -102,37 +125,50 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
             value.backward()
         norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), CLIPPING)
         optimiser.step()
-        return float(value.detach()), float(norm), tokens
+        return Result(float(value.detach()), float(norm), tokens, tokens)
 
     return step
 
 
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    names = {dtype: [_name(dtype, peer) for peer in PEERS] for dtype in DTYPES}
-    peers = {_name(dtype, peer): theirs(options.model, dtype, peer) for dtype in DTYPES for peer in PEERS}
     few = texts.first(TRIED)
-    tried = in_turns({name: partial(step, few) for name, step in peers.items()}, 1, options.device)
-    best = {dtype: min(names[dtype], key=lambda name: tried[name].seconds) for dtype in names}
-    sides = {
-        "ours bfloat16": ours(options.model, "bfloat16", options.chunk_tokens, options.budget * 2**30),
-        best["bfloat16"]: peers[best["bfloat16"]],
-        best["float32"]: peers[best["float32"]],
-    }
-    del peers
-    results = {name: step(texts) for name, step in sides.items()}
+    calls = {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in DTYPES for peer in PEERS}
+    tried = {name: _tried(make, few, options.device) for name, make in calls.items()}
+    best = {dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds) for dtype in DTYPES}
+    makes = {
+        _own_name(budget): partial(ours, options.model, "bfloat16", options.chunk_tokens, budget * 2**30)
+        for budget in options.budgets
+    } | {best[dtype]: calls[best[dtype]] for dtype in DTYPES}
     exact = ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)
+    sides, results, state = {}, {}, {}
+    for name, make in makes.items():
+        before = held_megabytes(options.device)
+        sides[name] = make()
+        results[name] = sides[name](texts)
+        state[name] = held_megabytes(options.device) - before
     measured = in_turns({name: partial(step, texts) for name, step in sides.items()}, options.rounds, options.device)
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
-        "tokens": exact[2],
+        "tokens": exact.tokens,
+        "distinct_tokens": exact.encoded,
         "tried": {name: as_row(value) for name, value in tried.items()},
-        "measured": {name: as_row(value) for name, value in measured.items()},
-        "results": {"ours float32": exact, **results},
+        "measured": {name: as_row(value) | {"state_megabytes": state[name]} for name, value in measured.items()},
+        "results": {name: asdict(one) for name, one in {"ours float32": exact, **results}.items()},
         "agree": _agree(exact, results[best["float32"]], "float32")
-        and _agree(results["ours bfloat16"], results[best["bfloat16"]], "bfloat16"),
+        and all(_agree(results[_own_name(one)], results[best["bfloat16"]], "bfloat16") for one in options.budgets),
+        "best_peer": best["bfloat16"],
     }
+
+
+def _tried(make: Callable[[], Step], texts: Texts, device: str) -> Measured:
+    step = make()
+    return in_turns({"one": partial(step, texts)}, 1, device)["one"]
+
+
+def _own_name(budget: float) -> str:
+    return f"ours bfloat16, {budget:g} GiB kept"
 
 
 def _name(dtype: str, peer: dict[str, int]) -> str:
@@ -140,45 +176,49 @@ def _name(dtype: str, peer: dict[str, int]) -> str:
     return f"peer {dtype}, mini-batch {size}"
 
 
-def _agree(found: tuple[float, float, int], other: tuple[float, float, int], dtype: str) -> bool:
-    close = all(abs(own - its) <= AGREEMENT[dtype] * abs(its) for own, its in zip(found[:2], other[:2], strict=True))
-    return close and found[2] == other[2]
+def _agree(found: Result, other: Result, dtype: str) -> bool:
+    pairs = (found.loss, other.loss), (found.norm, other.norm)
+    return found.tokens == other.tokens and all(abs(one - two) <= AGREEMENT[dtype] * abs(two) for one, two in pairs)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: real tokens a second, and extra peak memory."""
+    """Markdown: real tokens a second, and peak memory."""
     lines = [
-        "Real tokens a second (median; slowest to fastest round), extra peak memory of a step, loss and gradient norm.",
-        "times: ours over the side; memory: ours over the side.",
+        "Real tokens a second: median (slowest–fastest round). MB: state, and the peak of a step above it. times: the",
+        "side's rate over that of the peer's fastest setting in bfloat16; encoded: the same with the tokens that each",
+        "side encodes, texts that come twice counted once for ours; memory: all of the side's over all of that peer's.",
         "",
-        "| texts | batch | real tokens | side | tokens/s | MB | times | memory | loss | gradient norm |",
-        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| texts | batch | real tokens (distinct) | side | tokens/s | MB | times | encoded | memory | loss "
+        "| gradient norm |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        own = Measured(**row["measured"]["ours bfloat16"])
+        peer = row["measured"][row["best_peer"]]
         for name, value in row["measured"].items():
-            one = Measured(**value)
-            loss, norm, _ = row["results"][name]
-            rates = [row["tokens"] / seconds for seconds in (one.seconds, one.slowest, one.fastest)]
-            times = f"{one.seconds / own.seconds:.2f}" if row["agree"] else "no agreement"
+            one = Measured(**{field.name: value[field.name] for field in fields(Measured)})
+            times = peer["seconds"] / one.seconds
+            encoded = times * row["distinct_tokens"] / row["tokens"] if name.startswith("ours") else times
+            ratios = [f"{ratio:.2f}" if row["agree"] else "no agreement" for ratio in (times, encoded)]
+            result = row["results"][name]
             lines.append(
-                f"| {row['texts']} | {row['batch']} | {row['tokens']} | {name} | {rates[0]:.0f} "
-                f"({rates[1]:.0f}–{rates[2]:.0f}) | {one.megabytes:.0f} | {times} "
-                f"| {own.megabytes / one.megabytes:.2f} | {loss:.4f} | {norm:.4f} |"
+                f"| {row['texts']} | {row['batch']} | {row['tokens']} ({row['distinct_tokens']}) | {name} "
+                f"| {rate_of(row['tokens'], one)} | {value['state_megabytes']:.0f} + {one.megabytes:.0f} "
+                f"| {' | '.join(ratios)} | {_all_megabytes(value) / _all_megabytes(peer):.2f} "
+                f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
     return "\n".join(lines)
 
 
+def _all_megabytes(value: dict[str, Any]) -> float:
+    return float(value["state_megabytes"] + value["megabytes"])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder with xquad-en/ and cisi/ in BEIR form")
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
+    parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True)
     parser.add_argument("--sets", nargs="*", choices=["questions", "abstracts"], default=["questions", "abstracts"])
     parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
-    parser.add_argument("--budget", type=float, default=0.0, help="GiB of kept graphs")
     options = parser.parse_args()
     use_device(options.device)
     facts, rows = circumstances(options.device), []

@@ -38,10 +38,15 @@ def step_lines(device: str) -> Iterator[list[str]]:
     """The whole step, against the peer's best in bfloat16."""
     for row in results(f"step-{device}")["rows"]:
         if row["agree"]:
-            own = row["measured"]["ours bfloat16"]
-            name, peer = next((name, one) for name, one in row["measured"].items() if name.startswith("peer bfloat16"))
-            what = f"training step, {row['texts']}, batch {row['batch']}"
-            yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], name)
+            name = row["best_peer"]
+            peer = row["measured"][name]
+            for side, own in row["measured"].items():
+                if side.startswith("ours"):
+                    what = (
+                        f"training step, {row['texts']}, batch {row['batch']}, {side.removeprefix('ours bfloat16, ')}"
+                    )
+                    memory = (one["state_megabytes"] + one["megabytes"] for one in (own, peer))
+                    yield _line(what, own["seconds"], peer["seconds"], *memory, name)
 
 
 def encode_lines(device: str) -> Iterator[list[str]]:

@@ -18,7 +18,16 @@ from torch.nn.functional import pad
 
 from drama_dist.kernels.libraries import library
 from drama_dist.kernels.problem import Problem
-from drama_dist.kernels.tiles import ChunkScores, Gradients, Norms, block_ends, pad_blocks, row_chunks, unpad_blocks
+from drama_dist.kernels.tiles import (
+    ChunkScores,
+    Gradients,
+    Norms,
+    add_norm_terms,
+    block_ends,
+    pad_blocks,
+    row_chunks,
+    unpad_blocks,
+)
 
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
@@ -87,17 +96,18 @@ class CompiledTiles:
         self._chunk: dict[str, torch.Tensor | float] = {}
         self._rows = slice(0)
         self._row_terms_MB = torch.zeros_like(self._norms.query_MB)
-        self._query_products = torch.empty(len(queries_BK), self._ends[-1])
+        self._query_gradient = torch.empty_like(queries_BK)
         self._scores = torch.empty(0)
 
     def _whole_call(self, temperature: float) -> dict[str, torch.Tensor | float]:
         problem, tile = self._problem, self._tile
         tiles = -(-self._columns // tile)
         passages = pad_blocks(self._inputs[1].to(self._dtype), problem.dims, _STRIP)
-        passages = pad(passages, (0, 0, 0, tiles * tile - self._columns))
+        extra = tiles * tile - self._columns
+        passages = pad(passages, (0, 0, 0, extra)) if extra else passages  # pad copies in any case
         lane = 2 if self._dtype == torch.bfloat16 else 1
         kp = self._ends[-1]
-        norms_MN = pad(self._norms.passage_MN, (0, tiles * tile - self._columns))
+        norms_MN = pad(self._norms.passage_MN, (0, extra))
         count = len(self._inputs[0])
         return {
             "columns": self._columns,
@@ -180,18 +190,29 @@ class CompiledTiles:
             "upstream_packed": torch.empty(self._threads, padded, self._tile, dtype=self._dtype),
         }
         self._run("gradients", True, own_scratch)
-        self._query_products[self._rows] = products.sum(0)
-        self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+        terms_MR = self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+        self._query_gradient[self._rows] = self._complete(products.sum(0), 0, self._rows, terms_MR)
 
     def gradients(self) -> Gradients:
-        products, column_terms = self._state["passage_products"], self._state["column_terms"]
-        assert isinstance(products, torch.Tensor) and isinstance(column_terms, torch.Tensor)
-        passage = products.transpose(1, 2).reshape(-1, self._ends[-1])[: self._columns]
-        width, dims = self._inputs[0].shape[1], self._problem.dims
-        unpadded = [unpad_blocks(side, dims, _STRIP, width) for side in (self._query_products, passage)]
-        return self._norms.complete(
-            self._inputs, (unpadded[0], unpadded[1]), self._row_terms_MB, column_terms[:, : self._columns].contiguous()
-        )
+        products, terms_MN = self._state["passage_products"], self._state["column_terms"]
+        assert isinstance(products, torch.Tensor) and isinstance(terms_MN, torch.Tensor)
+        self._chunk, self._scores = {}, torch.empty(0)
+        del self._state["passages_by_depth"], self._state["passages_by_column"]
+        passage_gradient = torch.empty_like(self._inputs[1])
+        for place, of_tile in enumerate(products):  # a float32 copy of all would be as large as all inputs
+            rows = slice(place * self._tile, min((place + 1) * self._tile, self._columns))
+            some = of_tile.T[: rows.stop - rows.start]
+            passage_gradient[rows] = self._complete(some, 1, rows, terms_MN[:, rows])
+        temperature = -self._row_terms_MB.sum() / self._norms.temperature
+        return Gradients(self._query_gradient, passage_gradient, temperature)
+
+    def _complete(self, products: torch.Tensor, side: int, rows: slice, terms: torch.Tensor) -> torch.Tensor:
+        """The gradient of some rows of queries (side 0) or passages (1) from their padded products."""
+        dims, vectors = self._problem.dims, self._inputs[side]
+        gradient = unpad_blocks(products, dims, _STRIP, vectors.shape[1])
+        norms = (self._norms.query_MB, self._norms.passage_MN)[side]
+        add_norm_terms(gradient, vectors[rows], dims, terms, norms[:, rows])
+        return gradient
 
     def _run(self, name: str, typed: bool, of_thread: dict[str, torch.Tensor]) -> None:
         """Call a function of the library on every thread, each with its share of the tiles and of `of_thread`."""

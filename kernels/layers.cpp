@@ -1,6 +1,6 @@
 // What a transformer layer does between its matrix products, forward and backward, one pass over memory each.
 //
-// Covers RMSNorm, SwiGLU, and rows of heads to heads of rows with rotary positions. Threads are OpenMP's, the same
+// Covers RMSNorm, SwiGLU and rotary positions. Threads are OpenMP's, the same
 // that PyTorch's operations use. E is an element, bfloat16 bits or float; arithmetic is float. Every width is a
 // multiple of 16, half a head too.
 //
@@ -79,43 +79,27 @@ void swiglu_backward(int64_t count, E* upstream, const E* gate, const E* up, E* 
   }
 }
 
-// Half a head's components are rotated by the other half's (Su et al. 2021, in the layout of transformers' Llama).
+// Rotates the first `heads` heads of each row by its token's angles (Su et al. 2021; half a head's components by the
+// other half's, as transformers' Llama has it), backwards by the transposed matrix, and copies the rest of the row.
 template <class E>
-inline void rotate(int64_t size, const E* from, const E* cosines, const E* sines, float direction, E* to) {
-  int64_t half = size / 2;
-  for (int64_t d = 0; d < half; d += WIDTH) {
-    Floats first = load(from + d), second = load(from + half + d);
-    if (cosines) {
-      Floats x = first, y = second;
-      if (direction > 0) {
-        first = x * load(cosines + d) - y * load(sines + d);
-        second = y * load(cosines + half + d) + x * load(sines + half + d);
-      } else {
-        first = x * load(cosines + d) + y * load(sines + half + d);
-        second = y * load(cosines + half + d) - x * load(sines + d);
+void rotate(int64_t rows, int64_t width, int64_t heads, int64_t size, int64_t backwards, const E* cosines,
+            const E* sines, const E* from, E* to) {
+  const int64_t half = size / 2;
+#pragma omp parallel for schedule(static)
+  for (int64_t t = 0; t < rows; ++t) {
+    const E *cosine = cosines + t * size, *sine = sines + t * size;
+    for (int64_t column = 0; column < heads * size; column += size)
+      for (int64_t d = 0; d < half; d += WIDTH) {
+        const E* x = from + t * width + column + d;
+        E* y = to + t * width + column + d;
+        Floats first = load(x), second = load(x + half);
+        Floats of_first = second * load(sine + d), of_second = first * load(sine + half + d);
+        if (backwards) of_first = second * -load(sine + half + d), of_second = first * -load(sine + d);
+        store(y, first * load(cosine + d) - of_first);
+        store(y + half, second * load(cosine + half + d) + of_second);
       }
-    }
-    store(to + d, first);
-    store(to + half + d, second);
-  }
-}
-
-// rows: T x stride, a token's heads side by side from `rows` on; heads: for each sequence H x length x D. direction 1
-// goes from rows to heads and rotates; -1 comes back, and rotates by the transposed matrix. No rotation without
-// cosines (T x D).
-template <class E>
-void heads(int64_t sequences, const int32_t* boundaries, int64_t count, int64_t size, int64_t stride, float direction,
-           const E* cosines, const E* sines, E* rows, E* by_head) {
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t s = 0; s < sequences; ++s) {
-    int64_t begin = boundaries[s], length = boundaries[s + 1] - begin;
-    for (int64_t h = 0; h < count; ++h)
-      for (int64_t t = 0; t < length; ++t) {
-        E* row = rows + (begin + t) * stride + h * size;
-        E* head = by_head + begin * count * size + (h * length + t) * size;
-        const E *cosine = cosines ? cosines + (begin + t) * size : nullptr, *sine = sines + (begin + t) * size;
-        rotate(size, direction > 0 ? row : head, cosine, sine, direction, direction > 0 ? head : row);
-      }
+    if (from != to)
+      std::memcpy(to + t * width + heads * size, from + t * width + heads * size, sizeof(E) * (width - heads * size));
   }
 }
 
@@ -136,9 +120,9 @@ void heads(int64_t sequences, const int32_t* boundaries, int64_t count, int64_t 
                                     E* up_gradient) {                                                                 \
     swiglu_backward(count, upstream, gate, up, gate_gradient, up_gradient);                                           \
   }                                                                                                                   \
-  void drama_heads_##NAME(int64_t sequences, const int32_t* boundaries, int64_t count, int64_t size, int64_t stride,  \
-                          float direction, const E* cosines, const E* sines, E* rows, E* by_head) {                   \
-    heads(sequences, boundaries, count, size, stride, direction, cosines, sines, rows, by_head);                      \
+  void drama_rotate_##NAME(int64_t rows, int64_t width, int64_t heads, int64_t size, int64_t backwards,               \
+                           const E* cosines, const E* sines, const E* from, E* to) {                                  \
+    rotate(rows, width, heads, size, backwards, cosines, sines, from, to);                                            \
   }
 
 extern "C" {

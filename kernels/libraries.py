@@ -14,6 +14,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 _FOLDER = Path(__file__).parent
 
 
@@ -29,6 +31,17 @@ def library(name: str, without: str) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def call(compiled: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
+    """Call drama_NAME_DTYPE: tensors as pointers, integers as int64, other numbers as float."""
+    getattr(compiled, f"drama_{name}_{str(dtype).removeprefix('torch.')}")(*map(_as_c, arguments))
+
+
+def _as_c(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 def _build(name: str) -> str:

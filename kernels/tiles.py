@@ -101,15 +101,22 @@ class Norms:
         column_terms_MN: torch.Tensor,
     ) -> Gradients:
         """From dL/dA's products with the other side to the gradients of the inputs."""
-        query, passage = products
-        for index, dim in enumerate(self.dims):
-            for gradient, vectors, terms, norms in (
-                (query, inputs[0], row_terms_MB, self.query_MB),
-                (passage, inputs[1], column_terms_MN, self.passage_MN),
-            ):
-                factor = (terms[index] * norms[index].square()).unsqueeze(1)
-                gradient[:, :dim].addcmul_(vectors[:, :dim].to(gradient.dtype), factor, value=-1)
-        return Gradients(query, passage, -row_terms_MB.sum() / self.temperature)
+        add_norm_terms(products[0], inputs[0], self.dims, row_terms_MB, self.query_MB)
+        add_norm_terms(products[1], inputs[1], self.dims, column_terms_MN, self.passage_MN)
+        return Gradients(*products, -row_terms_MB.sum() / self.temperature)
+
+
+def add_norm_terms(
+    gradient_RK: torch.Tensor,
+    vectors_RK: torch.Tensor,
+    dims: Sequence[int],
+    terms_MR: torch.Tensor,
+    norms_MR: torch.Tensor,
+) -> None:
+    """In place: what the norms of each dim add to the gradient of some rows; terms: sums of G ∘ S, norms: inverse."""
+    for index, dim in enumerate(dims):
+        factor_R1 = (terms_MR[index] * norms_MR[index].square()).unsqueeze(1)
+        gradient_RK[:, :dim].addcmul_(vectors_RK[:, :dim].to(gradient_RK.dtype), factor_R1, value=-1)
 
 
 def _inverse_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
@@ -136,13 +143,17 @@ def block_ends(dims: Sequence[int], step: int) -> list[int]:
 
 
 def pad_blocks(vectors: torch.Tensor, dims: Sequence[int], step: int) -> torch.Tensor:
-    """The components of dims, every dim's block padded with zeros to whole steps."""
+    """The components of dims, every dim's block padded with zeros to whole steps; no copy where all are whole."""
+    if block_ends(dims, step)[-1] == vectors.shape[1] == dims[-1]:
+        return vectors.contiguous()
     blocks = [vectors[:, begin:end] for begin, end in zip((0, *dims), dims, strict=False)]
     return torch.cat([pad(block, (0, -block.shape[1] % step)) for block in blocks], 1)
 
 
 def unpad_blocks(padded: torch.Tensor, dims: Sequence[int], step: int, width: int) -> torch.Tensor:
-    """The inverse of pad_blocks, with zeros from the last dim on to `width`."""
+    """The inverse of pad_blocks, with zeros from the last dim on to `width`; no copy where nothing was padded."""
+    if padded.shape[1] == width == dims[-1]:
+        return padded
     whole = padded.new_zeros(len(padded), width)
     places = zip((0, *dims), dims, (0, *block_ends(dims, step)), strict=False)
     for begin, end, place in places:

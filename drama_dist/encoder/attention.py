@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from drama_dist.encoder.packing import Packed
 
 NAME = "drama_packed"
-_SHORT = 512  # up to this length plain products give gradients faster than the flash kernel: benchmarks/attention.py
+_SHORT = 256  # up to this length plain products give gradients faster than the flash kernel: benchmarks/attention.py
 
 
 def packed_attention(
@@ -38,31 +38,20 @@ def packed_attention(
     causal = bool(getattr(module.config, "is_causal", True))
     if query.is_cuda:
         return _flash(query, key, value, scaling, packed, dropout, causal), None
+    grouped = query.shape[1] != key.shape[1]
     outputs = []
     for (count, length), *parts in zip(
         packed.runs, *(_by_run(each, packed) for each in (query, key, value)), strict=True
     ):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-        output = attend(q, k, v, scaling, causal, dropout)
+        if q.requires_grad and length <= _SHORT and not (causal or grouped or dropout):
+            output = plain_attention(q, k, v, scaling)
+        else:
+            output = scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+            )
         outputs.append(output.transpose(1, 2).reshape(count * length, query.shape[1], -1))
     return torch.cat(outputs).unsqueeze(0), None
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    causal: bool,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Attention within sequences of equal length on the CPU; sequences × heads × length × D, heads may be grouped."""
-    grouped = query.shape[1] != key.shape[1]
-    if query.requires_grad and query.shape[2] <= _SHORT and not (causal or grouped or dropout):
-        return plain_attention(query, key, value, scaling)
-    return scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

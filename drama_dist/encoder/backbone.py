@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from drama_dist import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
+from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
 from drama_dist.encoder.pooling import matryoshka_cut_array, mean_pool
 from drama_dist.encoder.sources import resolve
@@ -143,6 +144,7 @@ def load(
     folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
     encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, config.hidden_size))
     encoder.to(device or ranks.device()).eval()
+    fuse_layers(encoder.backbone)
     probe(encoder)
     return encoder
 
@@ -155,6 +157,7 @@ def from_config(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = Encoder(LlamaModel(config), tokenizer, contract)
+    fuse_layers(encoder.backbone)
     return encoder.eval()
 
 

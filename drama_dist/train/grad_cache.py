@@ -1,10 +1,10 @@
 """Gradient cache: any batch size in the memory of a few chunks (Gao et al. 2021, arXiv 2101.06983).
 
-Texts are encoded in chunks of a token budget; the loss gives gradients for the embeddings; one
-backward pass takes them through all chunks, so that ranks reduce their gradients once a step, however
-many chunks each has. The graphs of as many chunks as the activation budget holds are kept; the others are
-checkpoints: encoded again when the backward pass reaches them. Either way the gradients are the same.
-Equal sequences are encoded once. Autograd adds the chunks' gradients in the weights' precision: in bfloat16 keep to at most some hundred chunks.
+Texts are encoded in chunks of a token budget, equal ones once; the loss gives gradients for the embeddings; one
+backward pass takes them through all chunks, so that ranks reduce their gradients once a step, however many chunks
+each has. The graphs of as many chunks as the activation budget holds are kept; the others are checkpoints: encoded
+again when the backward pass reaches them. Either way the gradients are the same. Autograd adds the chunks' gradients
+in the weights' precision: in bfloat16 keep to at most some hundred chunks.
 
 The step's words are looked up once, and chunks take theirs from these: a chunk's gradient of the embeddings is
 then as large as the step's words, not as the vocabulary. Shapes: W different words of a step, K components.
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
+from drama_dist.encoder.pooling import mean_pool
 from drama_dist.engine import Engine
 from drama_dist.train.memory import free_bytes
 
@@ -101,13 +102,22 @@ class GradCache:
 
     def _forward(self, packed: Packed, words: _Words, keep: bool) -> torch.Tensor:
         def encoded(embedding_WK: torch.Tensor) -> torch.Tensor:
-            embedded: torch.Tensor = self.encoder(packed, embedding(words.place_V[packed.token_ids_T], embedding_WK))
-            return embedded
+            embedded_TK = embedding(words.place_V[packed.token_ids_T], embedding_WK)
+            return _pool(self.encoder.hidden_states(packed, embedded_TK), packed)
 
         if keep:
             return encoded(words.embedding_WK)
         random = self.encoder.training and self.encoder.backbone.config.attention_dropout > 0
         return checkpoint(encoded, words.embedding_WK, use_reentrant=False, preserve_rng_state=random)
+
+
+def _pool(hidden_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """B × K float32; of unit length where one kernel does both, which is the same to the loss."""
+    if hidden_TK.is_cuda:
+        from drama_dist.kernels.pooling import mean_pool_unit
+
+        return mean_pool_unit(hidden_TK, packed.boundaries_B1, hidden_TK.shape[1])
+    return mean_pool(hidden_TK, packed)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from drama_dist.records import Example, read_records
 from drama_dist.settings import Settings, as_dict
 from drama_dist.stages import Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
-from drama_dist.train.fused_layers import fuse_layers
 from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
 from drama_dist.train.telemetry import Telemetry
@@ -67,7 +66,6 @@ def _steps(
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     encoder.train()
-    fuse_layers(encoder.backbone)
     if choice.checkpoint_layers:
         encoder.checkpoint_layers()
     budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30

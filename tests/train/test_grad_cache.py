@@ -169,7 +169,9 @@ def test_embeddings_come_in_the_order_given(encoder: Encoder) -> None:
     sequences = encoder.tokenize_passages(TEXTS)
     cache = GradCache(encoder, PlainEngine(), 16, None)  # type: ignore[arg-type]
     with torch.no_grad():
-        torch.testing.assert_close(cache.encode(sequences).embeddings_NK, encoder(pack(sequences)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            cache.encode(sequences).embeddings_NK, encoder(pack(sequences)), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_equal_texts_are_encoded_once(encoder: Encoder) -> None:

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from drama_dist.encoder import attention
+from drama_dist.encoder.fused_layers import FusedLayer, fuse_layers
 from drama_dist.encoder.packing import Packed, pack
 from drama_dist.kernels import layers, libraries
-from drama_dist.train.fused_layers import FusedLayer, fuse_layers
 
 LENGTHS = [1, 2, 7, 7, 7, 33]
 Gradients = dict[str, torch.Tensor]
@@ -58,12 +58,12 @@ def errors(found: tuple[torch.Tensor, Gradients], exact: tuple[torch.Tensor, Gra
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "layers checkpointed"])
-@pytest.mark.parametrize("key_value_heads", [3, 1], ids=["", "grouped heads"])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64}, {"num_key_value_heads": 1}], ids=["", "64", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errs_no_more_than_the_layers_of_transformers(
-    dtype: torch.dtype, key_value_heads: int, checkpointed: bool
+    dtype: torch.dtype, changes: dict[str, int], checkpointed: bool
 ) -> None:
-    plain, packed = backbone(num_key_value_heads=key_value_heads).to(dtype), texts()
+    plain, packed = backbone(**changes).to(dtype), texts()
     exact = run(copy.deepcopy(plain).double(), packed)
     expected = errors(run(copy.deepcopy(plain), packed), exact)
     assert fuse_layers(plain)
@@ -78,7 +78,7 @@ def test_the_comparison_notices_attention_left_out(monkeypatch: pytest.MonkeyPat
     plain, packed = backbone(), texts()
     exact = run(copy.deepcopy(plain).double(), packed)
     assert fuse_layers(plain)
-    monkeypatch.setattr(FusedLayer, "_attend", lambda self, heads, packed: heads[2])
+    monkeypatch.setattr(FusedLayer, "_attend", lambda self, rows, packed: rows[:, -96:])
     assert min(errors(run(plain, packed), exact).values()) > 1e-3
 
 
@@ -109,6 +109,13 @@ def test_layers_that_do_not_fit_stay_as_they_are(changes: dict[str, object]) -> 
     before = run(model, packed)
     assert not fuse_layers(model)
     assert torch.equal(run(model, packed)[0], before[0])
+
+
+def test_a_fused_model_in_another_precision_goes_on_as_before() -> None:
+    model, packed = backbone(), texts()
+    exact = run(copy.deepcopy(model).double(), packed)
+    assert fuse_layers(model)
+    assert torch.equal(run(model.double(), packed)[0], exact[0])
 
 
 def test_causal_layers_stay_as_they_are() -> None:

@@ -1,0 +1,77 @@
+"""Llama layers whose attention, and whose parts between the matrix products, are fused for the CPU.
+
+Covers putting kernels/attention.py and kernels/layers.py in the place of a backbone's layers, for training and
+encoding. The weights are the same, and so are results and gradients, up to rounding. Elsewhere, and where the
+layers do not fit, transformers' own go on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from drama_dist.encoder.attention import packed_attention
+from drama_dist.encoder.packing import Packed
+from drama_dist.kernels import attention, layers
+
+
+class FusedLayer(LlamaDecoderLayer):
+    """A LlamaDecoderLayer with another way to compute it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        packed: Packed,
+        **others: Any,
+    ) -> torch.Tensor:
+        """1 × T × K to 1 × T × K."""
+        if not _takes(hidden_states):  # the model has moved since
+            plain: torch.Tensor = super().forward(
+                hidden_states, position_embeddings=position_embeddings, packed=packed, **others
+            )
+            return plain
+        x_TK, own, mlp = hidden_states[0], self.self_attn, self.mlp
+        cosines, sines = position_embeddings
+        norm = self.input_layernorm
+        rows = layers.project(
+            x_TK,
+            norm.weight,
+            norm.variance_epsilon,
+            (own.q_proj.weight, own.k_proj.weight, own.v_proj.weight),
+            (cosines[0], sines[0]),
+        )
+        x_TK = torch.addmm(x_TK, self._attend(rows, packed), own.o_proj.weight.T)
+        norm = self.post_attention_layernorm
+        weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        return layers.feed_forward(x_TK, norm.weight, norm.variance_epsilon, *weights).unsqueeze(0)
+
+    def _attend(self, rows: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Queries, keys and values side by side to attended heads side by side."""
+        own, config = self.self_attn, self.self_attn.config
+        grouped = config.num_key_value_heads != config.num_attention_heads
+        if own.head_dim == attention.HEAD and not grouped:
+            return attention.attend(rows, packed.boundaries_B1, own.scaling)
+        widths = [heads * own.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+        parts = (part.unflatten(1, (-1, own.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
+        return packed_attention(own, *parts, None, own.scaling, packed)[0][0].flatten(1)
+
+
+def fuse_layers(backbone: LlamaModel) -> bool:
+    """Fuse the layers of a bidirectional backbone where its device, dtype and shape allow it; says whether it did."""
+    config, weight = backbone.config, backbone.embed_tokens.weight
+    plain = not (config.attention_bias or config.mlp_bias or config.attention_dropout)
+    fits = plain and config.hidden_act == "silu" and not config.is_causal
+    fits = fits and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
+    if not _takes(weight) or not fits or layers.extension() is None or attention.extension() is None:
+        return False
+    for layer in backbone.layers:
+        layer.__class__ = FusedLayer
+    return True
+
+
+def _takes(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
