@@ -56,8 +56,8 @@ class FusedLayer(LlamaDecoderLayer):
         if own.head_dim == attention.HEAD and not grouped:
             return attention.attend(rows, packed.boundaries_B1, own.scaling)
         widths = [heads * own.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
-        parts = (part.unflatten(1, (-1, own.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
-        return packed_attention(own, *parts, None, own.scaling, packed)[0][0].flatten(1)
+        q, k, v = (part.unflatten(1, (-1, own.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
+        return packed_attention(own, q, k, v, None, own.scaling, packed)[0][0].flatten(1)
 
 
 def fuse_layers(backbone: LlamaModel) -> bool:
