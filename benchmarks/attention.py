@@ -1,87 +1,122 @@
-"""Attention on the CPU: plain products against PyTorch's flash kernel, by length of the sequences.
+"""Attention on the CPU: ours, PyTorch's flash kernel, and plain products, by length of the sequences.
 
-python benchmarks/attention.py [--tokens 4096] [--rounds 7]
+python benchmarks/attention.py [--lengths 16 ... 8192] [--tokens 8192] [--rounds 7]
 
-Both get the same views of packed bfloat16 tensors, 6 heads of 64 as in the quickstart's encoder, and give the
-output and, in training, the three gradients. encoder/attention.py takes products for gradients up to 256 tokens:
-beyond, they gain less, and their scores (heads × length × length) outgrow everything else that is kept.
+All get the same bfloat16 rows of queries, keys and values, 6 heads of 64 as in the quickstart's encoder, and give
+rows of attended heads and, in training, the rows' gradients. Plain products are left out beyond PLAIN_LIMIT tokens:
+their scores are heads × length × length. encoder/attention.py, for layers that are not fused, takes plain products for
+gradients up to 256 tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from measure import Measured, as_row, circumstances, in_turns, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use_device, write_results
 from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.encoder.attention import plain_attention
+from drama_dist.kernels.attention import attend
 
 HEADS, SIZE = 6, 64
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+SCALING = SIZE**-0.5
+PLAIN_LIMIT = 1024
 AGREEMENT = 0.02  # relative difference of outputs and gradients
-SIDES: dict[str, Callable[..., torch.Tensor]] = {
-    "plain": lambda q, k, v: plain_attention(q, k, v, SIZE**-0.5),
-    "flash": lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=SIZE**-0.5),
-}
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Side = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def call(attend: Callable[..., torch.Tensor], packed: list[torch.Tensor], length: int, learn: bool) -> torch.Tensor:
-    """Attention within runs of `length` tokens; with its backward pass where `learn`."""
-    output = attend(*(part.unflatten(1, (-1, length)).transpose(0, 1) for part in packed))
-    if learn:
-        output.backward(torch.ones_like(output))
-    return output.detach()
+def ours(rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
+    """The kernel."""
+    return attend(rows, boundaries, SCALING)
+
+
+def by_heads(attention: Attention, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
+    """An attention over sequences × heads × length × size, with the way there and back as views and one copy."""
+    shape = (len(boundaries) - 1, -1, HEADS, SIZE)
+    q, k, v = (part.view(shape).transpose(1, 2) for part in rows.split(HEADS * SIZE, dim=1))
+    return attention(q, k, v).transpose(1, 2).reshape(len(rows), -1)
+
+
+def sides_of(length: int) -> dict[str, Side]:
+    """Ours first."""
+    flash = partial(by_heads, partial(scaled_dot_product_attention, scale=SCALING))
+    plain = {"plain": partial(by_heads, partial(plain_attention, scaling=SCALING))} if length <= PLAIN_LIMIT else {}
+    return {"ours": ours, "flash": flash, **plain}
+
+
+def call(side: Side, rows: torch.Tensor, boundaries: torch.Tensor) -> list[torch.Tensor]:
+    """The output; and the gradient where the rows want one."""
+    output = side(rows, boundaries)
+    learned = torch.autograd.grad(output, rows, torch.ones_like(output)) if rows.requires_grad else ()
+    return [output.detach(), *learned]
 
 
 def measure(length: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """One line: both sides, with and without gradients."""
-    packed = [torch.randn(HEADS, tokens, SIZE).mul(scale).bfloat16().requires_grad_() for scale in (4, 1, 1)]
-    given = [part.detach() for part in packed]
-    found = []
-    for attend in SIDES.values():
-        output = call(attend, packed, length, True)
-        found.append([output, *(part.grad.clone() for part in packed)])
-        for part in packed:
-            part.grad = None
-    calls = {f"{name}, training": partial(call, attend, packed, length, True) for name, attend in SIDES.items()}
-    calls |= {f"{name}, encoding": partial(call, attend, given, length, False) for name, attend in SIDES.items()}
-    pairs = [(own.float(), other.float()) for own, other in zip(*found, strict=True)]
-    difference = max(float((own - other).norm() / other.norm()) for own, other in pairs)
+    """One line: all sides, with and without gradients."""
+    width = HEADS * SIZE
+    scales = torch.tensor([4.0, 1.0, 1.0]).repeat_interleave(width)
+    count = max(1, tokens // length)
+    given = (torch.randn(count * length, 3 * width) * scales).bfloat16()
+    boundaries = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+    learning = given.clone().requires_grad_()
+    found = {name: call(side, learning, boundaries) for name, side in sides_of(length).items()}
+    differences = {
+        name: max(
+            float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found["ours"], its, strict=True)
+        )
+        for name, its in found.items()
+    }
+    calls = {
+        f"{name}, {job}": partial(call, side, rows, boundaries)
+        for job, rows in (("training", learning), ("encoding", given))
+        for name, side in sides_of(length).items()
+    }
     measured = {name: as_row(one) for name, one in in_turns(calls, rounds).items()}
-    return {"length": length, "measured": measured, "difference": difference, "agree": difference <= AGREEMENT}
+    return {
+        "length": length,
+        "tokens": count * length,
+        "measured": measured,
+        "difference": max(differences.values()),
+        "agree": max(differences.values()) <= AGREEMENT,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: milliseconds, and how many times as fast plain products are."""
-    names = list(rows[0]["measured"])
+    """Markdown: what a token costs, and how many times as fast ours is as the best other."""
     lines = [
-        "Milliseconds (median; fastest to slowest); the last columns: flash over plain.",
+        "Seconds (median; fastest to slowest); gain: the best other over ours.",
         "",
-        f"| length | {' | '.join(names)} | training | encoding | largest difference |",
-        "|---" * (len(names) + 4) + "|",
+        "| length | tokens | job | ours | flash | plain | gain | largest difference |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        one = {name: Measured(**value) for name, value in row["measured"].items()}
-        cells = [f"{1e3 * m.seconds:.1f} ({1e3 * m.fastest:.1f}–{1e3 * m.slowest:.1f})" for m in one.values()]
-        gains = [
-            f"{one[f'flash, {job}'].seconds / one[f'plain, {job}'].seconds:.2f}" for job in ("training", "encoding")
-        ]
-        shown = gains if row["agree"] else ["no agreement"] * 2
-        lines.append(f"| {row['length']} | {' | '.join([*cells, *shown])} | {row['difference']:.1e} |")
+        for job in ("training", "encoding"):
+            one = {
+                name.removesuffix(f", {job}"): Measured(**value)
+                for name, value in row["measured"].items()
+                if name.endswith(job)
+            }
+            gain = min(value.seconds for name, value in one.items() if name != "ours") / one["ours"].seconds
+            shown = [seconds_of(one[name]) if name in one else "–" for name in ("ours", "flash", "plain")]
+            lines.append(
+                f"| {row['length']} | {row['tokens']} | {job} | {' | '.join(shown)} "
+                f"| {f'{gain:.2f}' if row['agree'] else 'no agreement'} | {row['difference']:.1e} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = arguments(__doc__, rounds=7, devices=("cpu",))
+    parser.add_argument("--lengths", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 1024, 2048, 8192])
+    parser.add_argument("--tokens", type=int, default=8192, help="of a line, in sequences of the line's length")
     options = parser.parse_args()
+    use_device(options.device)
     facts = circumstances()
-    rows = [measure(length, options.tokens, options.rounds) for length in LENGTHS]
+    rows = [measure(length, options.tokens, options.rounds) for length in options.lengths]
     print(table(rows), write_results("attention-cpu", facts, rows, table(rows)), sep="\n")
 
 

@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "inf-cl"
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: median of the rounds; fastest and slowest: their spread; megabytes: extra peak memory."""
+    """Of the rounds: seconds, the median; fastest and slowest; megabytes, the median of the extra peak memory."""
 
     seconds: float
     fastest: float
@@ -46,7 +46,7 @@ def in_turns(
 ) -> dict[str, Measured]:
     """Median time and peak memory of every side, over `rounds` rounds after `warm_up` that do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    memory = dict.fromkeys(sides, 0.0)
+    memory: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name, call in sides.items():
             begin = _begin(device)
@@ -54,17 +54,21 @@ def in_turns(
             call()
             _wait(device)
             took = time.perf_counter() - started
-            memory[name] = max(memory[name], _peak(device) / 1e6 - begin)
             if number >= warm_up:
+                memory[name].append(_peak(device) / 1e6 - begin)
                 times[name].append(took)
     return {
-        name: Measured(statistics.median(taken), min(taken), max(taken), memory[name], rounds)
+        name: Measured(statistics.median(taken), min(taken), max(taken), statistics.median(memory[name]), rounds)
         for name, taken in times.items()
     }
 
 
 def arguments(
-    doc: str | None, rounds: int = 5, data: str | None = None, model: bool = False
+    doc: str | None,
+    rounds: int = 5,
+    data: str | None = None,
+    model: bool = False,
+    devices: Sequence[str] = ("cpu", "cuda"),
 ) -> argparse.ArgumentParser:
     """What every benchmark can be told; data: what its folder must hold."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
@@ -72,7 +76,7 @@ def arguments(
         parser.add_argument("--data", type=Path, required=True, help=f"folder with {data} in BEIR form")
     if model:
         parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=devices, default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds)
     return parser
 
