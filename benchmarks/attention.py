@@ -86,9 +86,9 @@ def measure(length: int, tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what a token costs, and how many times as fast ours is as the best other."""
+    """Markdown: what a line costs, and how many times as fast ours is as the best other."""
     lines = [
-        "Seconds (median; fastest to slowest); gain: the best other over ours.",
+        "Seconds (median; fastest to slowest) and extra peak MB; gain: the best other over ours, in time.",
         "",
         "| length | tokens | job | ours | flash | plain | gain | largest difference |",
         "|--:|--:|---|--:|--:|--:|--:|--:|",
@@ -101,7 +101,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 if name.endswith(job)
             }
             gain = min(value.seconds for name, value in one.items() if name != "ours") / one["ours"].seconds
-            shown = [seconds_of(one[name]) if name in one else "–" for name in ("ours", "flash", "plain")]
+            shown = [
+                f"{seconds_of(one[name])}, {one[name].megabytes:.0f}" if name in one else "–"
+                for name in ("ours", "flash", "plain")
+            ]
             lines.append(
                 f"| {row['length']} | {row['tokens']} | {job} | {' | '.join(shown)} "
                 f"| {f'{gain:.2f}' if row['agree'] else 'no agreement'} | {row['difference']:.1e} |"

@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -82,8 +83,9 @@ def arguments(
 
 
 def seconds_of(one: Measured) -> str:
-    """Median (fastest–slowest), to three digits."""
-    return f"{one.seconds:#.3g} ({one.fastest:#.3g}–{one.slowest:#.3g})"
+    """Median (fastest–slowest), to three digits or more."""
+    decimals = max(0, 2 - math.floor(math.log10(one.seconds)))
+    return f"{one.seconds:.{decimals}f} ({one.fastest:.{decimals}f}–{one.slowest:.{decimals}f})"
 
 
 def rate_of(count: int, one: Measured) -> str:

@@ -79,7 +79,8 @@ def summary() -> str:
         parts.append(
             f"{facts['machine']['processor']}, {facts['machine']['threads']} threads, {facts['date'][:10]}, torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
-            "sides in one run on the same vectors, or the same checkpoint and texts; all figures in "
+            "sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call adds at its "
+            "peak, in a training step with weights and optimiser. Ours encodes equal texts once; all figures in "
             "[benchmarks/results](benchmarks/results).\n\n"
             + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
         )

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from drama_dist.kernels.libraries import library
+from drama_dist.kernels.libraries import library, suffix
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.tiles import (
     ChunkScores,
@@ -88,7 +88,7 @@ class CompiledTiles:
         self._inputs = queries_BK, passages_NK
         self._problem, self._columns = problem, len(passages_NK)
         self._norms = Norms(queries_BK, passages_NK, temperature, problem.dims)
-        self._tile = int(_library().drama_tile_columns())
+        self._tile = _tile_columns()
         self._threads = torch.get_num_threads()
         self._ends = block_ends(problem.dims, _STRIP)
         self._queries = pad_blocks(queries_BK.to(self._dtype), problem.dims, _STRIP)
@@ -216,8 +216,7 @@ class CompiledTiles:
 
     def _run(self, name: str, typed: bool, of_thread: dict[str, torch.Tensor]) -> None:
         """Call a function of the library on every thread, each with its share of the tiles and of `of_thread`."""
-        suffix = f"_{str(self._dtype).removeprefix('torch.')}" if typed else ""
-        function: Callable[..., None] = getattr(_library(), f"drama_{name}{suffix}")
+        function: Callable[..., None] = getattr(extension(), f"drama_{name}{suffix(self._dtype) if typed else ''}")
         tiles = -(-self._columns // self._tile)
 
         def share(thread: int) -> None:
@@ -231,10 +230,10 @@ class CompiledTiles:
         list(_pool(self._threads).map(share, range(self._threads)))
 
 
-def _library() -> ctypes.CDLL:
-    library = extension()
-    assert library is not None
-    return library
+def _tile_columns() -> int:
+    compiled = extension()
+    assert compiled is not None  # info_nce chooses this backend only where there is a library
+    return int(compiled.drama_tile_columns())
 
 
 @lru_cache(maxsize=1)

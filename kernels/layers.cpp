@@ -1,8 +1,7 @@
 // What a transformer layer does between its matrix products, forward and backward, one pass over memory each.
 //
-// Covers RMSNorm, SwiGLU and rotary positions. Threads are OpenMP's, the same
-// that PyTorch's operations use. E is an element, bfloat16 bits or float; arithmetic is float. Every width is a
-// multiple of 16, half a head too.
+// Covers RMSNorm, SwiGLU and rotary positions. Threads are OpenMP's, the same that PyTorch's operations use. E is an
+// element, bfloat16 bits or float; arithmetic is float. Every width is a multiple of 16, half a head too.
 //
 // Shapes: T tokens, K components, H heads of D components.
 #include <cmath>

@@ -17,14 +17,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from drama_dist.kernels.libraries import call, library
+from drama_dist.kernels.libraries import call, elements, library
 
 _WIDTH = 16  # components of a vector in layers.cpp
 
 
 def extension() -> ctypes.CDLL | None:
     """The compiled library; None (with one warning) where it cannot be built."""
-    return library("layers", "training goes on with slower PyTorch operations")
+    return library("layers", "transformer layers go on with slower PyTorch operations", openmp=True)
 
 
 def fits(hidden: int, inner: int, head: int) -> bool:
@@ -41,9 +41,12 @@ def project(
 ) -> torch.Tensor:
     """Queries, keys and values of all heads side by side, T × all their components, after RMSNorm.
 
-    weights: of queries, keys and values; queries and keys are rotated by rotary_TD, cosines and sines in x's dtype.
+    weights: of queries, keys and values; queries and keys are rotated by rotary_TD, cosines and sines.
+    Raises ValueError where dtypes differ, or are not bfloat16 or float32 on the CPU.
     """
-    projected: torch.Tensor = _Project.apply(x_TK, norm_K, epsilon, *weights, *rotary_TD)
+    names = ("x", "norm", "query weights", "key weights", "value weights", "cosines", "sines")
+    elements(x_TK.dtype, **dict(zip(names, (x_TK, norm_K, *weights, *rotary_TD), strict=True)))
+    projected: torch.Tensor = _Project.apply(x_TK, norm_K, float(epsilon), *weights, *rotary_TD)
     return projected
 
 
@@ -55,8 +58,12 @@ def feed_forward(
     up_IK: torch.Tensor,
     down_KI: torch.Tensor,
 ) -> torch.Tensor:
-    """x + down(silu(gate(n)) · up(n)), n = RMSNorm(x); T × K."""
-    result: torch.Tensor = _FeedForward.apply(x_TK, norm_K, epsilon, gate_IK, up_IK, down_KI)
+    """x + down(silu(gate(n)) · up(n)), n = RMSNorm(x); T × K (Shazeer 2020, eq. 6; Zhang and Sennrich 2019, eq. 4).
+
+    Raises ValueError where dtypes differ, or are not bfloat16 or float32 on the CPU.
+    """
+    elements(x_TK.dtype, x=x_TK, norm=norm_K, gate=gate_IK, up=up_IK, down=down_KI)
+    result: torch.Tensor = _FeedForward.apply(x_TK, norm_K, float(epsilon), gate_IK, up_IK, down_KI)
     return result
 
 
@@ -73,6 +80,7 @@ class _Project(torch.autograd.Function):
         cosines: torch.Tensor,
         sines: torch.Tensor,
     ) -> torch.Tensor:
+        x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
         ctx.save_for_backward(x, norm, query, key, value, cosines, sines)
         ctx.epsilon = epsilon
         rows = linear(_rms_norm(x, norm, epsilon), torch.cat([query, key, value]))
@@ -83,8 +91,9 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, norm, query, key, value, cosines, sines = ctx.saved_tensors
+        gradient = gradient.contiguous()
         weights, rows = torch.cat([query, key, value]), torch.empty_like(gradient)
-        _rotate(gradient.contiguous(), rows, len(query) + len(key), cosines, sines, backwards=True)
+        _rotate(gradient, rows, len(query) + len(key), cosines, sines, backwards=True)
         of_weights = (rows.T @ _rms_norm(x, norm, ctx.epsilon)).split([len(query), len(key), len(value)])
         of_x = torch.zeros_like(x)
         of_norm = _rms_norm_backward(rows @ weights, x, norm, ctx.epsilon, of_x)
@@ -102,6 +111,7 @@ class _FeedForward(torch.autograd.Function):
         up: torch.Tensor,
         down: torch.Tensor,
     ) -> torch.Tensor:
+        x = x.contiguous()
         normed = _rms_norm(x, norm, epsilon)
         gated, lifted = linear(normed, gate), linear(normed, up)
         ctx.save_for_backward(x, norm, gate, up, down, gated, lifted)
@@ -135,7 +145,7 @@ def _rms_norm_backward(
 ) -> torch.Tensor:
     """Adds x's gradient to `of_x`; returns the weight's."""
     parts = torch.get_num_threads()
-    of_weight = torch.zeros(parts, len(weight))
+    of_weight = torch.zeros(parts, len(weight), dtype=torch.float32)
     _call("rms_norm_backward", x, *x.shape, parts, epsilon, upstream, x, weight, of_x, of_weight)
     return of_weight.sum(0).to(weight.dtype)
 
@@ -149,6 +159,4 @@ def _rotate(
 
 
 def _call(name: str, like: torch.Tensor, *arguments: torch.Tensor | float) -> None:
-    compiled = extension()
-    assert compiled is not None
-    call(compiled, name, like.dtype, *arguments)
+    call(extension(), name, like.dtype, *arguments)

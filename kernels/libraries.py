@@ -20,10 +20,13 @@ _FOLDER = Path(__file__).parent
 
 
 @lru_cache
-def library(name: str, without: str) -> ctypes.CDLL | None:
-    """NAME.cpp of this folder as a library; None, with a warning that names what goes on `without` it."""
+def library(name: str, without: str, openmp: bool = False) -> ctypes.CDLL | None:
+    """NAME.cpp of this folder as a library; None, with a warning that says what goes on `without` it.
+
+    openmp: its loops share PyTorch's threads.
+    """
     try:
-        return ctypes.CDLL(_build(name))
+        return ctypes.CDLL(_build(name, openmp))
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(
@@ -33,18 +36,33 @@ def library(name: str, without: str) -> ctypes.CDLL | None:
         return None
 
 
-def call(compiled: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
-    """Call drama_NAME_DTYPE: tensors as pointers, integers as int64, other numbers as float."""
-    getattr(compiled, f"drama_{name}_{str(dtype).removeprefix('torch.')}")(*map(_as_c, arguments))
+def suffix(dtype: torch.dtype) -> str:
+    """What the libraries add to the name of a function for elements of a dtype."""
+    return f"_{str(dtype).removeprefix('torch.')}"
+
+
+def call(compiled: ctypes.CDLL | None, name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
+    """Call drama_NAME for elements of `dtype`: tensors as pointers, integers as int64, other numbers as float."""
+    getattr(compiled, f"drama_{name}{suffix(dtype)}")(*map(_as_c, arguments))
+
+
+def elements(dtype: torch.dtype, **tensors: torch.Tensor) -> None:
+    """Raise ValueError where a tensor is not on the CPU, of another dtype, or the dtype is not bfloat16 or float32."""
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" or tensor.dtype != dtype or dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}: expected bfloat16 or float32 on the CPU, as all operands"
+            )
 
 
 def _as_c(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
     if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
-def _build(name: str) -> str:
+def _build(name: str, openmp: bool) -> str:
     from torch.utils import cpp_extension
 
     # A cache folder may be shared by machines with other CPUs.
@@ -57,7 +75,7 @@ def _build(name: str) -> str:
             built,
             [str(_FOLDER / f"{name}.cpp")],
             # OpenMP's symbols are left to PyTorch, which has loaded its own: a second one would fight it for cores.
-            extra_cflags=["-O3", "-march=native", "-fopenmp"],
+            extra_cflags=["-O3", "-march=native", *(["-fopenmp"] if openmp else [])],
             is_python_module=False,
             verbose=False,
         )

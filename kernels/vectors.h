@@ -1,4 +1,4 @@
-// Vectors of 16 floats, and what both libraries do with them: exponentials, sums, bfloat16 in memory.
+// Vectors of 16 floats, and what the libraries do with them: exponentials, sums, bfloat16 in memory.
 #pragma once
 #include <cstdint>
 #include <cstring>

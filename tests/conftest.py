@@ -73,14 +73,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with a random Llama of 4 layers × 48, 6 query heads over 2 key-value heads, tied embeddings."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer, **shape)
+
+
+@pytest.fixture(scope="session")
+def fusing_llm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random Llama of 4 layers × 64 and 2 heads of 64, which the CPU's fused layers take."""
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    return save_llama(tmp_path_factory.mktemp("models") / "fusing-llama", tokenizer, **shape)
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: int) -> Path:
+    """A random language model, with the tokenizer beside it."""
     torch.manual_seed(0)
     config = LlamaConfig(
+        **shape,
         vocab_size=len(tokenizer),
-        hidden_size=48,
         num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
         intermediate_size=96,
         max_position_embeddings=512,
         tie_word_embeddings=True,

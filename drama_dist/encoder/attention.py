@@ -1,4 +1,4 @@
-"""Attention over packed sequences, one call for every backend.
+"""Attention over packed sequences, for every layer that is not fused (fused_layers.py).
 
 On CUDA `flash_attn_varlen_func`; elsewhere once for each run of sequences of equal length: PyTorch's SDPA
 without a mask, which is its flash kernel on the CPU, or, for the gradients of short sequences, plain products.

@@ -21,7 +21,7 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
-from drama_dist.encoder.pooling import matryoshka_cut_array, mean_pool
+from drama_dist.encoder.pooling import mean_pool, unit_vectors
 from drama_dist.encoder.sources import resolve
 from drama_dist.settings import EncoderSettings
 
@@ -76,8 +76,8 @@ class Encoder(nn.Module):
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def forward(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
-        return mean_pool(self.hidden_states(packed, embedded_TK), packed)
+    def forward(self, packed: Packed) -> torch.Tensor:
+        return mean_pool(self.hidden_states(packed), packed)
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept."""
@@ -111,11 +111,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None) -> np.ndarray:
-        vectors_NK = np.zeros((len(sequences), self.hidden_size), dtype=np.float32)
+        vectors_ND = np.zeros((len(sequences), dim or self.hidden_size), dtype=np.float32)
         for chunk in token_budget_chunks([len(ids) for ids in sequences], self.tokens_per_batch):
             packed = pack([sequences[position] for position in chunk], self.device)
-            vectors_NK[chunk] = self(packed).cpu().numpy()
-        return matryoshka_cut_array(vectors_NK, dim or self.hidden_size)
+            vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])
+        return vectors_ND
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back."""

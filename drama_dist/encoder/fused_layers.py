@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -19,7 +20,7 @@ from drama_dist.kernels import attention, layers
 
 
 class FusedLayer(LlamaDecoderLayer):
-    """A LlamaDecoderLayer with another way to compute it."""
+    """A LlamaDecoderLayer with another way to compute it; where that does not fit, it computes as transformers does."""
 
     def forward(  # type: ignore[override]
         self,
@@ -29,7 +30,7 @@ class FusedLayer(LlamaDecoderLayer):
         **others: Any,
     ) -> torch.Tensor:
         """1 × T × K to 1 × T × K."""
-        if not _takes(hidden_states):  # the model has moved since
+        if not self._fits(hidden_states):
             plain: torch.Tensor = super().forward(
                 hidden_states, position_embeddings=position_embeddings, packed=packed, **others
             )
@@ -49,11 +50,24 @@ class FusedLayer(LlamaDecoderLayer):
         weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         return layers.feed_forward(x_TK, norm.weight, norm.variance_epsilon, *weights).unsqueeze(0)
 
+    def _fits(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the kernels do all that this layer does; it may have moved, or got adapters or hooks since."""
+        config, parts = self.self_attn.config, [module for module in self.modules() if module is not self]
+        products = [*self.self_attn.children(), *(part for part in self.mlp.children() if part is not self.mlp.act_fn)]
+        return (
+            _takes(hidden_states)
+            and not torch.is_autocast_enabled("cpu")
+            and not config.is_causal
+            and not (self.training and config.attention_dropout)
+            and all(type(product) is nn.Linear for product in products)
+            and not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+        )
+
     def _attend(self, rows: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Queries, keys and values side by side to attended heads side by side."""
         own, config = self.self_attn, self.self_attn.config
         grouped = config.num_key_value_heads != config.num_attention_heads
-        if own.head_dim == attention.HEAD and not grouped:
+        if own.head_dim == attention.HEAD and not grouped and attention.extension() is not None:
             return attention.attend(rows, packed.boundaries_B1, own.scaling)
         widths = [heads * own.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
         q, k, v = (part.unflatten(1, (-1, own.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
@@ -63,10 +77,9 @@ class FusedLayer(LlamaDecoderLayer):
 def fuse_layers(backbone: LlamaModel) -> bool:
     """Fuse the layers of a bidirectional backbone where its device, dtype and shape allow it; says whether it did."""
     config, weight = backbone.config, backbone.embed_tokens.weight
-    plain = not (config.attention_bias or config.mlp_bias or config.attention_dropout)
-    fits = plain and config.hidden_act == "silu" and not config.is_causal
-    fits = fits and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
-    if not _takes(weight) or not fits or layers.extension() is None or attention.extension() is None:
+    plain = config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias or config.is_causal)
+    fits = plain and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
+    if not _takes(weight) or not fits or layers.extension() is None:
         return False
     for layer in backbone.layers:
         layer.__class__ = FusedLayer

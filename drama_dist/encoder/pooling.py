@@ -19,6 +19,18 @@ def mean_pool(hidden_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
     return sums_BK.index_add(0, owner_T, hidden_TK.float()) / lengths_B.unsqueeze(1)
 
 
+def unit_vectors(hidden_TK: torch.Tensor, packed: Packed, dim: int) -> np.ndarray:
+    """Mean pool, Matryoshka cut and normalisation, B × dim float32: on CUDA one kernel, without gradients.
+
+    Raises ValueError where `dim` is larger than K.
+    """
+    if hidden_TK.is_cuda:
+        from drama_dist.kernels.pooling import mean_pool_unit
+
+        return mean_pool_unit(hidden_TK, packed.boundaries_B1, dim).cpu().numpy()
+    return matryoshka_cut_array(mean_pool(hidden_TK, packed).numpy(), dim)
+
+
 def matryoshka_cut_array(embeddings_NK: np.ndarray, dim: int) -> np.ndarray:
     """First `dim` components of each row, normalised again, float32 (Kusupati et al. 2022, Matryoshka).
 

@@ -12,6 +12,7 @@ then as large as the step's words, not as the vocabulary. Shapes: W different wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,16 +33,17 @@ _SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more c
 class GradCache:
     """One step's sequences: `encode`, then `backward` with the embeddings' gradients.
 
-    activation_budget: bytes that kept graphs may hold; None measures what is free when the first chunk has been
-    encoded.
+    activation_budget: bytes that kept graphs may hold; None measures what is free when the
+    longest chunk's graph has been tried.
     """
 
     def __init__(self, encoder: Encoder, engine: Engine, chunk_tokens: int, activation_budget: float | None):
         self.encoder, self.engine = encoder, engine
         self.chunk_tokens, self.activation_budget = chunk_tokens, activation_budget
         self.held_bytes = 0  # by the graphs of the last `encode`
-        self._bytes_per_token: float | None = None  # of the longest texts, which need most
-        self._row_of = torch.empty(0, dtype=torch.int64)
+        self._bytes_per_token = math.inf  # the most that was seen; not yet known
+        self._weights = {weight.untyped_storage().data_ptr() for weight in encoder.parameters()}
+        self._row_of = self._times = torch.empty(0, dtype=torch.int64)  # of each text; how often a row's text comes
         self._encoded: list[tuple[list[int], torch.Tensor]] = []
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> Encoded:
@@ -49,32 +51,31 @@ class GradCache:
         row_of: dict[tuple[int, ...], int] = {}
         rows = [row_of.setdefault(tuple(sequence), len(row_of)) for sequence in sequences]
         self._row_of, self._encoded = torch.tensor(rows, device=self.encoder.device), []
+        self._times = self._row_of.bincount()
         distinct = list(row_of)
         lengths = [len(sequence) for sequence in distinct]
         embeddings = torch.empty(len(distinct), self.encoder.hidden_size, device=self.encoder.device)
         words = self._look_up(distinct)
         chunks = token_budget_chunks(lengths, self.chunk_tokens)
         packs = [pack([distinct[row] for row in chunk], self.encoder.device) for chunk in chunks]
-        if self._bytes_per_token is None:
-            self._bytes_per_token = self._measure(packs[-1], words)
+        self._try_longest(packs[-1], words)
         self.held_bytes, repeated = 0, 0
         for chunk, packed in zip(chunks, packs, strict=True):
-            keep = self.held_bytes + sum(packed.lengths) * self._bytes_per_token <= self._budget()
-            kept = _Kept(self.encoder)
-            with kept:
-                pooled = self._forward(packed, words, keep)
-            if keep:
-                self.held_bytes += kept.bytes
+            tokens = sum(packed.lengths)
+            if self.held_bytes + tokens * self._bytes_per_token <= self._budget():
+                pooled, held = self._keep(packed, words)
+                self.held_bytes += held
+                self._bytes_per_token = max(self._bytes_per_token, held / tokens)
             else:
-                repeated += sum(packed.lengths)
+                pooled = self._forward(packed, words, keep=False)
+                repeated += tokens
             self._encoded.append((chunk, pooled))
             embeddings[chunk] = pooled.detach()
         return Encoded(embeddings[self._row_of], lengths, repeated / sum(lengths))
 
     def backward(self, gradients: torch.Tensor) -> None:
         """Backpropagate the embeddings' gradients, n × K."""
-        of_rows = gradients.new_zeros(int(self._row_of.max()) + 1, gradients.shape[1])
-        of_rows.index_add_(0, self._row_of, gradients)
+        of_rows = torch.segment_reduce(gradients[self._row_of.argsort(stable=True)], "sum", lengths=self._times)
         surrogate = torch.stack([(pooled * of_rows[chunk]).sum() for chunk, pooled in self._encoded]).sum()
         self._encoded = []
         self.engine.backward(surrogate, last=True)
@@ -84,13 +85,25 @@ class GradCache:
             self.activation_budget = _SHARE_OF_FREE * free_bytes(self.encoder.device)
         return self.activation_budget
 
-    def _measure(self, longest: Packed, words: _Words) -> float:
-        """Bytes for each token that autograd keeps for the backward pass of a chunk."""
-        kept = _Kept(self.encoder)
-        with kept:
-            graph = self._forward(longest, words, keep=True)
-        del graph
-        return kept.bytes / sum(longest.lengths)
+    def _try_longest(self, packed: Packed, words: _Words) -> None:
+        """Before anything is kept, see what the longest texts need: the most for each token."""
+        if math.isinf(self._bytes_per_token) and self.activation_budget != 0:
+            _, held = self._keep(packed, words)
+            self._bytes_per_token = held / sum(packed.lengths)
+
+    def _keep(self, packed: Packed, words: _Words) -> tuple[torch.Tensor, int]:
+        """Encode a chunk with its graph; and the bytes that the graph holds, without the weights."""
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the tensor itself could hold the graph that holds it
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            pooled = self._forward(packed, words, keep=True)
+        return pooled, sum(storages.values())
 
     def _look_up(self, sequences: Sequence[Sequence[int]]) -> _Words:
         used_W = torch.tensor(
@@ -103,21 +116,12 @@ class GradCache:
     def _forward(self, packed: Packed, words: _Words, keep: bool) -> torch.Tensor:
         def encoded(embedding_WK: torch.Tensor) -> torch.Tensor:
             embedded_TK = embedding(words.place_V[packed.token_ids_T], embedding_WK)
-            return _pool(self.encoder.hidden_states(packed, embedded_TK), packed)
+            return mean_pool(self.encoder.hidden_states(packed, embedded_TK), packed)
 
         if keep:
             return encoded(words.embedding_WK)
         random = self.encoder.training and self.encoder.backbone.config.attention_dropout > 0
         return checkpoint(encoded, words.embedding_WK, use_reentrant=False, preserve_rng_state=random)
-
-
-def _pool(hidden_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """B × K float32; of unit length where one kernel does both, which is the same to the loss."""
-    if hidden_TK.is_cuda:
-        from drama_dist.kernels.pooling import mean_pool_unit
-
-        return mean_pool_unit(hidden_TK, packed.boundaries_B1, hidden_TK.shape[1])
-    return mean_pool(hidden_TK, packed)
 
 
 @dataclass(frozen=True)
@@ -137,23 +141,3 @@ class _Words:
 
     place_V: torch.Tensor
     embedding_WK: torch.Tensor
-
-
-class _Kept(saved_tensors_hooks):
-    """Counts the bytes that autograd saves inside, without the weights; each memory once."""
-
-    def __init__(self, encoder: Encoder):
-        weights = {weight.untyped_storage().data_ptr() for weight in encoder.parameters()}
-        self._storages: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                self._storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        super().__init__(note, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())

@@ -41,7 +41,7 @@ class Telemetry:
     def figures(
         self, lengths: Sequence[int], objective: Objective, seconds: float, recomputed_share: float
     ) -> dict[str, Any]:
-        """What metrics.jsonl holds of a step's cost; lengths: the own sequences'. All ranks must call it."""
+        """What metrics.jsonl holds of a step's cost; lengths: of what this rank encoded. All ranks must call it."""
         own = torch.tensor(
             [sum(lengths), len(lengths), _operations(self.encoder, lengths), recomputed_share * sum(lengths)],
             dtype=torch.float64,

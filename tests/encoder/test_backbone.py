@@ -13,21 +13,37 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig
 import drama_dist
 from drama_dist.encoder import attention, backbone
 from drama_dist.encoder.backbone import Encoder, LeakError, from_config, load
+from drama_dist.encoder.fused_layers import FusedLayer
+from drama_dist.kernels import attention as attention_kernel
 from drama_dist.settings import EncoderSettings, SettingsError
 
 CONTRACT = EncoderSettings(max_query_tokens=16, max_passage_tokens=24, dims=[48, 16])
 TEXTS = ["The bread has flour", "x", "matrix " * 60, "", "The river number 3 flows to the delta with water."]
 
 
+@pytest.fixture(scope="module", params=["llm", "fusing_llm"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
-def encoder(llm: Path) -> Encoder:
-    return load(llm, contract=CONTRACT)
+def encoder(folder: Path) -> Encoder:
+    return load(folder, contract=CONTRACT)
 
 
-def test_packed_vectors_equal_those_of_a_padded_model(encoder: Encoder, llm: Path) -> None:
-    config = LlamaConfig.from_pretrained(llm)
+def test_layers_are_fused_where_they_fit(llm: Path, fusing_llm: Path) -> None:
+    fusing = load(fusing_llm)
+    assert all(type(layer) is FusedLayer for layer in fusing.backbone.layers)
+    assert not any(type(layer) is FusedLayer for layer in load(llm).backbone.layers)
+    fresh = from_config(fusing.backbone.config, fusing.tokenizer, CONTRACT, seed=1)
+    assert all(type(layer) is FusedLayer for layer in fresh.backbone.layers)
+
+
+def test_packed_vectors_equal_those_of_a_padded_model(encoder: Encoder, folder: Path) -> None:
+    config = LlamaConfig.from_pretrained(folder)
     config.is_causal = False
-    plain = AutoModel.from_pretrained(llm, config=config, attn_implementation="eager").eval()
+    plain = AutoModel.from_pretrained(folder, config=config, attn_implementation="eager").eval()
     sequences = encoder.tokenize_passages(TEXTS)
     longest = max(map(len, sequences))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences])
@@ -58,12 +74,12 @@ def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encode
 
 def test_vectors_are_float32_units_and_the_cut_is_normalised_again(encoder: Encoder) -> None:
     whole, cut = encoder.encode_queries(TEXTS), encoder.encode_queries(TEXTS, dim=16)
-    assert whole.dtype == np.float32 and whole.shape == (5, 48)
+    assert whole.dtype == np.float32 and whole.shape == (5, encoder.hidden_size)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(cut, whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True), atol=1e-6)
-    assert encoder.encode_queries([]).shape == (0, 48)
-    with pytest.raises(ValueError, match="dim=49: these vectors have 48 components"):
-        encoder.encode_queries(TEXTS, dim=49)
+    assert encoder.encode_queries([]).shape == (0, encoder.hidden_size)
+    with pytest.raises(ValueError, match=f"dim=65: these vectors have {encoder.hidden_size} components"):
+        encoder.encode_queries(TEXTS, dim=65)
 
 
 def test_an_encoder_that_is_causal_although_it_should_not_be_is_refused(
@@ -90,6 +106,15 @@ def test_packed_sequences_that_see_each_other_are_refused(llm: Path, monkeypatch
     monkeypatch.setattr(backbone.Packed, "runs", property(one_run))
     with pytest.raises(LeakError, match="depends on its neighbour"):
         backbone.probe(leaky)
+
+
+def test_fused_layers_that_let_sequences_see_each_other_are_refused(
+    fusing_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = attention_kernel.attend
+    monkeypatch.setattr(attention_kernel, "attend", lambda rows, ends, scaling: attend(rows, ends[[0, -1]], scaling))
+    with pytest.raises(LeakError, match="packed attention leaks"):
+        load(fusing_llm)
 
 
 def test_an_unpruned_language_model_stays_causal_when_asked(llm: Path) -> None:

@@ -26,8 +26,8 @@ def inputs(lengths: list[int], scale: float = 1.0) -> tuple[torch.Tensor, torch.
 def plain(rows: torch.Tensor, lengths: list[int], scaling: float) -> torch.Tensor:
     outputs = []
     for part in rows.split(lengths):
-        q, k, v = (each.unflatten(1, (HEADS, -1)).transpose(0, 1) for each in part.chunk(3, dim=1))
-        outputs.append(scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1).flatten(1))
+        q, k, v = (each.unflatten(1, (HEADS, -1)).transpose(0, 1)[None] for each in part.chunk(3, dim=1))
+        outputs.append(scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1).flatten(1))
     return torch.cat(outputs)
 
 
@@ -39,9 +39,12 @@ def errors(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], len
     return [float((own - its).norm() / its.norm()) for pair in pairs for own, its in pair]
 
 
-def largest_score(rows: torch.Tensor) -> float:
+def exceeding(found: list[float], expected: list[float], rows: torch.Tensor) -> list[float]:
+    """Errors beyond PyTorch's own and what rounding the exponents can make."""
     queries, keys, _ = (each.float().unflatten(1, (HEADS, -1)).norm(dim=-1) for each in rows.chunk(3, dim=1))
-    return 0.125 * float(queries.max() * keys.max())
+    largest_score = 0.125 * float(queries.max() * keys.max())
+    rounding = torch.finfo(rows.dtype).eps / 4 + torch.finfo(torch.float32).eps * largest_score
+    return [error for error, own in zip(found, expected, strict=True) if error > 1.5 * own + rounding]
 
 
 def with_gradient(output: torch.Tensor, rows: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -50,25 +53,16 @@ def with_gradient(output: torch.Tensor, rows: torch.Tensor, upstream: torch.Tens
 
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["even", "peaked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errs_no_more_than_pytorch(dtype: torch.dtype, scale: float) -> None:
+def test_errs_no_more_than_pytorch_and_a_wrong_scaling_does(dtype: torch.dtype, scale: float) -> None:
     rows, upstream = (each.to(dtype) for each in inputs(LENGTHS, scale))
     rows.requires_grad_()
     exact_rows = rows.detach().double().requires_grad_()
     exact = with_gradient(plain(exact_rows, LENGTHS, 0.125), exact_rows, upstream)
     expected = errors(with_gradient(plain(rows, LENGTHS, 0.125), rows, upstream), exact, LENGTHS)
     found = errors(with_gradient(attention.attend(rows, boundaries(LENGTHS), 0.125), rows, upstream), exact, LENGTHS)
-    rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * largest_score(rows.detach())  # of exponents
-    for error, own in zip(found, expected, strict=True):
-        assert error <= 1.5 * own + rounding, (found, expected)
-
-
-def test_the_comparison_notices_a_wrong_scaling() -> None:
-    rows, upstream = inputs(LENGTHS)
-    rows.requires_grad_()
-    exact = with_gradient(plain(rows, LENGTHS, 0.125), rows, upstream)
-    found = errors(with_gradient(attention.attend(rows, boundaries(LENGTHS), 0.13), rows, upstream), exact, LENGTHS)
-    count = len(LENGTHS)
-    assert min(found[1:count] + found[count + 1 :]) > 1e-3  # the first sequence is a single token
+    assert not exceeding(found, expected, rows.detach())
+    wrong = errors(with_gradient(attention.attend(rows, boundaries(LENGTHS), 0.13), rows, upstream), exact, LENGTHS)
+    assert scale == 0.3 or len(exceeding(wrong, expected, rows.detach())) >= len(LENGTHS) - 1  # a token alone is right
 
 
 def test_what_one_call_left_behind_does_not_reach_the_next() -> None:

@@ -257,7 +257,7 @@ def test_without_gradients_there_is_the_same_loss(backend: str) -> None:
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(name: str) -> str:
+    def no_compiler(name: str, openmp: bool) -> str:
         raise RuntimeError("no g++")
 
     monkeypatch.setattr(libraries, "_build", no_compiler)
