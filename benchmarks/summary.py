@@ -45,8 +45,10 @@ def step_lines(device: str) -> Iterator[list[str]]:
                     what = (
                         f"training step, {row['texts']}, batch {row['batch']}, {side.removeprefix('ours bfloat16, ')}"
                     )
-                    if row["distinct_tokens"] < row["tokens"]:
-                        what += f"; {row['distinct_tokens'] / row['tokens']:.0%} of the tokens are of different texts"
+                    share = row["distinct_tokens"] / row["tokens"]
+                    if share < 1:
+                        encoded = share * peer["seconds"] / own["seconds"]
+                        what += f"; texts repeat: {encoded:.1f}× for each token encoded"
                     memory = (one["state_megabytes"] + one["megabytes"] for one in (own, peer))
                     yield _line(what, own["seconds"], peer["seconds"], *memory, name)
 

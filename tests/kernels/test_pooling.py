@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from drama_dist.encoder.packing import pack
+from drama_dist.encoder.pooling import unit_vectors
 from drama_dist.kernels.pooling import mean_pool_unit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +28,13 @@ def test_vectors_and_gradients_equal_plain_operations(lengths: list[int], dim: i
     (theirs,) = torch.autograd.grad((expected * upstream).sum(), hidden)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-3
     torch.testing.assert_close(own, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_the_encoders_vectors_are_those_of_the_cpu() -> None:
+    hidden, packed = torch.randn(8, 37), pack([[3, 4, 5], [6], [7, 8, 9, 10]])
+    found = unit_vectors(hidden.cuda(), pack([[3, 4, 5], [6], [7, 8, 9, 10]], "cuda"), 20)
+    np.testing.assert_allclose(found, unit_vectors(hidden, packed, 20), rtol=1e-5, atol=1e-6)
 
 
 def test_more_components_than_there_are_is_refused() -> None:

@@ -90,7 +90,6 @@ def test_gradients_equal_those_of_the_whole_batch(
     cache = GradCache(encoder, engine, chunk, None)  # type: ignore[arg-type]
     if budget == "some":
         cache.encode(sequences)
-        assert cache._bytes_per_token is not None
         budget = 60 * cache._bytes_per_token
     cache.activation_budget = budget  # type: ignore[assignment]
     encoder.zero_grad()
