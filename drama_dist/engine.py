@@ -25,6 +25,7 @@ from drama_dist import ranks
 from drama_dist.progress import say
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 5_000_000  # elements that go over the network together: 10 MB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,12 @@ def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.gradient_clipping,
         "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "contiguous_gradients": ranks.world_size() > 1,  # a copy of all gradients, of no use to one rank
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

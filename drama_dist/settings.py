@@ -130,7 +130,7 @@ class EncodeSettings:
     """Encoding the corpus into shards."""
 
     shard_passages: int = 1024
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None  # null: what suits the device
     dtype: str = "bfloat16"
     max_passage_tokens: int | None = None  # null: as in training
 
@@ -220,7 +220,7 @@ def check(settings: Settings) -> None:
         if flat[key] not in allowed:
             raise SettingsError(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
     for key in (f"{section}.{name}" for section, names in _AT_LEAST_ONE for name in names):
-        if flat[key] < 1:
+        if flat[key] is not None and flat[key] < 1:
             raise SettingsError(f"{key}={flat[key]!r}: expected 1 or more")
     dims = settings.encoder.dims
     if not dims or len(set(dims)) != len(dims) or min(dims) < 1:

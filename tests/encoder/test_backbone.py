@@ -59,7 +59,7 @@ def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder: Encoder) -> N
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
     encoder.tokens_per_batch = 7
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
-    encoder.tokens_per_batch = 8192
+    encoder.tokens_per_batch = None
 
 
 def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encoder) -> None:
