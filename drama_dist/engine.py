@@ -1,6 +1,6 @@
 """The optimiser step, over any number of ranks: a DeepSpeed engine behind a small face.
 
-Covers building the engine (ZeRO 1 and 2, bf16 with float32 master weights, AdamW, clipping), the
+Covers building the engine (ZeRO 0 to 3, bf16 with float32 master weights, AdamW, clipping), the
 learning-rate schedule, and checkpoints that do not depend on ranks or ZeRO stage. Does not know
 what is trained: the encoder (train/) and the language model being healed (prune/) use it alike.
 """
@@ -23,8 +23,8 @@ from torch import nn
 
 from drama_dist import ranks
 from drama_dist.progress import say
+from drama_dist.zero_state import MOMENTS, set_steps, zero_state
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 5_000_000  # elements that go over the network together: 10 MB in bfloat16
 
 
@@ -36,6 +36,7 @@ class OptimiserSettings:
     zero_stage: int
     weight_decay: float
     gradient_clipping: float
+    offload: bool = False  # master weights and moments in the machine's memory, not the GPU's
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_share: float) -> float:
@@ -57,7 +58,13 @@ class Engine:
         ranks.start()
         self.module = module
         self._engine = _deepspeed_engine(module, settings)
-        _initialise_moments(self._engine.optimizer)
+        self._state = zero_state(self._engine, settings.zero_stage)
+        self._state.initialise()
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks must run the module equally often: ZeRO 3 collects weights from all of them each time."""
+        return self._engine.zero_optimization_stage() == 3 and ranks.world_size() > 1
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add a piece's gradients; `last` says that the step's final piece is here.
@@ -71,24 +78,17 @@ class Engine:
         """Update the weights; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = self._own_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights by name, on the CPU; every rank must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: safe_get_full_fp32_param(weight).cpu() for name, weight in self._weights()}
+        return self._full(None)
 
     def save(self, folder: Path, step: int, keep: int) -> None:
         """Write checkpoint `step-N` under a temporary name, rename it, and drop all but the last `keep`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        tensors = {"weights": self.full_weights()}
-        for moment in _MOMENTS:
-            tensors[moment] = {
-                name: safe_get_full_optimizer_state(weight, moment).cpu() for name, weight in self._weights()
-            }
+        tensors = {"weights": self.full_weights(), **{moment: self._full(moment) for moment in MOMENTS}}
         if ranks.rank() == 0:
             target = folder / f"step-{step:07d}"
             temporary = folder / f"{target.name}.tmp"
@@ -107,19 +107,22 @@ class Engine:
         found = checkpoints(folder)
         if not found:
             return 0
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        tensors = {name: load_file(found[-1] / f"{name}.safetensors") for name in ("weights", *_MOMENTS)}
-        for name, weight in self._weights():
-            safe_set_full_fp32_param(weight, tensors["weights"][name])
-            weight.data.copy_(tensors["weights"][name])
-            for moment in _MOMENTS:
-                safe_set_full_optimizer_state(weight, tensors[moment][name], moment)
+        for kind in (None, *MOMENTS):
+            values = load_file(found[-1] / f"{kind or 'weights'}.safetensors")
+            for name, weight in self._weights():
+                self._state.replace(weight, kind, values[name])
         step = int(json.loads((found[-1] / "state.json").read_text("utf-8"))["step"])
-        for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(float(step))
+        set_steps(self._engine, step)
         say(f"going on from step {step} ({found[-1]})")
         return step
+
+    def _full(self, moment: str | None) -> dict[str, torch.Tensor]:
+        return {name: self._state.read(weight, moment).cpu() for name, weight in self._weights()}
+
+    def _own_norm(self) -> torch.Tensor:
+        """The gradients', which are the same on all ranks; DeepSpeed does not tell it without ZeRO."""
+        gradients = [weight.grad for _, weight in self._weights() if weight.grad is not None]
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
 
     def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters()
@@ -128,19 +131,6 @@ class Engine:
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
-
-
-def _initialise_moments(zero_optimizer: Any) -> None:
-    """Give AdamW its state before the first step, and tell DeepSpeed.
-
-    DeepSpeed looks for it after the first group's first step: too late for resuming, and too early for
-    the other groups.
-    """
-    state = zero_optimizer.optimizer.state
-    for partition in zero_optimizer.single_partition_of_fp32_groups:
-        count = torch.zeros((), device=partition.device)  # where the fused optimiser looks for it
-        state[partition] = {"step": count, **{name: torch.zeros_like(partition) for name in _MOMENTS}}
-    zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
@@ -168,13 +158,21 @@ def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.gradient_clipping,
         "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            "contiguous_gradients": ranks.world_size() > 1,  # a copy of all gradients, of no use to one rank
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
-        },
+        "zero_optimization": _zero_config(settings),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _zero_config(settings: OptimiserSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
+    if ranks.world_size() == 1:
+        config["contiguous_gradients"] = False  # a copy of all gradients, of no use to one rank
+    if settings.offload:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return config

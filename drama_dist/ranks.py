@@ -8,6 +8,8 @@ tracked through them: the caller owns the backward pass.
 from __future__ import annotations
 
 import os
+from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 _LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+
+_sent: Counter[str] = Counter()
 
 
 def _from_environment(names: tuple[str, ...], default: int) -> int:
@@ -103,11 +107,15 @@ def on_every_rank(number: int) -> list[int]:
         return [number]
     counts = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([number], dtype=torch.int64, device=device()))
+    _count("figures", 8 * (world_size() - 1))
     return [int(count) for count in counts]
 
 
-def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
-    """Concatenate every rank's rows in order of rank; ranks may hold different numbers of rows."""
+def gather_rows(rows_NK: torch.Tensor, kind: str) -> torch.Tensor:
+    """Concatenate every rank's rows in order of rank; ranks may hold different numbers of rows.
+
+    kind: what the bytes are counted as (see `take_traffic`).
+    """
     if world_size() == 1:
         return rows_NK
     counts = on_every_rank(rows_NK.shape[0])
@@ -115,24 +123,53 @@ def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
     padded[: rows_NK.shape[0]] = rows_NK
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
+    _count(kind, (world_size() - 1) * padded.nbytes)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def sum_to_owner(rows_NK: torch.Tensor, own_rows: int) -> torch.Tensor:
-    """Sum over ranks a tensor of `gather_rows` shape; return the rows that this rank put in."""
+def sum_to_owner(rows_NK: torch.Tensor, own_rows: int, kind: str) -> torch.Tensor:
+    """Sum over ranks a tensor of `gather_rows` shape, in order of rank; return the rows that this rank put in.
+
+    Every rank sends each other rank that one's rows: a reduce-scatter that takes uneven rows.
+    """
     if world_size() == 1:
         return rows_NK
     counts = on_every_rank(own_rows)
-    total = rows_NK.contiguous().clone()
-    dist.all_reduce(total)
-    begin = sum(counts[: rank()])
-    return total[begin : begin + own_rows]
+    found = rows_NK.new_empty(world_size() * own_rows, *rows_NK.shape[1:])
+    dist.all_to_all_single(found, rows_NK.contiguous(), [own_rows] * world_size(), counts)
+    _count(kind, rows_NK.nbytes * (len(rows_NK) - own_rows) // max(1, len(rows_NK)))
+    return found.view(world_size(), own_rows, *rows_NK.shape[1:]).sum(0)
 
 
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(value: torch.Tensor, kind: str = "figures") -> torch.Tensor:
     """Sum a tensor of equal shape over ranks."""
+    return _reduced(value, dist.ReduceOp.SUM, kind)
+
+
+def largest_over_ranks(value: torch.Tensor, kind: str = "figures") -> torch.Tensor:
+    """Element by element the largest of a tensor of equal shape over ranks."""
+    return _reduced(value, dist.ReduceOp.MAX, kind)
+
+
+def take_traffic() -> dict[str, int]:
+    """Bytes that this rank has sent since the last call, by kind; what DeepSpeed sends is not among them.
+
+    A collective counts as what no algorithm can do with less of: all-gather and reduce-scatter (W − 1) parts,
+    all-reduce 2 (W − 1) / W of its tensor.
+    """
+    taken = dict(_sent)
+    _sent.clear()
+    return taken
+
+
+def _count(kind: str, count: int) -> None:
+    _sent[kind] += count
+
+
+def _reduced(value: torch.Tensor, operation: Any, kind: str) -> torch.Tensor:
     if world_size() == 1:
         return value
     total = value.detach().clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
+    _count(kind, 2 * (world_size() - 1) * total.nbytes // world_size())
     return total

@@ -114,7 +114,8 @@ class TrainSettings:
     temperature: float = 0.02
     dim_weights: list[float] = field(default_factory=list)  # one per dim; empty: equal
     dtype: str = "bfloat16"  # bfloat16 | float32
-    zero_stage: int = 1
+    zero_stage: int = 1  # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
+    travels: str = "auto"  # between ranks, for the loss: passages | queries; auto: what moves fewer bytes
     chunk_tokens: int = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
     # twice. "auto" measures: half of what is free.
@@ -176,6 +177,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layer_choice": ("even", "influence"),
     "teacher.dtype": ("bfloat16", "float32"),
     "train.dtype": ("bfloat16", "float32"),
+    "train.travels": ("auto", "passages", "queries"),
     "encode.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32"),
 }
@@ -240,8 +242,8 @@ def check(settings: Settings) -> None:
     budget = settings.train.activation_budget
     if not (budget == "auto" or (isinstance(budget, int | float) and budget >= 0)):
         raise SettingsError(f"train.activation_budget={budget!r}: expected auto, or GiB, 0 or more")
-    if settings.train.zero_stage not in (1, 2):
-        raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 1 or 2")
+    if settings.train.zero_stage not in (0, 1, 2, 3):
+        raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 0, 1, 2 or 3")
     written, wanted = settings.augment, settings.train.hard_negatives
     if written.negatives < wanted:
         raise SettingsError(f"train.hard_negatives={wanted} is more than augment.negatives={written.negatives}")

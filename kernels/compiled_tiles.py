@@ -130,7 +130,8 @@ class CompiledTiles:
 
     def row_chunks(self) -> Iterator[slice]:
         rows, dims = len(self._inputs[0]), len(self._problem.dims)
-        return row_chunks(rows, self._columns, dims, _SCORE_BYTES, _MOST_ROWS, _ROW_STEP)
+        most = self._problem.most_columns(self._columns)
+        return row_chunks(rows, most, dims, _SCORE_BYTES, _MOST_ROWS, _ROW_STEP)
 
     def scores(self, rows: slice) -> ChunkScores:
         masked_RN = self._problem.masked(rows, self._columns)
@@ -148,7 +149,7 @@ class CompiledTiles:
             "query_norms": self._norms.scaled_query_MB[:, rows].contiguous(),
             "positives": self._problem.positives_B[rows].contiguous(),
             "scores": self._scores,
-            "own": torch.empty(dims, count),
+            "own": torch.zeros(dims, count),
         }
         if masked_RN is not None:
             self._chunk["masked"] = masked_RN.contiguous()

@@ -35,23 +35,25 @@ class EagerTiles:
         self._own_MR = self._row_terms_MB
 
     def row_chunks(self) -> Iterator[slice]:
-        return row_chunks(len(self._query), self._columns, len(self._problem.dims), _SCORE_BYTES, _MOST_ROWS, 1)
+        most, dims = self._problem.most_columns(self._columns), len(self._problem.dims)
+        return row_chunks(len(self._query), most, dims, _SCORE_BYTES, _MOST_ROWS, 1)
 
     def scores(self, rows: slice) -> ChunkScores:
         masked_RN = self._problem.masked(rows, self._columns)
         self._rows, self._scores_MRN = rows, []
-        at_positive = self._problem.positives_B[rows].unsqueeze(1)
-        own, previous = [], 0
-        product_RN = self._query.new_zeros(len(at_positive), self._columns)
+        here, columns = self._problem.own_places(rows)
+        own_MR = self._query.new_zeros(len(self._problem.dims), rows.stop - rows.start)
+        previous = 0
+        product_RN = self._query.new_zeros(own_MR.shape[1], self._columns)
         for index, dim in enumerate(self._problem.dims):
             block = slice(previous, dim)
             product_RN = torch.addmm(product_RN, self._query[rows, block], self._passage[:, block].T)
             scores_RN = product_RN * self._norms.scaled_query_MB[index, rows, None] * self._norms.passage_MN[index]
-            own.append(scores_RN.gather(1, at_positive).squeeze(1))
-            scores_RN.scatter_(1, at_positive, MASKED)
+            own_MR[index, here] = scores_RN[here, columns]
+            scores_RN[here, columns] = MASKED
             self._scores_MRN.append(scores_RN if masked_RN is None else scores_RN.masked_fill_(masked_RN, MASKED))
             previous = dim
-        self._own_MR = torch.stack(own)
+        self._own_MR = own_MR
         rivals_MR = torch.stack([(scores * self._exponent).logsumexp(1) for scores in self._scores_MRN])
         masked_pairs = torch.zeros((), dtype=torch.int64) if masked_RN is None else masked_RN.sum()
         return ChunkScores(self._own_MR, rivals_MR, self._scores_MRN[-1].amax(1), masked_pairs)
@@ -68,7 +70,7 @@ class EagerTiles:
         self, shift_MR: torch.Tensor, missed_MR: torch.Tensor, column_shift_MN: torch.Tensor | None
     ) -> None:
         dims, count = self._problem.dims, len(self._query)
-        at_positive = self._problem.positives_B[self._rows].unsqueeze(1)
+        here, columns = self._problem.own_places(self._rows)
         suffix_RN = torch.zeros_like(self._scores_MRN[0])
         for index in reversed(range(len(dims))):
             scale = self._problem.weights[index] / count
@@ -77,8 +79,10 @@ class EagerTiles:
             if column_shift_MN is not None:
                 columns_RN = (scores_RN * self._exponent - column_shift_MN[index]).exp_()
                 gradient_RN.add_(columns_RN, alpha=self._problem.symmetric)
-            gradient_RN.scatter_(1, at_positive, -missed_MR[index, :, None]).mul_(scale)
-            scores_RN.scatter_(1, at_positive, self._own_MR[index, :, None]).mul_(gradient_RN)
+            gradient_RN[here, columns] = -missed_MR[index, here]
+            gradient_RN.mul_(scale)
+            scores_RN[here, columns] = self._own_MR[index, here]
+            scores_RN.mul_(gradient_RN)
             self._row_terms_MB[index, self._rows] = scores_RN.sum(1)
             self._column_terms_MN[index] += scores_RN.sum(0)
             gradient_RN *= self._norms.scaled_query_MB[index, self._rows, None]

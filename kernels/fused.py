@@ -87,16 +87,19 @@ def _row_pass(
     losses, margins, masked = [], [], []
     for rows in tiles.row_chunks():
         found = tiles.scores(rows)
-        losses_MR = softplus(found.rivals_MR - found.own_MR, threshold=_EXACT)
-        missed_MR = torch.sigmoid(found.rivals_MR - found.own_MR)
+        own_MR, rivals_MR, best_R = found.own_MR, found.rivals_MR, found.best_R
+        if problem.part is not None:
+            own_MR, rivals_MR, best_R = problem.part.merge(own_MR, rivals_MR, best_R)
+        losses_MR = softplus(rivals_MR - own_MR, threshold=_EXACT)
+        missed_MR = torch.sigmoid(rivals_MR - own_MR)
         if columns is not None:
             losses_MR = losses_MR + problem.symmetric * columns.losses_MB[:, rows]
             missed_MR = missed_MR + problem.symmetric * columns.missed_MB[:, rows]
         if learns:
-            shift_MR = torch.logaddexp(found.rivals_MR, found.own_MR)
+            shift_MR = torch.logaddexp(rivals_MR, own_MR)
             tiles.add_gradients(shift_MR, missed_MR, None if columns is None else columns.shift_MN)
         losses.append(losses_MR.sum(1))
-        margins.append(torch.where(found.best_R > MASKED / 10, found.own_MR[-1] - found.best_R, torch.nan))
+        margins.append(torch.where(best_R > MASKED / 10, own_MR[-1] - best_R, torch.nan))
         masked.append(found.masked_pairs)
     per_dim_M = torch.stack(losses).sum(0) / len(problem.positives_B)
     loss = (per_dim_M * per_dim_M.new_tensor(problem.weights)).sum()

@@ -15,7 +15,7 @@ import torch
 from drama_dist.kernels.distillation import distillation_loss
 from drama_dist.kernels.eager_tiles import EagerTiles
 from drama_dist.kernels.fused import FusedInfoNCE
-from drama_dist.kernels.problem import Distillation, Problem, TeacherMargin
+from drama_dist.kernels.problem import ColumnPart, Distillation, Problem, TeacherMargin
 from drama_dist.kernels.reference import info_nce_reference
 from drama_dist.kernels.tiles import Tiles
 
@@ -53,6 +53,7 @@ def info_nce(
     hardness: float = 0.0,
     symmetric: float = 0.0,
     distillation: Distillation | None = None,
+    part: ColumnPart | None = None,
     backend: str = "auto",
 ) -> InfoNCE:
     """Σ_d w_d · mean_i ( logsumexp_j S^d_ij − S^d_iy(i) ), S^d the cosine of the first d components / temperature.
@@ -69,16 +70,21 @@ def info_nce(
     hardness: α adds α · cosine, without gradient, to the scores of negatives (LLaVE, Lan et al. 2025, eq. 3).
     symmetric: weight of the same loss from each positive to the queries (CLIP, Radford et al. 2021,
     figure 3); queries that share the positive are left out. distillation: adds a teacher's divergence.
+    part: the passages are some of the columns, and positives is -1 where a query's positive is not among them; the
+    result is that over all parts, masked is the part's own, and so are the gradients of the passages. The gradients
+    of queries and temperature are its share: their sum over the parts is the whole.
     backend: auto is triton on CUDA, and streaming elsewhere. triton-shared has fewer products, and sums
     that differ in the last bits from run to run.
     Raises ValueError where shapes, dims, weights, columns or the temperature do not fit.
     """
     dims = list(dims) if dims else [queries.shape[1]]
     weights = list(dim_weights) if dim_weights else [1 / len(dims)] * len(dims)
-    _check(queries, passages, positives, dims, weights)
+    _check(queries, passages, positives, dims, weights, -1 if part else 0)
     _check_options(queries, passages, temperature, passage_ids, excluded_ids, teacher, distillation, backend)
+    if part is not None and (symmetric or teacher or distillation or backend == "reference"):
+        raise ValueError("part: expected no symmetric term, teacher, distillation or reference: they need all columns")
     ascending, sorted_weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
-    problem = Problem(positives, ascending, sorted_weights, passage_ids, excluded_ids, teacher, hardness, symmetric)
+    problem = Problem(positives, ascending, sorted_weights, passage_ids, excluded_ids, teacher, hardness, symmetric, part)
     result = _contrastive(queries, passages, temperature, problem, _choose(backend, queries))
     loss = result.loss
     if distillation is not None:
@@ -131,6 +137,7 @@ def _check(
     positives: torch.Tensor,
     dims: Sequence[int],
     weights: Sequence[float],
+    least: int,
 ) -> None:
     if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1] or not len(queries):
         raise ValueError(
@@ -143,7 +150,7 @@ def _check(
         )
     if positives.shape != (len(queries),) or positives.dtype != torch.int64:
         raise ValueError(f"expected {len(queries)} int64 positives, got {tuple(positives.shape)} {positives.dtype}")
-    if int(positives.min()) < 0 or int(positives.max()) >= len(passages):
+    if int(positives.min()) < least or int(positives.max()) >= len(passages):
         raise ValueError(f"positives name columns {int(positives.min())}..{int(positives.max())} of {len(passages)}")
     if min(dims) < 1 or max(dims) > queries.shape[1] or len(set(dims)) != len(dims):
         raise ValueError(f"dims={list(dims)}: expected different numbers from 1 to {queries.shape[1]}")

@@ -6,7 +6,7 @@ of a query.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,20 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class ColumnPart:
+    """The passages of this call are a part of the columns; the others are somewhere else, with the same queries.
+
+    positive_ids: int64 (B), the ids of all queries' positives, wherever they are. most_columns: of the largest part,
+    so that all parts visit the same chunks of rows. merge: of a chunk's own_MR (0 where the positive is elsewhere),
+    rivals_MR and best_R gives the sum, the logsumexp and the maximum over all parts; called once a chunk.
+    """
+
+    positive_ids: torch.Tensor
+    most_columns: int
+    merge: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class Problem:
     """One call of the loss. dims ascend, weights go with them; see `info_nce` for the rest."""
 
@@ -51,6 +65,25 @@ class Problem:
     teacher: TeacherMargin | None = None
     hardness: float = 0.0
     symmetric: float = 0.0
+    part: ColumnPart | None = None
+
+    def most_columns(self, own: int) -> int:
+        """Of the largest part of the columns; `own`, where these are all."""
+        return own if self.part is None else self.part.most_columns
+
+    def own_places(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows of a chunk, columns) of the positives that are here."""
+        positives_R = self.positives_B[rows]
+        if self.part is None:
+            return torch.arange(len(positives_R), device=positives_R.device), positives_R
+        here = torch.nonzero(positives_R >= 0).squeeze(1)
+        return here, positives_R[here]
+
+    def positive_ids(self) -> torch.Tensor | None:
+        """Ids of the queries' positives, B; None without ids."""
+        if self.part is not None:
+            return self.part.positive_ids
+        return None if self.passage_ids_N is None else self.passage_ids_N[self.positives_B]
 
     def masked(self, rows: slice, columns: int) -> torch.Tensor | None:
         """R × N, true where a column is no negative of its row; None where every column counts.
@@ -63,13 +96,14 @@ class Problem:
         masked_RN = parts[0]
         for part in parts[1:]:
             masked_RN |= part
-        return masked_RN.scatter_(1, self.positives_B[rows].unsqueeze(1), False)
+        masked_RN[self.own_places(rows)] = False
+        return masked_RN
 
     def _same_document(self, rows: slice) -> Sequence[torch.Tensor]:
-        if self.passage_ids_N is None:
+        positive_ids_B = self.positive_ids()
+        if self.passage_ids_N is None or positive_ids_B is None:
             return ()
-        own_ids_R = self.passage_ids_N[self.positives_B[rows]]
-        return (self.passage_ids_N.unsqueeze(0) == own_ids_R.unsqueeze(1),)
+        return (self.passage_ids_N.unsqueeze(0) == positive_ids_B[rows].unsqueeze(1),)
 
     def _excluded(self, rows: slice) -> Sequence[torch.Tensor]:
         if self.excluded_ids_BE is None or self.passage_ids_N is None:

@@ -316,11 +316,11 @@ def _mask_inputs(problem: Problem, teachers: tuple[torch.Tensor, torch.Tensor], 
 
     int32, half the registers of int64: documents go by the order of their ids.
     """
-    positives = problem.positives_B
-    if problem.passage_ids_N is None:
-        ids, excluded = torch.arange(passages, dtype=torch.int32, device=positives.device), None
+    positives, own_ids = problem.positives_B, problem.positive_ids()
+    if problem.passage_ids_N is None or own_ids is None:
+        ids, own_ids, excluded = torch.arange(passages, dtype=torch.int32, device=positives.device), positives, None
     else:
-        ids, excluded = _ranked(problem.passage_ids_N, problem.excluded_ids_BE)
+        ids, own_ids, excluded = _ranked(problem.passage_ids_N, own_ids, problem.excluded_ids_BE)
     limits = torch.full(positives.shape, math.inf, device=positives.device)
     if problem.teacher is not None:
         limits = (teachers[0][: len(positives)].float() * teachers[1][positives].float()).sum(
@@ -329,19 +329,21 @@ def _mask_inputs(problem: Problem, teachers: tuple[torch.Tensor, torch.Tensor], 
     return {
         "positives_ptr": _to_tiles(positives.int(), -1),
         "passage_ids_ptr": _to_tiles(ids, -1),
-        "own_ids_ptr": _to_tiles(ids[positives], -1),
+        "own_ids_ptr": _to_tiles(own_ids.int(), -1),
         "excluded_ptr": ids if excluded is None else _rows_to_tiles(excluded, -1),
         "excluded_count": 0 if excluded is None else excluded.shape[1],
         "teacher_limits_ptr": _to_tiles(limits, math.inf),
     }
 
 
-def _ranked(ids_N: torch.Tensor, excluded_BE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _ranked(
+    ids_N: torch.Tensor, own_ids_B: torch.Tensor, excluded_BE: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Ids by their order among all that occur, int32: equal where they were equal."""
-    if excluded_BE is None:
-        return ids_N.unique(return_inverse=True)[1].int(), None
-    ranks = torch.cat([ids_N, excluded_BE.flatten()]).unique(return_inverse=True)[1].int()
-    return ranks[: len(ids_N)], ranks[len(ids_N) :].view(excluded_BE.shape)
+    excluded = ids_N.new_empty(len(own_ids_B), 0) if excluded_BE is None else excluded_BE
+    ranks = torch.cat([ids_N, own_ids_B, excluded.flatten()]).unique(return_inverse=True)[1].int()
+    ids, own, rest = ranks.split([len(ids_N), len(own_ids_B), excluded.numel()])
+    return ids, own, None if excluded_BE is None else rest.view(excluded.shape)
 
 
 def _segments(ends: list[int], width: int) -> list[tuple[int, int, int]]:

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from drama_dist import ranks
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool
@@ -59,18 +60,21 @@ class GradCache:
         chunks = token_budget_chunks(lengths, self.chunk_tokens)
         packs = [pack([distinct[row] for row in chunk], self.encoder.device) for chunk in chunks]
         self._try_longest(packs[-1], words)
+        for _ in range(self._missing(len(chunks))):  # the shortest text again, of which nothing is taken
+            chunks.insert(0, [])
+            packs.insert(0, pack([min(distinct, key=len)], self.encoder.device))
         self.held_bytes, repeated = 0, 0
         for chunk, packed in zip(chunks, packs, strict=True):
             tokens = sum(packed.lengths)
-            if self.held_bytes + tokens * self._bytes_per_token <= self._budget():
+            if self._keeps(tokens):
                 pooled, held = self._keep(packed, words)
                 self.held_bytes += held
                 self._bytes_per_token = max(self._bytes_per_token, held / tokens)
             else:
                 pooled = self._forward(packed, words, keep=False)
                 repeated += tokens
-            self._encoded.append((chunk, pooled))
-            embeddings[chunk] = pooled.detach()
+            self._encoded.append((chunk, pooled[: len(chunk)]))
+            embeddings[chunk] = pooled[: len(chunk)].detach()
         return Encoded(embeddings[self._row_of], lengths, repeated / sum(lengths))
 
     def backward(self, gradients: torch.Tensor) -> None:
@@ -79,6 +83,15 @@ class GradCache:
         surrogate = torch.stack([(pooled * of_rows[chunk]).sum() for chunk, pooled in self._encoded]).sum()
         self._encoded = []
         self.engine.backward(surrogate, last=True)
+
+    def _missing(self, chunks: int) -> int:
+        """Where ranks go in lockstep, how many chunks fewer than the rank with the most has."""
+        return max(ranks.on_every_rank(chunks)) - chunks if self.engine.lockstep else 0
+
+    def _keeps(self, tokens: int) -> bool:
+        """Whether the budget holds the graph of so many tokens more; in lockstep, everybody's."""
+        exceeds = self.held_bytes + tokens * self._bytes_per_token > self._budget()
+        return not (max(ranks.on_every_rank(int(exceeds))) if self.engine.lockstep else exceeds)
 
     def _budget(self) -> float:
         if self.activation_budget is None:

@@ -30,7 +30,7 @@ from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
 
 # Settings that change what training costs, and not what comes of it: a run may go on with others.
-_WITHOUT_EFFECT = {"activation_budget", "checkpoint_layers", "tensorboard", "checkpoint_every", "keep_checkpoints"}
+_WITHOUT_EFFECT = {"travels", "activation_budget", "checkpoint_layers", "tensorboard", "checkpoint_every", "keep_checkpoints"}
 
 
 def train(
@@ -116,7 +116,7 @@ def _batch_step(
     objective = contrastive_objective(
         encoded.embeddings_NK[: len(queries)],
         encoded.embeddings_NK[len(queries) :],
-        torch.tensor([batch.positives[i] for i in queries], device=encoder.device),
+        torch.tensor(batch.positives, device=encoder.device),
         torch.tensor(same_text, device=encoder.device),
         settings.encoder,
         settings.train,

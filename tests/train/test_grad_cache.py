@@ -28,6 +28,8 @@ TEXTS = [
 class PlainEngine:
     """Accumulates gradients as autograd does, and counts the calls."""
 
+    lockstep = False
+
     def __init__(self) -> None:
         self.calls = 0
 

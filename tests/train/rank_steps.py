@@ -1,0 +1,106 @@
+"""A program for several ranks: ten training steps in every combination asked for; rank 0 writes what came of each.
+
+torchrun tests/train/rank_steps.py MODEL OUT NAME ...; NAME is zero-travels-kept|twice-checkpointed|plain, for
+example 3-queries-twice-plain. Started by test_ranks.py, which says what must come out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+from drama_dist import ranks
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
+from drama_dist.settings import EncoderSettings, TrainSettings
+from drama_dist.train.grad_cache import GradCache
+from drama_dist.train.objective import contrastive_objective
+
+STEPS, QUERIES, CHUNK, BUDGET = 10, 7, 40, 200_000
+DECAY, CLIPPING, RATE, TEMPERATURE = 0.1, 0.5, 1e-3, 0.1
+WORDS = "the river has water flow oil and a valve spark basis pivot rain on lake flour yeast dough".split()
+
+
+def contract(hidden: int) -> EncoderSettings:
+    return EncoderSettings(max_query_tokens=16, max_passage_tokens=48, dims=[hidden, hidden // 3])
+
+
+def texts(step: int) -> tuple[list[str], list[str], list[int], list[int]]:
+    """Queries, passages (hard negatives among them), the positives' places, and ids, equal for equal texts.
+
+    Seven queries and an odd number of passages: ranks have different numbers of both. Some queries share a positive,
+    and a passage comes twice under two places.
+    """
+    generator = torch.Generator().manual_seed(step)
+
+    def some(most: int) -> str:
+        count = int(torch.randint(1, most, (), generator=generator))
+        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=generator))
+
+    passages = [some(30) for _ in range(3 * QUERIES - 2)]
+    passages[4] = passages[1]
+    positives = torch.randperm(2 * QUERIES, generator=generator)[:QUERIES].tolist()
+    positives[3] = positives[0]
+    first: dict[str, int] = {}
+    ids = [first.setdefault(passage, place) for place, passage in enumerate(passages)]
+    return [some(8) for _ in range(QUERIES)], passages, positives, ids
+
+
+def rate(step: int) -> float:
+    return learning_rate_at(step, STEPS, RATE, 0.2)
+
+
+def step_losses(encoder: Encoder, engine: Engine, cache: GradCache, settings: TrainSettings) -> list[float]:
+    losses = []
+    for step in range(STEPS):
+        queries, passages, positives, ids = texts(step)
+        mine, also = ranks.own_share(len(queries)), ranks.own_share(len(passages))
+        sequences = encoder.tokenize_queries([queries[i] for i in mine])
+        sequences += encoder.tokenize_passages([passages[i] for i in also])
+        embeddings = cache.encode(sequences).embeddings_NK
+        objective = contrastive_objective(
+            embeddings[: len(mine)],
+            embeddings[len(mine) :],
+            torch.tensor(positives),
+            torch.tensor(ids),
+            encoder.contract,
+            settings,
+        )
+        cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
+        engine.step(rate(step))
+        losses.append(objective.loss)
+    return losses
+
+
+def run(model: str, name: str) -> dict[str, object]:
+    zero, travels, kept, layers = name.split("-")
+    encoder = load(model)
+    encoder.contract = contract(encoder.hidden_size)
+    encoder.train()
+    if layers == "checkpointed":
+        encoder.checkpoint_layers()
+    engine = Engine(encoder, OptimiserSettings("float32", int(zero), DECAY, CLIPPING))
+    cache = GradCache(encoder, engine, CHUNK, BUDGET if kept == "kept" else 0.0)
+    ranks.take_traffic()
+    losses = step_losses(encoder, engine, cache, TrainSettings(temperature=TEMPERATURE, travels=travels))
+    return {"losses": losses, "weights": engine.full_weights(), "traffic": ranks.take_traffic()}
+
+
+def main() -> None:
+    model, out, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    ranks.start()
+    for name in names:
+        found = run(model, name)
+        if ranks.rank() == 0:
+            torch.save(found, Path(out) / f"{name}.pt")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Several ranks end where one plain process ends: every ZeRO stage, partition of the loss, and way to save memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from rank_steps import CLIPPING, DECAY, QUERIES, RATE, STEPS, TEMPERATURE, contract, rate, texts
+
+from drama_dist.encoder.backbone import load
+from drama_dist.encoder.packing import pack
+from drama_dist.kernels import info_nce
+from drama_dist.ranks import _free_port
+
+TRAVELS = ("passages", "queries")
+NAMES = ["-".join(parts) for parts in itertools.product("0123", TRAVELS, ("kept", "twice"), ("plain", "checkpointed"))]
+FEW = ["1-passages-twice-plain", "2-queries-kept-plain", "3-queries-twice-checkpointed", "0-passages-kept-plain"]
+CLOSE = 1e-5  # relative: of each loss, and of the distance of all weights
+
+
+def plain_steps(model: Path) -> dict[str, Any]:
+    """The whole batch in one graph, the oracle's loss, torch's AdamW."""
+    encoder = load(model)
+    encoder.contract = contract(encoder.hidden_size)
+    weights = list(encoder.parameters())
+    matrices, vectors = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim == 1]
+    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0}])
+    losses = []
+    for step in range(STEPS):
+        queries, passages, positives, ids = texts(step)
+        sequences = encoder.tokenize_queries(queries) + encoder.tokenize_passages(passages)
+        embeddings = encoder(pack(sequences))
+        loss = info_nce(
+            embeddings[:QUERIES],
+            embeddings[QUERIES:],
+            torch.tensor(positives),
+            temperature=TEMPERATURE,
+            dims=encoder.contract.dims,
+            passage_ids=torch.tensor(ids),
+            backend="reference",
+        ).loss
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, CLIPPING)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "weights": {name: weight.detach() for name, weight in encoder.named_parameters()}}
+
+
+def start_ranks(count: int, model: Path, out: Path, names: list[str]) -> None:
+    program = Path(__file__).parent / "rank_steps.py"
+    port = str(_free_port())
+    running = []
+    for rank in range(count):
+        variables = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        command = [sys.executable, str(program), str(model), str(out), *names]
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=900)[0] for process in running]
+    assert not any(process.returncode for process in running), "\n".join(output[-3000:] for output in outputs)
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=CLOSE)
+    assert distance(found["weights"], expected["weights"]) <= CLOSE
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative, of all weights together."""
+    assert one.keys() == other.keys()
+    apart = torch.stack([(one[name].double() - other[name].double()).norm() for name in other]).norm()
+    return float(apart / torch.stack([weight.double().norm() for weight in other.values()]).norm())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        pytest.param(2, FEW, id="2"),
+        pytest.param(2, NAMES, id="2, all", marks=pytest.mark.slow),
+        pytest.param(4, NAMES, id="4, all", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_end_where_one_process_ends(ranks: int, names: list[str], llm: Path, tmp_path: Path) -> None:
+    expected = plain_steps(llm)
+    assert expected["losses"][-1] < 0.9 * expected["losses"][0]  # the steps do something
+    start_ranks(ranks, llm, tmp_path, names)
+    wrong = []
+    for name in names:
+        try:
+            compare(torch.load(tmp_path / f"{name}.pt"), expected)
+        except AssertionError as error:
+            wrong.append(f"{name}: {error}")
+    assert not wrong, "\n".join(wrong)
