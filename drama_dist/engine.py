@@ -1,30 +1,28 @@
 """The optimiser step, over any number of ranks: a DeepSpeed engine behind a small face.
 
 Covers building the engine (ZeRO 0 to 3, bf16 with float32 master weights, AdamW, clipping), the
-learning-rate schedule, and checkpoints that do not depend on ranks or ZeRO stage. Does not know
+learning-rate schedule, and what a checkpoint holds, whatever the ranks or ZeRO stage. Does not know
 what is trained: the encoder (train/) and the language model being healed (prune/) use it alike.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from drama_dist import ranks
+from drama_dist.checkpoints import Checkpoints, Piece, Reader, read_state
 from drama_dist.progress import say
 from drama_dist.zero_state import MOMENTS, set_steps, zero_state
 
+_WEIGHTS = "weights"
 _BUCKET = 5_000_000  # elements that go over the network together: 10 MB in bfloat16
 
 
@@ -71,6 +69,8 @@ class Engine:
 
         All ranks must call it equally often in a step.
         """
+        if self._engine.zero_optimization_stage() == 3:
+            self._engine.optimizer.clear_backward_seen_flag()  # DeepSpeed's forward does it; pieces would not add up
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * ranks.world_size())
 
@@ -86,34 +86,30 @@ class Engine:
         """The float32 master weights by name, on the CPU; every rank must call it."""
         return self._full(None)
 
-    def save(self, folder: Path, step: int, keep: int) -> None:
-        """Write checkpoint `step-N` under a temporary name, rename it, and drop all but the last `keep`."""
-        tensors = {"weights": self.full_weights(), **{moment: self._full(moment) for moment in MOMENTS}}
-        if ranks.rank() == 0:
-            target = folder / f"step-{step:07d}"
-            temporary = folder / f"{target.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name, values in tensors.items():
-                save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step}), "utf-8")
-            temporary.rename(target)
-            for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-        ranks.barrier()
+    def save(self, checkpoints: Checkpoints, step: int, **facts: Any) -> None:
+        """Start writing checkpoint `step`; returns before it is whole."""
+        pieces = {
+            f"{kind or _WEIGHTS}/{name}": piece
+            for kind in (None, *MOMENTS)
+            for name, weight in self._weights()
+            if (piece := self._state.own(weight, kind)) is not None
+        }
+        checkpoints.save(step, pieces | _random_state(), **facts)
 
-    def resume(self, folder: Path) -> int:
-        """Load the newest checkpoint in `folder`; return its step, or 0 where there is none."""
-        found = checkpoints(folder)
-        if not found:
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Load the newest whole checkpoint; return its step, or 0 where there is none."""
+        checkpoints.clear_unfinished()
+        newest = checkpoints.newest()
+        if newest is None:
             return 0
+        reader = Reader(newest)
         for kind in (None, *MOMENTS):
-            values = load_file(found[-1] / f"{kind or 'weights'}.safetensors")
             for name, weight in self._weights():
-                self._state.replace(weight, kind, values[name])
-        step = int(json.loads((found[-1] / "state.json").read_text("utf-8"))["step"])
+                self._state.replace(weight, kind, reader.read(f"{kind or _WEIGHTS}/{name}"))
+        _restore_random_state(reader)
+        step = int(read_state(newest)["step"])
         set_steps(self._engine, step)
-        say(f"going on from step {step} ({found[-1]})")
+        say(f"going on from step {step} ({newest})")
         return step
 
     def _full(self, moment: str | None) -> dict[str, torch.Tensor]:
@@ -128,9 +124,20 @@ class Engine:
         return self.module.named_parameters()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+def _random_state() -> dict[str, Piece]:
+    """This rank's generators, for dropout."""
+    found = {f"random/cpu/{ranks.rank()}": torch.get_rng_state()}
+    if ranks.device().type == "cuda":
+        found[f"random/cuda/{ranks.rank()}"] = torch.cuda.get_rng_state()
+    return {name: Piece(state, 0, tuple(state.shape)) for name, state in found.items()}
+
+
+def _restore_random_state(reader: Reader) -> None:
+    """A rank that the checkpoint did not have keeps its own."""
+    for kind, restore in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        name = f"random/{kind}/{ranks.rank()}"
+        if name in reader and kind in ("cpu", ranks.device().type):
+            restore(reader.read(name))
 
 
 def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:

@@ -115,6 +115,7 @@ class TrainSettings:
     dim_weights: list[float] = field(default_factory=list)  # one per dim; empty: equal
     dtype: str = "bfloat16"  # bfloat16 | float32
     zero_stage: int = 1  # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
+    offload_optimizer: bool = False  # float32 weights and moments in the machine's memory: less on the GPU, slower
     travels: str = "auto"  # between ranks, for the loss: passages | queries; auto: what moves fewer bytes
     chunk_tokens: int = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
@@ -244,6 +245,13 @@ def check(settings: Settings) -> None:
         raise SettingsError(f"train.activation_budget={budget!r}: expected auto, or GiB, 0 or more")
     if settings.train.zero_stage not in (0, 1, 2, 3):
         raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 0, 1, 2 or 3")
+    if settings.train.zero_stage == 0 and settings.train.dtype != "float32":
+        raise SettingsError(
+            "train.zero_stage=0 takes train.dtype=float32 only: in bfloat16 DeepSpeed keeps master weights only where "
+            "it splits them; zero_stage=1 gives the same results in less memory"
+        )
+    if settings.train.zero_stage == 0 and settings.train.offload_optimizer:
+        raise SettingsError("train.offload_optimizer needs train.zero_stage=1, 2 or 3: there is nothing split to move")
     written, wanted = settings.augment, settings.train.hard_negatives
     if written.negatives < wanted:
         raise SettingsError(f"train.hard_negatives={wanted} is more than augment.negatives={written.negatives}")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from drama_dist import ranks
+from drama_dist.checkpoints import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,12 +29,17 @@ class ZeroState(Protocol):
         """float32, in the weight's full shape."""
         ...
 
+    def own(self, weight: nn.Parameter, moment: str | None) -> Piece | None:
+        """What this rank holds of it and no rank before does; no copy. None where that is nothing."""
+        ...
+
     def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None: ...
 
 
 def zero_state(engine: Any, stage: int) -> ZeroState:
     """The state of a DeepSpeed engine with a torch.optim.AdamW."""
-    return {0: Whole, 1: SplitOptimiser, 2: SplitOptimiser, 3: SplitWeights}[stage](engine)
+    kinds: tuple[type[Whole | SplitOptimiser | SplitWeights], ...] = Whole, SplitOptimiser, SplitOptimiser, SplitWeights
+    return kinds[stage](engine)
 
 
 def set_steps(engine: Any, step: int) -> None:
@@ -56,6 +62,12 @@ class Whole:
     def read(self, weight: nn.Parameter, moment: str | None) -> torch.Tensor:
         found: torch.Tensor = self._adamw.state[weight][moment] if moment else weight.data
         return found.clone()
+
+    def own(self, weight: Any, moment: str | None) -> Piece | None:
+        if ranks.rank():
+            return None
+        values = self._adamw.state[weight][moment] if moment else weight.data
+        return Piece(values.flatten(), 0, tuple(weight.shape))
 
     def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
         (self._adamw.state[weight][moment] if moment else weight.data).copy_(value)
@@ -80,6 +92,13 @@ class SplitOptimiser:
         )
         return found
 
+    def own(self, weight: Any, moment: str | None) -> Piece | None:
+        held = weight._hp_mapping
+        if held is None:
+            return None
+        values = held.optim_fragment[moment] if moment else held.hp_fragment
+        return Piece(values, held.lp_fragment_address.start, tuple(weight.shape))
+
     def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -100,7 +119,7 @@ class SplitWeights:
         for partition in self._zero.fp32_partitioned_groups_flat:
             self._adamw.state[partition] = _zero_moments(partition)
 
-    def read(self, weight: nn.Parameter, moment: str | None) -> torch.Tensor:
+    def read(self, weight: Any, moment: str | None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         found: torch.Tensor = (
@@ -108,7 +127,16 @@ class SplitWeights:
         )
         return found.view(weight.ds_shape)
 
-    def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+    def own(self, weight: Any, moment: str | None) -> Piece | None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        begin = ranks.rank() * weight.ds_tensor.ds_numel
+        if begin >= weight.ds_numel:
+            return None
+        values = safe_get_local_optimizer_state(weight, moment) if moment else safe_get_local_fp32_param(weight)
+        return Piece(values.flatten()[: weight.ds_numel - begin], begin, tuple(weight.ds_shape))
+
+    def replace(self, weight: Any, moment: str | None, value: torch.Tensor) -> None:
         import deepspeed
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -84,7 +84,9 @@ def info_nce(
     if part is not None and (symmetric or teacher or distillation or backend == "reference"):
         raise ValueError("part: expected no symmetric term, teacher, distillation or reference: they need all columns")
     ascending, sorted_weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
-    problem = Problem(positives, ascending, sorted_weights, passage_ids, excluded_ids, teacher, hardness, symmetric, part)
+    problem = Problem(
+        positives, ascending, sorted_weights, passage_ids, excluded_ids, teacher, hardness, symmetric, part
+    )
     result = _contrastive(queries, passages, temperature, problem, _choose(backend, queries))
     loss = result.loss
     if distillation is not None:

@@ -118,9 +118,20 @@ class Encoder(nn.Module):
             vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])
         return vectors_ND
 
-    def save(self, folder: Path) -> None:
-        """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back."""
-        self.backbone.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back.
+
+        weights: by this module's names, in the place of its own, which may be split over ranks or rounded.
+        """
+        backbone = self.backbone
+        if weights is not None:
+            with torch.device("meta"):
+                backbone = LlamaModel(self.backbone.config)
+            prefix = "backbone."
+            backbone.load_state_dict(
+                {name.removeprefix(prefix): values for name, values in weights.items()}, assign=True
+            )
+        backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_contract(folder, self.contract)
 

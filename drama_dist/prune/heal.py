@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaForCausalLM
 
 from drama_dist import ranks
+from drama_dist.checkpoints import Checkpoints
 from drama_dist.encoder.packing import Packed, pack
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.progress import progress_bar
@@ -38,7 +39,7 @@ def heal(
 ) -> LlamaForCausalLM:
     """Train the student in place on token id sequences; resumes from the stage's checkpoints; returns it in float32."""
     engine = Engine(student, OptimiserSettings("bfloat16", 1, weight_decay=0.0, gradient_clipping=1.0))
-    saved = stage.folder / "checkpoints"
+    saved = Checkpoints(stage.folder / "checkpoints", keep=1)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     bar = progress_bar(shape.heal_steps, "prune: heal", "steps", done=first)
@@ -56,8 +57,9 @@ def heal(
         bar.set_postfix_str(f"loss {loss:.3f}, {rhythm:,.0f} tokens/s", refresh=False)
         bar.update(1)
         if (step + 1) % _CHECKPOINT_EVERY == 0 and step + 1 < shape.heal_steps:
-            engine.save(saved, step + 1, keep=1)
+            engine.save(saved, step + 1)
     bar.close()
+    saved.wait()
     weights = engine.full_weights()
     student.float().load_state_dict(weights, strict=False)  # a tied head has no entry of its own
     return student

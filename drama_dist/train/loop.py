@@ -11,11 +11,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from drama_dist import ranks
+from drama_dist.checkpoints import Checkpoints
 from drama_dist.corpus.table import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
@@ -30,7 +32,16 @@ from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
 
 # Settings that change what training costs, and not what comes of it: a run may go on with others.
-_WITHOUT_EFFECT = {"travels", "activation_budget", "checkpoint_layers", "tensorboard", "checkpoint_every", "keep_checkpoints"}
+_WITHOUT_EFFECT = {
+    "zero_stage",
+    "offload_optimizer",
+    "travels",
+    "activation_budget",
+    "checkpoint_layers",
+    "tensorboard",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 
 
 def train(
@@ -48,7 +59,10 @@ def train(
     examples = read_records(augment / "examples.jsonl", Example.from_json)
     choice = settings.train
     engine = Engine(
-        start, OptimiserSettings(choice.dtype, choice.zero_stage, choice.weight_decay, choice.gradient_clipping)
+        start,
+        OptimiserSettings(
+            choice.dtype, choice.zero_stage, choice.weight_decay, choice.gradient_clipping, choice.offload_optimizer
+        ),
     )
     if ranks.rank() == 0:
         lengths = token_lengths(start, table, examples)
@@ -62,7 +76,7 @@ def _steps(
     settings: Settings, stage: Stage, encoder: Encoder, engine: Engine, examples: list[Example], table: PassageTable
 ) -> None:
     choice = settings.train
-    saved = stage.folder / "checkpoints"
+    saved = Checkpoints(stage.folder / "checkpoints", choice.keep_checkpoints)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     encoder.train()
@@ -73,6 +87,7 @@ def _steps(
     telemetry = Telemetry(encoder, stage.folder / "tensorboard" if choice.tensorboard else None, first)
     order: Iterator[Batch] = batches(examples, choice.batch_size, choice.hard_negatives, settings.seed, first)
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
+    losses: list[float] = []  # since the last checkpoint
     for step in range(first, choice.steps):
         began = time.monotonic()
         objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
@@ -82,9 +97,12 @@ def _steps(
         _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
         bar.set_postfix_str(_postfix(objective, cost), refresh=False)
         bar.update(1)
+        losses.append(objective.loss)
         if (step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps:
-            engine.save(saved, step + 1, choice.keep_checkpoints)
+            engine.save(saved, step + 1, loss=mean(losses), activation_budget=cache.activation_budget)
+            losses = []
     bar.close()
+    saved.wait()
     telemetry.close()
 
 
@@ -128,7 +146,6 @@ def _batch_step(
 def _save_encoder(stage: Stage, encoder: Encoder, engine: Engine) -> None:
     weights = engine.full_weights()
     if ranks.rank() == 0:
-        encoder.float().load_state_dict(weights)
-        encoder.save(stage.folder)
+        encoder.save(stage.folder, weights)
         shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
     ranks.barrier()

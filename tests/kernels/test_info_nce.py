@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from drama_dist.kernels import Distillation, InfoNCE, TeacherMargin, compiled_tiles, info_nce, libraries
+from drama_dist.kernels import ColumnPart, Distillation, InfoNCE, TeacherMargin, compiled_tiles, info_nce, libraries
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.reference import info_nce_reference
 
@@ -316,3 +318,80 @@ def test_triton_refuses_what_it_cannot_take() -> None:
     queries, passages, positives, _ = inputs(2, 5, torch.float64)
     with pytest.raises(ValueError, match="triton backend takes float32, bfloat16 or float16"):
         info_nce(queries, passages, positives, temperature=0.1, backend="triton")
+
+
+CUTS = (0, 1, 31, 70)  # of the columns into parts
+
+
+def in_parts(backend: str, dtype: torch.dtype, merged: bool) -> tuple[list[InfoNCE], list[torch.Tensor]]:
+    """Three threads with a part of the columns each: their results; and the gradients of queries and passages."""
+    queries, passages, positives, ids = inputs(33, 70, dtype, device_of(backend))
+    excluded = options("excluded", 33, 70, ids)["excluded_ids"]
+    slots: list[tuple[torch.Tensor, ...]] = [()] * (len(CUTS) - 1)
+    meeting, turn = threading.Barrier(len(slots)), threading.Lock()  # Triton's interpreter takes one thread at a time
+
+    def merge_of(place: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def merge(*own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            slots[place] = own
+            turn.release()
+            meeting.wait(120)
+            positive, rivals, best = (torch.stack(each) for each in zip(*slots, strict=True))
+            meeting.wait(120)
+            turn.acquire()
+            return (positive.sum(0), rivals.logsumexp(0), best.amax(0)) if merged else own
+
+        return merge
+
+    def run(place: int) -> tuple[InfoNCE, list[torch.Tensor]]:
+        begin, end = CUTS[place : place + 2]
+        leaves = queries.detach().requires_grad_(), passages[begin:end].detach().requires_grad_()
+        here = torch.where((positives >= begin) & (positives < end), positives - begin, -1)
+        with turn:
+            result = info_nce(
+                *leaves,
+                here,
+                temperature=0.05,
+                dims=DIMS,
+                dim_weights=WEIGHTS,
+                passage_ids=ids[begin:end],
+                excluded_ids=excluded,
+                part=ColumnPart(ids[positives], 39, merge_of(place)),
+                backend=backend,
+            )
+            return result, list(torch.autograd.grad(result.loss, leaves))
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        results, gradients = zip(*pool.map(run, range(len(slots))), strict=True)
+    return list(results), [sum(each[0] for each in gradients), torch.cat([each[1] for each in gradients])]
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+def test_parts_of_the_columns_make_up_the_whole(backend: str) -> None:
+    dtype = torch.float32
+    queries, passages, positives, ids = inputs(33, 70, dtype, device_of(backend))
+    excluded = options("excluded", 33, 70, ids)["excluded_ids"]
+    given = {"dims": DIMS, "dim_weights": WEIGHTS, "passage_ids": ids, "excluded_ids": excluded}
+    truth = info_nce(queries, passages, positives, temperature=0.05, backend="reference", **given)
+    ours = info_nce(queries, passages, positives, temperature=0.05, backend=backend, **given)
+    expected = torch.autograd.grad(truth.loss, (queries, passages))
+    results, found = in_parts(backend, dtype, merged=True)
+    for result in results:
+        torch.testing.assert_close(result.loss.double(), truth.loss, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(result.margins, ours.margins, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert sum(int(result.masked) for result in results) == int(ours.masked)
+    for own, theirs in zip(found, expected, strict=True):
+        assert float((own - theirs).abs().max()) <= allowed(dtype) * float(theirs.abs().max()) + 1e-7
+
+
+@pytest.mark.parametrize("backend", ["compiled"], indirect=True)
+def test_parts_that_are_not_merged_are_found_out(backend: str) -> None:
+    results, _ = in_parts(backend, torch.float32, merged=False)
+    losses = [float(result.loss.detach()) for result in results]
+    assert max(losses) - min(losses) > 0.1
+
+
+def test_a_part_refuses_what_needs_all_columns() -> None:
+    queries, passages, positives, ids = inputs(7, 9, torch.float32)
+    part = ColumnPart(ids[positives], 9, lambda *own: own)
+    with pytest.raises(ValueError, match="part: expected no symmetric"):
+        info_nce(queries, passages, positives, temperature=0.1, passage_ids=ids, part=part, symmetric=1.0)
