@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,8 +49,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="drama-checkpoint")
-        self._writing: Future[None] | None = None
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def save(self, step: int, pieces: Mapping[str, Piece], **facts: Any) -> None:
         """Copy this rank's pieces and return; they are written in the background.
@@ -63,17 +63,19 @@ class Checkpoints:
             name: Piece(piece.values.detach().to("cpu", copy=True).contiguous(), piece.begin, piece.shape)
             for name, piece in pieces.items()
         }
-        number, size = ranks.rank(), ranks.world_size()
-        self._writing = self._writer.submit(self._write, step, copied, {"step": step, **facts}, number, size)
+        given = step, copied, {"step": step, **facts}, ranks.rank(), ranks.world_size()
+        self._writer = threading.Thread(
+            target=self._try_to_write, args=given, daemon=True
+        )  # it must not hold up an exit
+        self._writer.start()
 
     def wait(self) -> None:
         """Until what is being written is whole; raises CheckpointError where it cannot be."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            try:
-                writing.result()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder}: the checkpoint could not be written: {error}") from error
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            raise CheckpointError(f"{self.folder}: the checkpoint could not be written: {self._error}") from self._error
 
     def clear_unfinished(self) -> None:
         """Drop what a killed attempt left half written."""
@@ -101,6 +103,12 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
+
+    def _try_to_write(self, *given: Any) -> None:
+        try:
+            self._write(*given)
+        except (OSError, SafetensorError) as error:
+            self._error = error
 
     def _write(self, step: int, pieces: dict[str, Piece], facts: dict[str, Any], rank: int, size: int) -> None:
         final = self._path(step)

@@ -125,8 +125,14 @@ def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[...
     pipeline.prune(one)
     shutil.copytree(one.run, two.run)
     pipeline.train(one)
-    saving = ["train.checkpoint_layers=true", "train.activation_budget=0"] if launcher == "torchrun" else []
-    _train_with_two_ranks(launcher, small_settings(f"run={two.run}", *changes, *saving))
+    saving = [
+        "train.zero_stage=3",
+        "train.travels=queries",
+        "train.checkpoint_layers=true",
+        "train.activation_budget=0",
+    ]
+    others = saving if launcher == "torchrun" else []
+    _train_with_two_ranks(launcher, small_settings(f"run={two.run}", *changes, *others))
     ours, theirs = steps(Path(two.run)), steps(Path(one.run))
     assert len(ours) == len(theirs) == 6
     for name in ("loss", "gradient_norm", "accuracy", "margin", "tokens"):

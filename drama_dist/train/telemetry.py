@@ -57,6 +57,7 @@ class Telemetry:
             "padding_avoided": round(1 - tokens / (sequences * longest), 4),
             "recomputed_share": round(repeated / tokens, 4),
             "peak_memory_gib": round(peak_bytes(self.encoder.device) / 2**30, 3),
+            "bytes_sent": ranks.take_traffic(),
             "margins": {"counts": counts.tolist(), "edges": edges.tolist()},
         }
 
@@ -80,11 +81,11 @@ class Telemetry:
 
 def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
     """Floating-point operations of a forward and backward pass: 6 a weight and token, and attention's products."""
-    config = encoder.backbone.config
-    layers = sum(weight.numel() for weight in encoder.backbone.layers.parameters() if weight.ndim > 1)
-    width = config.num_attention_heads * config.head_dim
+    config = encoder.backbone.config  # not the weights: ZeRO 3 leaves only a part of each here
+    width, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer = config.hidden_size * (2 * width + 2 * keys + 3 * config.intermediate_size)
     attention = 12 * config.num_hidden_layers * width * sum(length * length for length in lengths)
-    return 6.0 * layers * sum(lengths) + attention
+    return 6.0 * config.num_hidden_layers * layer * sum(lengths) + attention
 
 
 @torch.no_grad()
