@@ -30,7 +30,7 @@ class Telemetry:
 
     def __init__(self, encoder: Encoder, folder: Path | None, first_step: int):
         self.encoder = encoder
-        self.peak = _matrix_product_peak(next(encoder.parameters()).dtype, encoder.device)
+        self.peak = matrix_product_peak(next(encoder.parameters()).dtype, encoder.device)
         reset_peak(encoder.device)
         self._writer = None
         if folder is not None and ranks.rank() == 0:
@@ -89,7 +89,7 @@ def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def _matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
+def matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large product; the best of a few."""
     size = _PRODUCT[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
