@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from drama_dist import ranks
+from drama_dist import interrupts, ranks
 from drama_dist.corpus.table import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
@@ -33,12 +33,14 @@ from drama_dist.train.token_lengths import token_lengths
 _WITHOUT_EFFECT = {"activation_budget", "checkpoint_layers", "tensorboard", "checkpoint_every", "keep_checkpoints"}
 
 
+@interrupts.deferred()
 def train(
     settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
 ) -> Path:
     """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it.
 
-    Raises ValueError where there are too few examples for a batch.
+    Raises ValueError where there are too few examples for a batch, interrupts.Stopped after the step in which a signal
+    asked for it, with a checkpoint saved.
     """
     chosen = {name: value for name, value in as_dict(settings.train).items() if name not in _WITHOUT_EFFECT}
     sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": chosen}
@@ -73,6 +75,7 @@ def _steps(
     telemetry = Telemetry(encoder, stage.folder / "tensorboard" if choice.tensorboard else None, first)
     order: Iterator[Batch] = batches(examples, choice.batch_size, choice.hard_negatives, settings.seed, first)
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
+    stopping = False
     for step in range(first, choice.steps):
         began = time.monotonic()
         objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
@@ -82,10 +85,15 @@ def _steps(
         _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
         bar.set_postfix_str(_postfix(objective, cost), refresh=False)
         bar.update(1)
-        if (step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps:
+        stopping = interrupts.wanted() and step + 1 < choice.steps
+        if stopping or ((step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps):
             engine.save(saved, step + 1, choice.keep_checkpoints)
+        if stopping:
+            break
     bar.close()
     telemetry.close()
+    if stopping:
+        raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1}")
 
 
 def _report_step(stage: Stage, telemetry: Telemetry, step: int, objective: Objective, figures: dict[str, Any]) -> None:
