@@ -1,4 +1,4 @@
-"""The `drama` command: a thin subcommand for each stage, and search.
+"""The `drama` command: a thin subcommand for each stage, submit and search.
 
 Covers arguments and turning errors into messages. What the stages do is in pipeline.py and below.
 """
@@ -27,6 +27,7 @@ STAGES = {
     "export": "write a folder that sentence-transformers loads",
     "report": "write report.html and report.json",
 }
+SUBMITTED = ("run", "augment", "train", "encode")
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 
 
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verb == "search":
             _search(options)
+        elif options.verb == "submit":
+            _submit(options)
         else:
             _run_stage(options.verb, read_settings(options.settings, options.overrides), _choices(options))
     except USER_ERRORS as error:
@@ -67,14 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, what in STAGES.items():
-        stage = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        stage.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
-        stage.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="section.key=value",
-            help="settings to change, for example run=runs/mine train.steps=50",
-        )
+        stage = _stage_parser(verbs, verb, what)
         if verb in ("encode", "augment"):
             stage.add_argument(
                 "--share",
@@ -83,12 +79,34 @@ def _parser() -> argparse.ArgumentParser:
             )
         if verb == "encode":
             stage.add_argument("--system", metavar="NAME", help="what encodes: drama, teacher, ... (default drama)")
+    submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
+    submit.add_argument("--stage", choices=SUBMITTED, default="run", help="what to submit (default run: everything)")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts, and submit nothing")
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
     search.add_argument("query", help="what to look for")
     search.add_argument("-k", type=int, default=5, help="how many passages to show (default 5)")
     search.add_argument("--dim", type=int, help="cut vectors to this many components (default: all)")
     return parser
+
+
+def _stage_parser(verbs: Any, verb: str, what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings to change, for example run=runs/mine train.steps=50",
+    )
+    return parser
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from drama_dist.submit import submit
+
+    settings = read_settings(options.settings, options.overrides)
+    submit(settings, options.stage, [str(options.settings), *options.overrides], options.dry_run)
 
 
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
