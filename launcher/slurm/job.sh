@@ -5,6 +5,7 @@
 #SBATCH --open-mode=append
 set -u
 %%setup
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE  # the submitting shell's, if any, would win
 export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 # Before the time limit slurm signals this shell, which tells the ranks: they save and end, and the job waits again.

@@ -52,9 +52,12 @@ ReturnToService=2
 JobRequeue=1
 KillWait=5
 MinJobAge=600
-NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=4 State=UNKNOWN
+GresTypes=gpu
+NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=4 Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 CONF
+  # Not GPUs, but slurm gives them out as such.
+  echo "Name=gpu File=/dev/null,/dev/zero" >"$folder/gres.conf"
 }
 
 running() { # name of a pid file
