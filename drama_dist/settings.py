@@ -157,7 +157,7 @@ class SlurmSettings:
 
     partition: str | None = None
     account: str | None = None
-    time: str = "24:00:00"
+    minutes: int = 1440  # time limit
     warning_seconds: int = 300  # how long before the time limit a job saves, ends and waits for its next turn
     nodes: int = 1  # for training; other jobs, and each task of an array, take one
     tasks_per_node: int = 1  # ranks: one for each GPU
@@ -205,7 +205,7 @@ _AT_LEAST_ONE = (  # sections with the keys whose values count something
     ("train", ("steps", "batch_size", "chunk_tokens", "checkpoint_every", "keep_checkpoints")),
     ("encode", ("shard_passages", "batch_tokens")),
     ("evaluate", ("depth",)),
-    ("slurm", ("warning_seconds", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "array")),
+    ("slurm", ("minutes", "warning_seconds", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "array")),
 )
 
 
@@ -268,6 +268,11 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             f"augment.negatives={written.negatives} do not fit between ranks "
             f"{written.negatives_from_rank} and {written.negatives_to_rank}"
+        )
+    if settings.slurm.warning_seconds >= 60 * settings.slurm.minutes:
+        raise SettingsError(
+            f"slurm.warning_seconds={settings.slurm.warning_seconds}: expected less than the time limit, "
+            f"slurm.minutes={settings.slurm.minutes}"
         )
     if settings.corpus.path == PACKAGES_CORPUS and not settings.corpus.packages:
         raise SettingsError(

@@ -110,7 +110,7 @@ def _options(settings: Settings, job: Job) -> list[str]:
         f"--output={shlex.quote(str(folder / job.name))}{'-%A_%a' if job.array else '-%j'}.log",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={choice.tasks_per_node}",
-        f"--time={choice.time}",
+        f"--time={choice.minutes}",
         f"--signal=B:USR1@{choice.warning_seconds}",
     ]
     optional: dict[str, object] = {

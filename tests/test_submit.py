@@ -49,10 +49,10 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
 def test_every_setting_reaches_the_script(small_settings: Callable[..., Settings]) -> None:
     plain = options(scripts(small_settings())["shards"])
     assert not plain.keys() & {"partition", "account", "gpus-per-node", "cpus-per-task"}
-    changes = ["partition=p", "account=a", "time=1:00:00", "warning_seconds=60", "tasks_per_node=4", "gpus_per_node=4"]
+    changes = ["partition=p", "account=a", "minutes=90", "warning_seconds=60", "tasks_per_node=4", "gpus_per_node=4"]
     changes += ["cpus_per_task=8", "array=5", "options=[--mem=0]", "setup=[module load cuda,echo hello]"]
     text = scripts(small_settings(*(f"slurm.{change}" for change in changes)))["shards"]
-    expected = {"partition": "p", "account": "a", "time": "1:00:00", "signal": "B:USR1@60", "ntasks-per-node": "4"}
+    expected = {"partition": "p", "account": "a", "time": "90", "signal": "B:USR1@60", "ntasks-per-node": "4"}
     expected |= {"gpus-per-node": "4", "cpus-per-task": "8", "array": "0-4", "mem": "0", "chdir": os.getcwd()}
     assert expected.items() <= options(text).items()
     assert "module load cuda\necho hello\n" in text and "export OMP_NUM_THREADS=8\n" in text

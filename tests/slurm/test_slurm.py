@@ -36,7 +36,7 @@ CHANGES = [
     "encode.shard_passages=1",
     "slurm.nodes=2",
     "slurm.array=4",
-    "slurm.time=30",
+    "slurm.minutes=30",
 ]
 
 
