@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     examples: Settings, trained: Path, tmp_path: Path
 ) -> None:
     settings = _copy(examples, tmp_path / "run", trained)
+    settings.slurm = replace(settings.slurm, tasks_per_node=2)  # ranks inside each task
     shards, encode = _submit(settings, "encode")
     folder = Path(settings.run) / "encode" / "drama.partial"
     _wait_until((folder / "shard-00001.npy").exists, "the first shard of task 1")

@@ -5,14 +5,19 @@
 #   testbed.sh stop FOLDER     ends every job and daemon; the folder stays
 # Needs root. Ports 17000 to 17002 of the loopback interface. Not a model for a real cluster.
 set -euo pipefail
+PATH=$PATH:/usr/sbin
 
 fail() { echo "testbed.sh: $*" >&2; exit 1; }
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 install() {
-  if command -v slurmctld slurmd sbatch munged >/dev/null; then return; fi
-  command -v apt-get >/dev/null || fail "no apt-get here: install slurm (slurmctld, slurmd, sbatch) and munge yourself"
+  local missing=
+  for program in slurmctld slurmd sbatch munged; do
+    command -v "$program" >/dev/null || missing="$missing $program"
+  done
+  [ -n "$missing" ] || return 0
+  command -v apt-get >/dev/null || fail "no apt-get here: install$missing (of slurm and munge) yourself"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq >/dev/null || fail "apt-get update failed"
   apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null ||
