@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 
-.PHONY: help quickstart test test-slow bench bench-gpu lint format wheel clean
+.PHONY: help quickstart test test-slow test-slurm bench bench-gpu lint format wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ test: .venv/ready ## the default test suite
 
 test-slow: .venv/ready ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+test-slurm: .venv/ready ## the tests on a real slurm of two nodes here: as root, installs it with apt
+	$(BIN)/pytest -m slurm
 
 bench: .venv/ready ## ours and the peers here: make bench DATA=FOLDER (xquad-en, cisi, npl, time in BEIR form)
 	$(call benchmarks,cpu)

@@ -23,6 +23,7 @@ setup(
     package_data={
         "drama_dist": ["py.typed", "model_card.md", "evaluate/*.html"],
         "drama_dist.kernels": ["*.cpp", "*.h"],
+        "drama_dist.launcher": ["slurm/*.sh"],
     },
     install_requires=[
         "accelerate>=1.10",  # transformers needs it to load GGUF files

@@ -1,4 +1,4 @@
-"""The `drama` command: a thin subcommand for each stage, and search.
+"""The `drama` command: a thin subcommand for each stage, submit and search.
 
 Covers arguments and turning errors into messages. What the stages do is in pipeline.py and below.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from drama_dist import interrupts
 from drama_dist.settings import Settings, read_settings
+from drama_dist.shares import Share
 
 STAGES = {
     "run": "all stages, in order; each skips what is done",
@@ -25,6 +27,7 @@ STAGES = {
     "export": "write a folder that sentence-transformers loads",
     "report": "write report.html and report.json",
 }
+SUBMITTED = ("run", "augment", "train", "encode")
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 
 
@@ -34,17 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if not word.startswith("--local_rank")]  # the DeepSpeed launcher adds it
     if unknown:
         _parser().error(f"unknown option {unknown[0]}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.listen()
     try:
         if options.verb == "search":
             _search(options)
+        elif options.verb == "submit":
+            _submit(options)
         else:
-            _run_stage(options.verb, read_settings(options.settings, options.overrides))
+            _run_stage(options.verb, read_settings(options.settings, options.overrides), _choices(options))
     except USER_ERRORS as error:
         if os.environ.get("DRAMA_TRACEBACK"):
             raise
         print(f"drama {options.verb}: {error}", file=sys.stderr)
         return 2
+    except interrupts.Stopped as stopped:
+        print(f"\ndrama {options.verb}: {stopped}: stopped; the same command goes on from here", file=sys.stderr)
+        return interrupts.STOPPED
     except KeyboardInterrupt:
         print(f"\ndrama {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -62,14 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, what in STAGES.items():
-        stage = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        stage.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
-        stage.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="section.key=value",
-            help="settings to change, for example run=runs/mine train.steps=50",
-        )
+        stage = _stage_parser(verbs, verb, what)
+        if verb in ("encode", "augment"):
+            stage.add_argument(
+                "--share",
+                metavar="NUMBER/OF",
+                help="do only this share, for example 0/8, as a task of an array job; a plain run then finishes",
+            )
+        if verb == "encode":
+            stage.add_argument("--system", metavar="NAME", help="what encodes: drama, teacher, ... (default drama)")
+    submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
+    submit.add_argument("--stage", choices=SUBMITTED, default="run", help="what to submit (default run: everything)")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts, and submit nothing")
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
     search.add_argument("query", help="what to look for")
@@ -78,16 +90,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_stage(verb: str, settings: Settings) -> None:
+def _stage_parser(verbs: Any, verb: str, what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings to change, for example run=runs/mine train.steps=50",
+    )
+    return parser
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from drama_dist.submit import submit
+
+    settings = read_settings(options.settings, options.overrides)
+    submit(settings, options.stage, [str(options.settings), *options.overrides], options.dry_run)
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    """What a verb takes beside settings."""
+    chosen: dict[str, Any] = {}
+    if getattr(options, "share", None):
+        chosen["share"] = Share.read(options.share)
+    if getattr(options, "system", None):
+        chosen["system"] = options.system
+    return chosen
+
+
+def _run_stage(verb: str, settings: Settings, choices: dict[str, Any]) -> None:
     from drama_dist import pipeline, ranks
 
     _quiet_libraries()
     if ranks.world_size() == 1:
-        getattr(pipeline, verb)(settings)
+        getattr(pipeline, verb)(settings, **choices)
         return
     ranks.start()
     try:
-        getattr(pipeline, verb)(settings)
+        getattr(pipeline, verb)(settings, **choices)
     finally:
         ranks.stop()
 

@@ -25,6 +25,7 @@ from drama_dist.progress import say
 from drama_dist.prune.build import prune as build_backbone
 from drama_dist.prune.build import random_twin
 from drama_dist.settings import OTHER_MODEL, Settings, as_dict, write_settings
+from drama_dist.shares import WHOLE, Share
 from drama_dist.stages import fingerprint, open_stage, write_text
 from drama_dist.train.loop import train as train_encoder
 
@@ -45,13 +46,16 @@ def prune(settings: Settings) -> Path:
     return build_backbone(settings, open_corpus(folder).passages, inputs)
 
 
-def augment(settings: Settings) -> Path:
-    """Write training examples: RUN/augment."""
+def augment(settings: Settings, share: Share = WHOLE) -> Path:
+    """Write training examples: RUN/augment, or one task's share of the synthetic queries."""
+    if not share.whole:
+        _need(settings, "corpus", "drama corpus SETTINGS")
+        _need(settings, "encode/teacher", "drama encode SETTINGS --system teacher")
     folder = corpus(settings)
     ranked_by = encode(settings, "teacher")
     inputs = {"corpus": fingerprint(folder), "teacher": fingerprint(ranked_by), "llm": model_fingerprint(settings.llm)}
     teacher = Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
-    return write_examples(settings, open_corpus(folder), teacher, load_embeddings(ranked_by), inputs)
+    return write_examples(settings, open_corpus(folder), teacher, load_embeddings(ranked_by), inputs, share)
 
 
 def train(settings: Settings, system: str = "drama") -> Path:
@@ -65,14 +69,19 @@ def train(settings: Settings, system: str = "drama") -> Path:
     return train_encoder(settings, TRAINED[system], start, examples, open_corpus(folder).passages, inputs)
 
 
-def encode(settings: Settings, system: str = "drama") -> Path:
-    """Encode the corpus with one system: RUN/encode/SYSTEM."""
+def encode(settings: Settings, system: str = "drama", share: Share = WHOLE) -> Path:
+    """Encode the corpus with one system: RUN/encode/SYSTEM, or one task's share of its shards."""
+    if not share.whole:
+        _need(settings, "corpus", "drama corpus SETTINGS")
+        if system in TRAINED:
+            _need(settings, TRAINED[system], "drama train SETTINGS")
     folder = corpus(settings)
     sections, inputs = _encoding(settings, system)
     name = f"encode/{result_name(system)}"
     stage = open_stage(settings.run, name, sections, {"corpus": fingerprint(folder), **inputs})
     if not stage.done:
-        encode_corpus(stage, open_corpus(folder).passages, _encoder(settings, system), settings.encode.shard_passages)
+        encoder = _encoder(settings, system)
+        encode_corpus(stage, open_corpus(folder).passages, encoder, settings.encode.shard_passages, share)
     return stage.final
 
 
@@ -136,6 +145,13 @@ def run(settings: Settings) -> Path:
 def result_name(system: str) -> str:
     """What a system is called in folders and tables: model:NAME by the last part of its name."""
     return Path(system.removeprefix(OTHER_MODEL)).name
+
+
+def _need(settings: Settings, stage: str, command: str) -> None:
+    """Tasks of an array must not make what all of them read: several would make it at once."""
+    folder = Path(settings.run) / stage
+    if not (folder / "provenance.json").exists():
+        raise FileNotFoundError(f"{folder}: not there, and every share reads it; run first: {command}")
 
 
 def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[str, str]]:

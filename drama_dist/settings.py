@@ -154,6 +154,23 @@ class ExportSettings:
 
 
 @dataclass
+class SlurmSettings:
+    """What `drama submit` asks slurm for."""
+
+    partition: str | None = None
+    account: str | None = None
+    minutes: int = 1440  # time limit
+    warning_seconds: int = 300  # how long before the time limit a job saves, ends and waits for its next turn
+    nodes: int = 1  # for training; other jobs, and each task of an array, take one
+    tasks_per_node: int = 1  # ranks: one for each GPU
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    array: int = 8  # tasks that share encoding, and the LLM's writing
+    options: list[str] = field(default_factory=list)  # of sbatch, for example [--mem=0, --constraint=a100]
+    setup: list[str] = field(default_factory=list)  # shell lines that come first, for example [module load cuda]
+
+
+@dataclass
 class Settings:
     """A whole run."""
 
@@ -170,6 +187,7 @@ class Settings:
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
 
 SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
@@ -190,6 +208,7 @@ _AT_LEAST_ONE = (  # sections with the keys whose values count something
     ("train", ("steps", "batch_size", "chunk_tokens", "checkpoint_every", "keep_checkpoints")),
     ("encode", ("shard_passages", "batch_tokens")),
     ("evaluate", ("depth",)),
+    ("slurm", ("minutes", "warning_seconds", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "array")),
 )
 
 
@@ -259,6 +278,11 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             f"augment.negatives={written.negatives} do not fit between ranks "
             f"{written.negatives_from_rank} and {written.negatives_to_rank}"
+        )
+    if settings.slurm.warning_seconds >= 60 * settings.slurm.minutes:
+        raise SettingsError(
+            f"slurm.warning_seconds={settings.slurm.warning_seconds}: expected less than the time limit, "
+            f"slurm.minutes={settings.slurm.minutes}"
         )
     if settings.corpus.path == PACKAGES_CORPUS and not settings.corpus.packages:
         raise SettingsError(

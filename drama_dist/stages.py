@@ -11,9 +11,11 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -103,20 +105,12 @@ def open_stage(run: Path | str, name: str, settings: dict[str, Any], inputs: dic
     this stage's artefact, or a part of it, made with others; the message lists the differences.
     """
     stage = Stage(Path(run), name, settings, inputs)
-    for done in (True, False):
-        stage.done = done
-        if (stage.folder / "settings.yaml").exists():
-            _refuse_others(stage)
-            stage.resumed = not done
-            _say_once(f"{name}: {'already done' if done else 'going on from what is there'} ({stage.folder})")
-            ranks.barrier()
-            return stage
+    found = _find(stage)
     ranks.barrier()
-    if ranks.rank() == 0:
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        write_text(
-            stage.folder / "settings.yaml", yaml.safe_dump({"settings": settings, "inputs": inputs}, sort_keys=False)
-        )
+    if found:
+        _say_once(f"{name}: {'already done' if stage.done else 'going on from what is there'} ({stage.folder})")
+    elif ranks.rank() == 0 and not _create(stage):
+        _refuse_others(stage)
     ranks.barrier()
     return stage
 
@@ -153,6 +147,36 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
+
+
+def _find(stage: Stage) -> bool:
+    """Whether the stage's folder is there, finished or not; raises OtherSettings."""
+    for done in (True, False):
+        stage.done = done
+        if (stage.folder / "settings.yaml").exists():
+            _refuse_others(stage)
+            stage.resumed = not done
+            return True
+    return False
+
+
+def _create(stage: Stage) -> bool:
+    """Make the folder with settings.yaml in it; False where another process was faster.
+
+    It is renamed into place, so that whoever sees the folder sees the settings, and one of several processes makes it.
+    """
+    fresh = stage.folder.with_name(f"{stage.folder.name}.{uuid.uuid4().hex[:8]}")
+    fresh.mkdir(parents=True)
+    record = {"settings": stage.settings, "inputs": stage.inputs}
+    (fresh / "settings.yaml").write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
+    try:
+        fresh.rename(stage.folder)
+    except OSError:
+        shutil.rmtree(fresh)
+        if not (stage.folder / "settings.yaml").exists():
+            raise
+        return False
+    return True
 
 
 @cache

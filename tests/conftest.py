@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -124,13 +125,19 @@ evaluate: {systems: [drama, bm25], depth: 20}
 """
 
 
-@pytest.fixture
-def small_settings(tmp_path: Path, llm: Path, corpus_file: Path) -> Callable[..., Settings]:
-    """Call it with overrides to read settings of a whole run on the tiny model."""
-    path = tmp_path / "small.yaml"
-    path.write_text(f"run: {tmp_path / 'run'}\nllm: {llm}\n{SMALL}", "utf-8")
+@pytest.fixture(scope="session")
+def small_settings_in(llm: Path, corpus_file: Path) -> Callable[..., Settings]:
+    """Call it with a folder and overrides to read settings of a whole run on the tiny model."""
 
-    def read(*overrides: str) -> Settings:
+    def read(folder: Path, *overrides: str) -> Settings:
+        path = folder / "small.yaml"
+        path.write_text(f"run: {folder / 'run'}\nllm: {llm}\n{SMALL}", "utf-8")
         return read_settings(path, [f"corpus.path={corpus_file}", *overrides])
 
     return read
+
+
+@pytest.fixture
+def small_settings(tmp_path: Path, small_settings_in: Callable[..., Settings]) -> Callable[..., Settings]:
+    """The same in the test's own folder."""
+    return partial(small_settings_in, tmp_path)

@@ -52,6 +52,23 @@ def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: 
     assert main(["corpus", str(file), "--local_rank=0"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["encode", "--share", "4/4"], "--share 4/4: expected NUMBER/OF"),
+        (["encode", "--share", "0/4"], "corpus: not there, and every share reads it; run first: drama corpus"),
+        (["augment", "--share", "0/4"], "corpus: not there, and every share reads it; run first: drama corpus"),
+    ],
+)
+def test_a_share_does_not_make_what_all_shares_read(
+    words: list[str], message: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *options = words
+    assert main([verb, str(file), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (file.parent / "run").exists()
+
+
 def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     small_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"records", "settings", "ranks", "progress", "stages", "kernels"},
+    {"records", "settings", "ranks", "progress", "stages", "interrupts", "shares", "kernels"},
     {"corpus", "encoder", "checkpoints", "zero_state", "engine"},
     {"index"},
     {"augment", "prune", "train", "evaluate"},
-    {"export", "pipeline", "cli", "launcher"},
+    {"export", "pipeline", "submit", "cli", "launcher"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN_A_ROOM = {3}  # rooms of this layer know each other only through files

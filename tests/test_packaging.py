@@ -15,6 +15,7 @@ NEEDED = {
     "drama_dist/evaluate/report.html",
     "drama_dist/kernels/info_nce.py",
     "drama_dist/kernels/tiles.cpp",
+    "drama_dist/launcher/slurm/job.sh",
     "drama_dist/launcher/train.py",
     "drama_dist/prune/shrink.py",
 }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 from drama_dist.stages import OtherSettings, fingerprint, open_stage, seconds_of
 
@@ -29,6 +32,25 @@ def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
     (first.folder / "half").write_text("x", "utf-8")
     again = open_stage(tmp_path, "train", SETTINGS, {})
     assert again.resumed and not again.done and (again.folder / "half").exists()
+
+
+def test_one_of_several_processes_makes_the_folder_and_the_others_find_it_whole(tmp_path: Path) -> None:
+    together = threading.Barrier(8, timeout=20)
+
+    def enter(number: int, run: Path) -> str:
+        together.wait()
+        try:
+            stage = open_stage(run, "encode/drama", {"steps": 0 if number else 1}, {})
+        except OtherSettings:
+            return "refused"
+        return yaml.safe_load((stage.folder / "settings.yaml").read_text("utf-8"))["settings"]["steps"]
+
+    for attempt in range(20):  # one process has other settings: either it, or all others, are refused
+        run = tmp_path / str(attempt)
+        with ThreadPoolExecutor(8) as pool:
+            odd, *others = pool.map(enter, range(8), [run] * 8)
+        assert (odd, set(others)) in ((1, {"refused"}), ("refused", {0}))
+        assert [path.name for path in (run / "encode").iterdir()] == ["drama.partial"]
 
 
 @pytest.mark.parametrize("finished", [True, False])

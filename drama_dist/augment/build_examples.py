@@ -27,16 +27,23 @@ from drama_dist.index.lexical import LexicalIndex
 from drama_dist.progress import say
 from drama_dist.records import Example, write_records
 from drama_dist.settings import Settings, as_dict
+from drama_dist.shares import WHOLE, Share
 from drama_dist.stages import Stage, open_stage, write_text
 
 _PART = 512
 
 
 def augment(
-    settings: Settings, corpus: Corpus, teacher: TextEncoder, teacher_embeddings: np.ndarray, inputs: dict[str, str]
+    settings: Settings,
+    corpus: Corpus,
+    teacher: TextEncoder,
+    teacher_embeddings: np.ndarray,
+    inputs: dict[str, str],
+    share: Share = WHOLE,
 ) -> Path:
     """Run the stage; the artefact is RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
 
+    A share that is not the whole writes its synthetic queries and leaves the rest, which needs all of them.
     Raises ValueError where no query could be written, or too many answers of the LLM are unusable.
     """
     sections = {
@@ -48,6 +55,9 @@ def augment(
     stage = open_stage(settings.run, "augment", sections, inputs)
     if stage.done:
         return stage.final
+    if not share.whole:
+        _synthetic(settings, stage, corpus, share)
+        return stage.folder
     written, aside = _write(settings, stage, corpus)
     examples = _rank(settings, stage, corpus, written, teacher, teacher_embeddings)
     counts = _counts(examples, aside)
@@ -67,8 +77,7 @@ def _write(settings: Settings, stage: Stage, corpus: Corpus) -> tuple[list[Writt
     written = list(crops(corpus.passages, choice, settings.seed))
     aside: list[dict[str, Any]] = []
     if choice.synthetic_queries:
-        llm = LanguageModel(settings.llm, choice, settings.trust_remote_code)
-        synthetic, aside = write_queries(stage.folder / "synthetic", corpus.passages, llm, choice, settings.seed)
+        synthetic, aside = _synthetic(settings, stage, corpus, WHOLE)
         written += synthetic
     tests = {_folded(query.text) for query in corpus.queries}
     for query in written:
@@ -81,6 +90,14 @@ def _write(settings: Settings, stage: Stage, corpus: Corpus) -> tuple[list[Writt
             "or lower augment.min_crop_words"
         )
     return kept, aside
+
+
+def _synthetic(
+    settings: Settings, stage: Stage, corpus: Corpus, share: Share
+) -> tuple[list[Written], list[dict[str, Any]]]:
+    llm = LanguageModel(settings.llm, settings.augment, settings.trust_remote_code)
+    folder = stage.folder / "synthetic"
+    return write_queries(folder, corpus.passages, llm, settings.augment, settings.seed, share)
 
 
 def _rank(

@@ -24,15 +24,16 @@ from drama_dist.augment.written import Written, in_parts
 from drama_dist.corpus.table import PassageTable
 from drama_dist.records import Passage
 from drama_dist.settings import AugmentSettings
+from drama_dist.shares import WHOLE, Share
 
 
 def write_queries(
-    folder: Path, table: PassageTable, llm: LanguageModel, choice: AugmentSettings, seed: int
+    folder: Path, table: PassageTable, llm: LanguageModel, choice: AugmentSettings, seed: int, share: Share = WHOLE
 ) -> tuple[list[Written], list[dict[str, Any]]]:
     """Ask for `synthetic_queries` queries, one a passage chosen by the seed, in batches kept in `folder`.
 
-    Returns the queries, and a row {passage, reason, value} for each answer that is unusable. Raises
-    ValueError where more than the share `bad_answer_limit` is.
+    Returns the queries, and a row {passage, reason, value} for each answer that is unusable; a share that is not the
+    whole returns nothing. Raises ValueError where more than the share `bad_answer_limit` is unusable.
     """
     count = min(choice.synthetic_queries, len(table))
     chosen = random.Random(f"{seed} synthetic").sample(range(len(table)), count)
@@ -43,7 +44,7 @@ def write_queries(
         answers = _answers(llm, [write_query_messages(text) for text in texts], seed + number)
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
-    rows = in_parts(folder, passages, choice.generation_batch, "queries", ask)
+    rows = in_parts(folder, passages, choice.generation_batch, "queries", ask, share)
     written = [Written(**row) for row in rows if "reason" not in row]
     aside = [row for row in rows if "reason" in row]
     _refuse_beyond(choice.bad_answer_limit, aside, count, llm.name)

@@ -18,6 +18,7 @@ from drama_dist import ranks
 from drama_dist.corpus.table import PassageTable
 from drama_dist.index.search import write_index
 from drama_dist.progress import progress_bar
+from drama_dist.shares import WHOLE, Share
 from drama_dist.stages import Stage
 
 _NORM_TOLERANCE = 1e-3
@@ -31,18 +32,21 @@ class TextEncoder(Protocol):
     def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray: ...
 
 
-def encode_corpus(stage: Stage, passages: PassageTable, encoder: TextEncoder, shard_passages: int) -> Path:
+def encode_corpus(
+    stage: Stage, passages: PassageTable, encoder: TextEncoder, shard_passages: int, share: Share = WHOLE
+) -> Path:
     """Encode every passage into shards in the stage's folder, add a search index, finish the stage.
 
     Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier
-    attempt left whole are kept. Raises ValueError where a vector is not finite or not of length 1,
+    attempt left whole are kept. A share that is not the whole is left
+    in the folder, and the stage not finished. Raises ValueError where a vector is not finite or not of length 1,
     naming the passage, and where there is no passage.
     """
     if stage.done:
         return stage.final
     if not len(passages):
         raise ValueError(f"{stage.name}: the corpus has no passages to encode")
-    own = list(range(-(-len(passages) // shard_passages)))[ranks.rank() :: ranks.world_size()]
+    own = share.own(-(-len(passages) // shard_passages))
     spans = {n: range(n * shard_passages, min((n + 1) * shard_passages, len(passages))) for n in own}
     missing = [number for number in own if not _is_whole(_shard(stage.folder, number), len(spans[number]))]
     total = sum(len(span) for span in spans.values())
@@ -54,6 +58,8 @@ def encode_corpus(stage: Stage, passages: PassageTable, encoder: TextEncoder, sh
         bar.update(len(spans[number]))
     bar.close()
     ranks.barrier()
+    if not share.whole:
+        return stage.folder
     shards = _open_shards(stage.folder)
     if sum(map(len, shards)) != len(passages):
         raise ValueError(

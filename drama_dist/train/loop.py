@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from drama_dist import ranks
+from drama_dist import interrupts, ranks
 from drama_dist.checkpoints import Checkpoints
 from drama_dist.corpus.table import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.progress import progress_bar
 from drama_dist.records import Example, read_records
-from drama_dist.settings import Settings, as_dict
+from drama_dist.settings import Settings, TrainSettings, as_dict
 from drama_dist.stages import Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import Encoded, GradCache
@@ -44,12 +44,14 @@ _WITHOUT_EFFECT = {
 }
 
 
+@interrupts.deferred()
 def train(
     settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
 ) -> Path:
     """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it.
 
-    Raises ValueError where there are too few examples for a batch.
+    Raises ValueError where there are too few examples for a batch, interrupts.Stopped after the step in which a signal
+    asked for it, with a checkpoint saved.
     """
     chosen = {name: value for name, value in as_dict(settings.train).items() if name not in _WITHOUT_EFFECT}
     sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": chosen}
@@ -79,15 +81,12 @@ def _steps(
     saved = Checkpoints(stage.folder / "checkpoints", choice.keep_checkpoints)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
-    encoder.train()
-    if choice.checkpoint_layers:
-        encoder.checkpoint_layers()
-    budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30
-    cache = GradCache(encoder, engine, choice.chunk_tokens, budget)
+    cache = _grad_cache(choice, encoder, engine)
     telemetry = Telemetry(encoder, stage.folder / "tensorboard" if choice.tensorboard else None, first)
     order: Iterator[Batch] = batches(examples, choice.batch_size, choice.hard_negatives, settings.seed, first)
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
     losses: list[float] = []  # since the last checkpoint
+    stopping = False
     for step in range(first, choice.steps):
         began = time.monotonic()
         objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
@@ -98,12 +97,25 @@ def _steps(
         bar.set_postfix_str(_postfix(objective, cost), refresh=False)
         bar.update(1)
         losses.append(objective.loss)
-        if (step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps:
+        stopping = interrupts.wanted() and step + 1 < choice.steps
+        if stopping or ((step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps):
             engine.save(saved, step + 1, loss=mean(losses), activation_budget=cache.activation_budget)
             losses = []
+        if stopping:
+            break
     bar.close()
     saved.wait()
     telemetry.close()
+    if stopping:
+        raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1}")
+
+
+def _grad_cache(choice: TrainSettings, encoder: Encoder, engine: Engine) -> GradCache:
+    encoder.train()
+    if choice.checkpoint_layers:
+        encoder.checkpoint_layers()
+    budget = None if choice.activation_budget == "auto" else float(choice.activation_budget) * 2**30
+    return GradCache(encoder, engine, choice.chunk_tokens, budget)
 
 
 def _report_step(stage: Stage, telemetry: Telemetry, step: int, objective: Objective, figures: dict[str, Any]) -> None:

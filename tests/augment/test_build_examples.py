@@ -20,6 +20,7 @@ from drama_dist.corpus.table import Corpus, open_corpus
 from drama_dist.index.lexical import LexicalIndex
 from drama_dist.records import Example, Query, read_records
 from drama_dist.settings import AugmentSettings, Settings
+from drama_dist.shares import Share
 
 CHOICE = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
 
@@ -99,6 +100,21 @@ def test_too_many_unusable_answers_stop_the_stage(small_settings: Callable[..., 
     corpus = open_corpus(build_corpus(settings))
     with pytest.raises(ValueError, match=r"3 of 3 answers of .* more than augment.bad_answer_limit=0.3 allows"):
         run(settings, corpus, LetterCounts())
+
+
+def test_tasks_write_their_shares_and_a_plain_run_finishes(
+    small_settings_in: Callable[..., Settings], tmp_path: Path
+) -> None:
+    changes = ["augment.synthetic_queries=5", "augment.generation_batch=2"]
+    alone, shared = (small_settings_in(tmp_path, f"run={tmp_path / name}", *changes) for name in ("alone", "shared"))
+    corpus = open_corpus(build_corpus(alone))
+    expected = run(alone, corpus, LetterCounts())
+    embeddings = LetterCounts().encode_passages(corpus.passages.contents(range(len(corpus.passages))))
+    for number, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
+        folder = augment(shared, corpus, LetterCounts(), embeddings, {}, Share(number, 2))
+        assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "ranked").exists()
+        assert {path.name for path in (folder / "synthetic").iterdir()} == parts
+    assert run(shared, corpus, LetterCounts()) == expected
 
 
 def test_nothing_written_is_an_error(small_settings: Callable[..., Settings]) -> None:

@@ -14,6 +14,7 @@ from drama_dist.corpus.table import PassageTable
 from drama_dist.index.encode import encode_corpus, load_embeddings
 from drama_dist.index.search import load_index, search_folder
 from drama_dist.records import Passage
+from drama_dist.shares import Share
 from drama_dist.stages import Stage, fingerprint, open_stage
 
 
@@ -123,6 +124,26 @@ def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypa
         thread.join()
     assert [len(encoder.seen) for encoder in encoders] == [6, 4]
     assert fingerprint(tmp_path / "run" / "encode" / "letters") == fingerprint(alone)
+
+
+def test_tasks_without_a_process_group_leave_shards_and_a_plain_run_finishes(
+    tmp_path: Path, passages: PassageTable
+) -> None:
+    alone = encode_corpus(open_encode(tmp_path, "encode/alone"), passages, LetterCounts(), shard_passages=2)
+    encoders = [LetterCounts(), LetterCounts(fail_after=2), LetterCounts()]  # 5 shards; task 1 dies before its second
+    for number, encoder in enumerate(encoders):
+        try:
+            found = encode_corpus(open_encode(tmp_path), passages, encoder, 2, Share(number, 3))
+        except RuntimeError:
+            continue
+        assert found == tmp_path / "run" / "encode" / "letters.partial"
+    assert [len(encoder.seen) for encoder in encoders] == [4, 2, 2]
+    again = LetterCounts()
+    encode_corpus(open_encode(tmp_path), passages, again, 2, Share(0, 3))
+    assert not again.seen
+    last = LetterCounts()
+    folder = encode_corpus(open_encode(tmp_path), passages, last, shard_passages=2)
+    assert last.seen == texts_of(10)[8:] and fingerprint(folder) == fingerprint(alone)
 
 
 def test_a_missing_or_short_shard_is_refused(tmp_path: Path, passages: PassageTable) -> None:
