@@ -76,6 +76,7 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     assert main(["search", settings.run, "the river"]) == 2
     assert "finish the run first: drama run SETTINGS run=" in capsys.readouterr().err
     pipeline.encode(settings)
+    capsys.readouterr()
     assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[::2]] == ["1.", "2.", "3."]
