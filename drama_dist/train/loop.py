@@ -60,6 +60,8 @@ def train(
         return stage.final
     examples = read_records(augment / "examples.jsonl", Example.from_json)
     choice = settings.train
+    if choice.batch_size < ranks.world_size():
+        raise ValueError(f"train.batch_size={choice.batch_size} for {ranks.world_size()} ranks: each needs a query")
     engine = Engine(
         start,
         OptimiserSettings(
