@@ -25,7 +25,9 @@ from drama_dist.train.grad_cache import SHARE_OF_FREE
 from drama_dist.train.objective import queries_travel
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
-_SHARES_OF_PEAK = {True: 0.6, False: 0.4}  # on a CPU as in benchmarks/results/plan-cpu.md; on GPUs assumed
+# Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu.md, 31,842
+# different tokens of four passes in 10.6 s, where products reach 430 Gflop/s. On GPUs it is an assumption.
+_SHARES_OF_PEAK = {True: 0.6, False: 0.4}
 _MOST_RANKS = 4096
 
 
@@ -120,10 +122,10 @@ def report(plan: Plan) -> Iterator[str]:
         f"parameters  {shape.parameters / 1e6:.1f} million: words {shape.word_parameters / 1e6:.1f}, "
         f"layers {shape.layer_parameters / 1e6:.1f}"
     )
+    twice = costs.recomputed_tokens / costs.tokens
     yield (
-        f"step        {share.own_queries} of {share.queries} queries, {share.own_passages} of {share.passages} passages; "
-        f"{costs.tokens:,} tokens in {len(costs.chunks)} chunks, {costs.recomputed_tokens / costs.tokens:.0%} of them "
-        f"encoded twice"
+        f"step        {share.own_queries} of {share.queries} queries, {share.own_passages} of {share.passages} "
+        f"passages; {costs.tokens:,} tokens in {len(costs.chunks)} chunks, {twice:.0%} of them encoded twice"
     )
     yield f"lengths     {plan.lengths_from}"
     yield from _memory_table(costs)
@@ -157,7 +159,9 @@ def _traffic_lines(costs: Costs) -> Iterator[str]:
 def _time_lines(plan: Plan) -> Iterator[str]:
     share = _SHARES_OF_PEAK[plan.device.is_cpu]
     expected, peak = plan.seconds / share, plan.device.peaks[plan.dtype] / 1e12
-    reason = "benchmarks/results/plan-cpu.md" if plan.device.is_cpu else "assumed: nothing was timed on such a device"
+    reason = (
+        "as in benchmarks/results/step-cpu.md" if plan.device.is_cpu else "assumed: nothing was timed on such a device"
+    )
     yield f"\noperations  {plan.costs.operations / 1e12:.2f} Tflop a step and rank"
     yield f"time        at least {_duration(plan.seconds)} a step, at {peak:.3g} Tflop/s"
     yield (

@@ -1,4 +1,4 @@
-"""What a training step costs by its shapes: parameters, memory by part, operations. Traffic is in cost_traffic.py.
+"""What a training step costs by its shapes: parameters, memory by part, operations. Traffic is in traffic.py.
 
 Every figure follows what the code allocates, named beside it; benchmarks/plan.py compares them with what was measured.
 Does not cover what the libraries themselves hold, the batch's texts as Python objects, or what devices are (plan.py).
@@ -9,7 +9,7 @@ Shapes: W ranks; B queries and N passages of all ranks; K components, M dims, T 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,9 +59,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's share of a step; lengths: tokens of each of its texts. No two texts are equal.
-
-    most_queries, most_passages: of the rank with the most; words: different tokens among the rank's own.
+    """One rank's share of a step. lengths: tokens of each of its texts, of which no two are equal; words: different
+    tokens among them. Queries and passages are those of all ranks, own ones the rank's.
     """
 
     ranks: int
@@ -84,7 +83,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Way:
-    """How it is done. size: bytes of a weight; budget: bytes for kept graphs; threads: PyTorch's.
+    """How it is done. size: bytes of a weight (4 without ZeRO); budget: bytes for kept graphs; threads: PyTorch's.
 
     loss: the backend's module of kernels (compiled_tiles, eager_tiles, triton_tiles). fused: the CPU's fused layers.
     bucket: elements that go over the network together.
@@ -169,15 +168,14 @@ class Costs:
     @property
     def phases(self) -> dict[str, Memory]:
         """Memory by part while a step encodes, forms the loss, goes back, has all gradients, and updates."""
-        return {**self.phases_before_update, "update": self._update}
-
-    @cached_property
-    def phases_before_update(self) -> dict[str, Memory]:
         return {
             "encoding": self._with(activations=self._kept_bytes + self._working(3), exchange=self._whole_weights),
             "loss": self._with(activations=self._kept_bytes, **self._loss_parts),
-            "backward": self._with(**self._backward_parts),
-            "gradients": self._with(gradients=self.own_gradients, exchange=self._bucket_bytes),
+            "backward": self._backward,
+            "gradients": self._later(
+                self._with(gradients=self.own_gradients, exchange=self._copied_gradients), [self._copied_gradients]
+            ),
+            "update": self._update,
         }
 
     @property
@@ -189,7 +187,7 @@ class Costs:
     def state(self) -> Memory:
         """Weights and optimiser, held all the time; with ZeRO 3 a place for this rank's gradients, too."""
         ranks, zero, size, count = self.share.ranks, self.way.zero, self.way.size, self.shape.parameters
-        master = 0 if zero == 0 and size == SINGLE else SINGLE  # weights in float32, which the optimiser changes
+        master = SINGLE if zero else 0  # weights in float32, which the optimiser changes
         optimiser = (master + 2 * SINGLE) * count / (ranks if zero else 1)
         split = ranks if zero == 3 else 1
         held = {"weights": size * count / split, "optimiser": 0 if self.offloads else optimiser}
@@ -278,6 +276,11 @@ class Costs:
         return self.way.size * self.way.bucket if self.share.ranks > 1 else 0
 
     @property
+    def _copied_gradients(self) -> float:
+        """Without ZeRO DeepSpeed lays all gradients side by side before it reduces them, even on one rank."""
+        return self.way.size * self.shape.parameters if self.way.zero == 0 else self._bucket_bytes
+
+    @property
     def _loss_parts(self) -> Memory:
         rows, columns = self.loss_shape
         travelling, own = (rows, self.share.most_queries)
@@ -289,6 +292,10 @@ class Costs:
             "loss_tiles": self.way.tiles.held_bytes(rows, columns, sorted(self.share.dims), self.way.threads),
             "exchange": width * (own * (self.share.ranks + 1) + travelling) * several,  # padded parts, and joined
         }
+
+    @cached_property
+    def _backward(self) -> Memory:
+        return self._with(**self._backward_parts)
 
     @property
     def _backward_parts(self) -> Memory:
@@ -313,7 +320,7 @@ class Costs:
         count, size, ranks = self.shape.parameters, self.way.size, self.share.ranks
         narrow, wide = size * count / ranks, SINGLE * count / ranks
         if self.way.zero == 0:
-            return [[SINGLE * count if size < SINGLE else 0]]
+            return [[]]
         if self.way.zero == 3:
             return [[wide, narrow]]
         norm = [_DOUBLE * float(max(own for rank in self._example_ranks for _, own in self._parts_of(rank)))]
@@ -325,21 +332,21 @@ class Costs:
     @property
     def _update(self) -> Memory:
         start = _add(self.state, {"gradients": self.own_gradients})
-        if self.way.on_gpu:
-            return _add(start, {"gradients": max(sum(block) for block in self._update_blocks)})
-        freed = self._freed(sum(start.values()))
-        alternatives = []
-        for blocks in self._update_blocks:
-            small = sum(block for block in blocks if block < _MAPPED)
-            alternatives.append(_add(start, {"gradients": sum(blocks), "freed, kept": max(0, freed - small)}))
+        alternatives = [self._later(_add(start, {"gradients": sum(blocks)}), blocks) for blocks in self._update_blocks]
         return max(alternatives, key=lambda memory: sum(memory.values()))
 
-    def _freed(self, start: float) -> float:
-        """On the CPU: small blocks that the backward pass has freed, which stay with the process."""
-        words = self.way.size * self.shape.word_parameters
-        buffer = words if self.share.ranks == 1 or self.way.zero == 0 else self.own_gradients
-        apart = buffer if buffer >= _MAPPED and self.own_gradients else 0
-        return max(0.0, sum(self.phases_before_update["backward"].values()) + apart - start)
+    def _later(self, memory: Memory, blocks: Sequence[float]) -> Memory:
+        """A phase after the backward pass, in which `blocks` are new.
+
+        On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top.
+        """
+        if self.way.on_gpu:
+            return memory
+        gradients = self.way.size * self.shape.word_parameters  # of the others each is smaller
+        if self.way.zero and self.share.ranks > 1:
+            gradients = self.own_gradients  # one buffer
+        mapped = sum(block for block in (gradients, *blocks) if block >= _MAPPED)
+        return _add(memory, {"freed, kept": max(0.0, sum(self._backward.values()) + mapped - sum(memory.values()))})
 
     @property
     def _example_ranks(self) -> range:
