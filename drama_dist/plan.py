@@ -205,6 +205,8 @@ def what_fits(settings: Settings, plan: Plan) -> list[str]:
 
 def _changes(settings: Settings, plan: Plan) -> Iterator[tuple[str, object]]:
     train, ranks = settings.train, plan.costs.share.ranks
+    if train.activation_budget not in ("auto", 0):
+        yield "activation_budget", "auto"
     if train.activation_budget != 0:
         yield "activation_budget", 0
     tokens, longest = train.chunk_tokens, max(plan.costs.share.lengths)
