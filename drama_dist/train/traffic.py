@@ -17,15 +17,19 @@ _TELEMETRY = 4  # float64
 
 
 def traffic_per_step(costs: Costs) -> dict[str, int]:
-    """Bytes by kind that the rank sends; nothing where it is alone.
+    """Bytes by kind that the rank sends in any step but the first; nothing where it is alone.
 
-    "figures" leaves out what ZeRO 3 asks chunk by chunk, so that ranks go in lockstep: 8 (W − 1) a question.
+    The rank is one with the most chunks.
     """
     if costs.share.ranks == 1:
         return {}
     sent = Counter(_queries(costs) if costs.way.queries_travel else _passages(costs))
     ranks = costs.share.ranks
-    sent["figures"] += INDEX * (ranks - 1) + _all_reduce(8 * _TELEMETRY, ranks) + _all_reduce(INDEX, ranks)
+    questions = 2  # how long the longest text is; whether a signal has reached anybody
+    if costs.way.zero == 3:
+        questions += 1 + len(costs.chunks)  # how many chunks all must go through, and whether each is kept
+    sent["figures"] += questions * INDEX * (ranks - 1)
+    sent["figures"] += _all_reduce(8 * _TELEMETRY, ranks) + _all_reduce(INDEX, ranks)
     return {**sent, **_deepspeed(costs)}
 
 

@@ -84,12 +84,12 @@ def test_zero_stages_split_what_they_should() -> None:
 def test_traffic_by_hand() -> None:
     vector, count = 4 * 64, SHAPE.parameters
     weights = {"weight gradients": 2 * count, "weights": count}  # 2 (W − 1) / W and (W − 1) / W of 2 bytes each
-    figures = 5 * 8 + 4 * 4 + 16 + 32 + 8  # counts, margins, loss and accuracy and dims, telemetry, masked
+    figures = 6 * 8 + 4 * 4 + 16 + 32 + 8  # counts, margins, loss and accuracy and dims, telemetry, masked
     sent = {"passages": 10 * vector, "passage gradients": 10 * vector, "figures": figures}
     assert traffic_per_step(COSTS) == sent | weights
     queries = replace(COSTS, way=replace(WAY, queries_travel=True))
     rows = 7 * 4 * (3 + 4)
-    sent = {"queries": 4 * vector, "query gradients": 3 * vector, "merged rows": rows, "figures": 4 * 8 + 32 + 8}
+    sent = {"queries": 4 * vector, "query gradients": 3 * vector, "merged rows": rows, "figures": 5 * 8 + 32 + 8}
     assert traffic_per_step(queries) == sent | weights
     assert traffic_per_step(replace(COSTS, share=replace(SHARE, ranks=1))) == {}
 
