@@ -194,7 +194,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         planned, measured = row["planned"], row["measured"]
         pairs = [f"{planned[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
         equal = planned["sent"] == measured["sent"]
-        sent = f"{sum(measured['sent'].values())}, {'equal' if equal else f'planned {sum(planned["sent"].values())}'}"
+        other = f"planned {sum(planned['sent'].values())}"
+        sent = f"{sum(measured['sent'].values())}, {'equal' if equal else other}"
         lines.append(
             f"| {row['ranks']} | {' '.join(_short(word) for word in row['settings'])} | {' | '.join(pairs)} "
             f"| {planned['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} |"

@@ -342,7 +342,7 @@ class Costs:
         """
         if self.way.on_gpu:
             return memory
-        gradients = self.way.size * self.shape.word_parameters  # of the others each is smaller
+        gradients: float = self.way.size * self.shape.word_parameters  # of the others each is smaller
         if self.way.zero and self.share.ranks > 1:
             gradients = self.own_gradients  # one buffer
         mapped = sum(block for block in (gradients, *blocks) if block >= _MAPPED)
