@@ -38,6 +38,7 @@ define benchmarks
 	$(BIN)/python benchmarks/lengths.py --device $(1) --data $(DATA)
 	$(BIN)/python benchmarks/growth.py --device $(1)
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/attention.py)
+	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/plan.py)
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/step_profile.py --data $(DATA))
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/checkpoint.py)
 	$(BIN)/python benchmarks/summary.py

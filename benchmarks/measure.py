@@ -50,13 +50,13 @@ def in_turns(
     memory: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name, call in sides.items():
-            begin = _begin(device)
+            held = begin(device)
             started = time.perf_counter()
             call()
             _wait(device)
             took = time.perf_counter() - started
             if number >= warm_up:
-                memory[name].append(_peak(device) / 1e6 - begin)
+                memory[name].append(peak_megabytes(device) - held)
                 times[name].append(took)
     return {
         name: Measured(statistics.median(taken), min(taken), max(taken), statistics.median(memory[name]), rounds)
@@ -112,7 +112,8 @@ def held_megabytes(device: str) -> float:
     return _status("VmRSS") / 1e6
 
 
-def _begin(device: str) -> float:
+def begin(device: str) -> float:
+    """Let `peak_megabytes` count from here on; returns what the process holds."""
     held = held_megabytes(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -121,8 +122,9 @@ def _begin(device: str) -> float:
     return held
 
 
-def _peak(device: str) -> float:
-    return float(torch.cuda.max_memory_allocated()) if device == "cuda" else _status("VmHWM")
+def peak_megabytes(device: str) -> float:
+    """The most that the process has held at once since `begin`."""
+    return (float(torch.cuda.max_memory_allocated()) if device == "cuda" else _status("VmHWM")) / 1e6
 
 
 def _wait(device: str) -> None:

@@ -1,4 +1,4 @@
-"""The `drama` command: a thin subcommand for each stage, submit and search.
+"""The `drama` command: a thin subcommand for each stage, for submit and search, and for looking ahead.
 
 Covers arguments and turning errors into messages. What the stages do is in pipeline.py and below.
 """
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _search(options)
         elif options.verb == "submit":
             _submit(options)
+        elif options.verb == "doctor":
+            _doctor(options)
+        elif options.verb == "plan":
+            _plan(options)
         else:
             _run_stage(options.verb, read_settings(options.settings, options.overrides), _choices(options))
     except USER_ERRORS as error:
@@ -87,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("query", help="what to look for")
     search.add_argument("-k", type=int, default=5, help="how many passages to show (default 5)")
     search.add_argument("--dim", type=int, help="cut vectors to this many components (default: all)")
+    plan = _stage_parser(verbs, "plan", "memory, traffic and time of training steps before they are run")
+    plan.add_argument("--ranks", type=int, default=1, help="how many processes train (default 1)")
+    plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, h200, a100-80g or a100-40g")
+    plan.add_argument("--vocabulary", type=int, help="the LLM's words, where its configuration cannot be read here")
+    plan.add_argument("--head", type=int, help="and its heads' components")
+    doctor = verbs.add_parser("doctor", help="what this machine offers", description="Try what this machine offers.")
+    doctor.add_argument("--json", action="store_true", help="a JSON list")
     return parser
 
 
@@ -147,6 +158,26 @@ def _search(options: argparse.Namespace) -> None:
         passage = corpus.passages[int(position)]
         text = passage.content if len(passage.content) <= 200 else passage.content[:200].rsplit(" ", 1)[0] + " ..."
         print(f"{place}. {passage.id}  ({score:.3f})\n   {text}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from drama_dist.doctor import doctor
+
+    doctor(options.json)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from drama_dist.plan import plan, pruned_shape
+
+    settings = read_settings(options.settings, options.overrides)
+    given = options.vocabulary and options.head
+    plan(
+        settings,
+        options.ranks,
+        options.device,
+        pruned_shape(settings, options.vocabulary, options.head) if given else None,
+    )
 
 
 def _finished(run: Path, stage: str) -> Path:

@@ -23,7 +23,7 @@ from drama_dist.progress import say
 from drama_dist.zero_state import MOMENTS, set_steps, zero_state
 
 _WEIGHTS = "weights"
-_BUCKET = 5_000_000  # elements that go over the network together: 10 MB in bfloat16
+BUCKET = 5_000_000  # elements that go over the network together: 10 MB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:
 def _zero_config(settings: OptimiserSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "stage": settings.zero_stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
     }
     if ranks.world_size() == 1:
         config["contiguous_gradients"] = False  # a copy of all gradients, of no use to one rank

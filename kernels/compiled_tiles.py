@@ -9,7 +9,7 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk; Kp and N
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -77,6 +77,24 @@ class _Chunk(ctypes.Structure):
 def extension() -> ctypes.CDLL | None:
     """The compiled loss kernels; None (with one warning) where they cannot be built."""
     return library("tiles", "the loss goes on with slower PyTorch operations")
+
+
+def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
+    """How many rows each chunk has; columns: of the largest part."""
+    return [
+        len(range(rows)[part]) for part in row_chunks(rows, columns, len(dims), _SCORE_BYTES, _MOST_ROWS, _ROW_STEP)
+    ]
+
+
+def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    """What a call holds at most beside its float32 inputs, masks of one document included."""
+    tile = 2 * _STRIP
+    padded, width = -(-columns // tile) * tile, block_ends(dims, _STRIP)[-1]
+    count = chunk_rows(rows, columns, dims)[0]
+    passages = (4 if columns % tile else 3) * padded * width  # padded, in both layouts, and products
+    norms = 4 * len(dims) * padded
+    scratch = threads * count * (width + 3 * tile)
+    return 4 * (passages + norms + len(dims) * count * padded + scratch + rows * width) + 2 * count * columns
 
 
 class CompiledTiles:

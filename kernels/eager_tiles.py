@@ -6,7 +6,7 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,6 +15,18 @@ from drama_dist.kernels.tiles import MASKED, ChunkScores, Gradients, Norms, row_
 
 _SCORE_BYTES = 1 << 26
 _MOST_ROWS = 512
+
+
+def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
+    """How many rows each chunk has; columns: of the largest part."""
+    return [len(range(rows)[part]) for part in row_chunks(rows, columns, len(dims), _SCORE_BYTES, _MOST_ROWS, 1)]
+
+
+def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    """What a call holds at most beside its float32 inputs, masks of one document included; any threads."""
+    count = chunk_rows(rows, columns, dims)[0]
+    scores = (len(dims) + 3) * count * columns  # suffix, one dim's gradient, and its exponent
+    return 4 * (scores + (rows + columns) * (max(dims) + 3 * len(dims))) + 2 * count * columns
 
 
 class EagerTiles:

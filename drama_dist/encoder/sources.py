@@ -28,11 +28,17 @@ def resolve(name: str) -> str:
     `package:IMPORT_NAME/PATH` is looked up inside an installed package; a `.gguf` file is converted
     once to safetensors. Raises FileNotFoundError where a path does not exist, naming it.
     """
+    found = locate(name)
+    if isinstance(found, Path) and found.is_file():
+        return str(_converted(found))
+    return str(found)
+
+
+def locate(name: str) -> Path | str:
+    """A local folder, a GGUF file as it is, or the hub name; raises FileNotFoundError as `resolve` does."""
     path = _inside_package(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path))
-    if path.is_dir():
-        return str(path)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
     looks_like_a_path = name.startswith((_PACKAGE, "/", ".", "~")) or name.endswith(".gguf") or name.count("/") != 1
     if path.exists() or looks_like_a_path:
         raise FileNotFoundError(f"{name}: expected a model folder or a .gguf file at {path}")

@@ -28,7 +28,7 @@ from drama_dist.encoder.pooling import mean_pool
 from drama_dist.engine import Engine
 from drama_dist.train.memory import free_bytes
 
-_SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more chunk, the loss and the optimiser
+SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more chunk, the loss and the optimiser
 
 
 class GradCache:
@@ -95,7 +95,7 @@ class GradCache:
 
     def _budget(self) -> float:
         if self.activation_budget is None:
-            self.activation_budget = _SHARE_OF_FREE * free_bytes(self.encoder.device)
+            self.activation_budget = SHARE_OF_FREE * free_bytes(self.encoder.device)
         return self.activation_budget
 
     def _try_longest(self, packed: Packed, words: _Words) -> None:
