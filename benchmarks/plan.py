@@ -130,29 +130,23 @@ def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
     return found
 
 
-def measure(file: str, count: int, overrides: list[str], steps: int) -> dict[str, Any]:
-    """One line: planned and measured."""
+def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:
+    """What the plan says, as `worker` measures it."""
     settings = read_settings(file, overrides)
     plan = make_plan(settings, count, device(CPU, count), read_shape(settings))
     costs, (phase, peak) = plan.costs, plan.costs.peak
     kept = costs.graph_bytes * (sum(costs.share.lengths) - costs.recomputed_tokens)
     state = sum(costs.state[part] for part in costs.state if part != "exchange")
     sent = {kind: size for kind, size in traffic_per_step(costs).items() if kind not in DEEPSPEED}
-    planned = {
+    return {
         "state": state / 1e6,
         "kept graphs": kept / 1e6,
-        "backward": sum(costs.phases["backward"].values()) / 1e6,
+        "backward": max(sum(costs.phases[name].values()) for name in ("backward", "gradients")) / 1e6,
         "all": sum(peak.values()) / 1e6,
         "phase": phase,
         "parts": {name: size / 1e6 for name, size in peak.items() if size},
         "sent": sent,
         "seconds": plan.seconds,
-    }
-    return {
-        "ranks": count,
-        "settings": overrides,
-        "planned": planned,
-        "measured": _in_ranks(file, count, overrides, steps),
     }
 
 
@@ -191,14 +185,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        planned, measured = row["planned"], row["measured"]
-        pairs = [f"{planned[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
-        equal = planned["sent"] == measured["sent"]
-        other = f"planned {sum(planned['sent'].values())}"
+        plan, measured = row["planned"], row["measured"]
+        pairs = [f"{plan[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
+        equal = plan["sent"] == measured["sent"]
+        other = f"planned {sum(plan['sent'].values())}"
         sent = f"{sum(measured['sent'].values())}, {'equal' if equal else other}"
         lines.append(
             f"| {row['ranks']} | {' '.join(_short(word) for word in row['settings'])} | {' | '.join(pairs)} "
-            f"| {planned['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} |"
+            f"| {plan['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} |"
         )
     return "\n".join(lines)
 
@@ -223,7 +217,9 @@ def main() -> None:
     facts, rows = circumstances(), []
     for count, choice in CASES:
         overrides = [f"train.batch_size={options.batch}", *(f"train.{word}" for word in choice)]
-        rows.append(measure(options.settings, count, overrides, options.steps))
+        measured = _in_ranks(options.settings, count, overrides, options.steps)
+        plan = planned(options.settings, count, overrides)
+        rows.append({"ranks": count, "settings": overrides, "planned": plan, "measured": measured})
         path = write_results("plan-cpu", facts, rows, table(rows))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(Path(path))
