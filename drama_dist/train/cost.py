@@ -172,9 +172,7 @@ class Costs:
             "encoding": self._with(activations=self._kept_bytes + self._working(3), exchange=self._whole_weights),
             "loss": self._with(activations=self._kept_bytes, **self._loss_parts),
             "backward": self._backward,
-            "gradients": self._later(
-                self._with(gradients=self.own_gradients, exchange=self._copied_gradients), [self._copied_gradients]
-            ),
+            "gradients": self._gradients,
             "update": self._update,
         }
 
@@ -313,6 +311,13 @@ class Costs:
             "embeddings": of_words + of_vectors,
             "exchange": whole,
         }
+
+    @property
+    def _gradients(self) -> Memory:
+        """When the graphs are gone; where ranks share gradients out, the words' is there and in this rank's buffer."""
+        words = self.way.size * self.shape.word_parameters if self.way.zero and self.share.ranks > 1 else 0
+        held = self._with(gradients=self.own_gradients + words, exchange=self._copied_gradients)
+        return self._later(held, [words, self._copied_gradients])
 
     @property
     def _update_blocks(self) -> list[list[float]]:

@@ -61,7 +61,6 @@ def test_parameters_and_kept_bytes_are_those_of_a_real_encoder(
     assert cache.held_bytes / 600 != pytest.approx(other, rel=0.05)
 
 
-
 def test_chunks_are_kept_as_far_as_the_budget_goes() -> None:
     assert COSTS.chunks == [32, 32, 32, 16]
     some = replace(COSTS, way=replace(WAY, budget=70 * COSTS.graph_bytes))
