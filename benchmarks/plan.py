@@ -189,9 +189,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "MB of rank 0, planned / measured; memory above what the libraries hold. State: weights and optimiser. All:",
         "the step's peak, and planned over measured; backward: the peak before the update. Sent: bytes of the loss's",
-        "exchange and figures. (mapped): glibc gives freed blocks of 64 KiB and more back at once. That shows what is in",
-        "use, which is what the plan counts; else holes between blocks come on top, most with ZeRO 3, whose layers",
-        "are not fused.",
+        "exchange and figures. (mapped): glibc gives freed blocks of 64 KiB and more back at once. That shows what",
+        "is in use, which is what the plan counts; else holes between blocks come on top, most with ZeRO 3, whose",
+        "layers are not fused.",
         "",
         "| ranks | train. | state | kept graphs | backward | all | ratio | sent |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",
