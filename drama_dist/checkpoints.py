@@ -51,6 +51,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._copies: dict[str, torch.Tensor] = {}  # used again: new memory takes longer than the copy itself
 
     def save(self, step: int, pieces: Mapping[str, Piece], **facts: Any) -> None:
         """Copy this rank's pieces and return; they are written in the background.
@@ -60,8 +61,7 @@ class Checkpoints:
         """
         self.wait()
         copied = {
-            name: Piece(piece.values.detach().to("cpu", copy=True).contiguous(), piece.begin, piece.shape)
-            for name, piece in pieces.items()
+            name: Piece(self._copy(name, piece.values), piece.begin, piece.shape) for name, piece in pieces.items()
         }
         given = step, copied, {"step": step, **facts}, ranks.rank(), ranks.world_size()
         self._writer = threading.Thread(
@@ -103,6 +103,12 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
+
+    def _copy(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        kept = self._copies.get(name)
+        if kept is None or kept.shape != values.shape:
+            kept = self._copies[name] = torch.empty(values.shape, dtype=values.dtype)
+        return kept.copy_(values.detach())
 
     def _try_to_write(self, *given: Any) -> None:
         try:
