@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drama_dist import ranks
@@ -64,9 +64,8 @@ class Checkpoints:
             name: Piece(self._copy(name, piece.values), piece.begin, piece.shape) for name, piece in pieces.items()
         }
         given = step, copied, {"step": step, **facts}, ranks.rank(), ranks.world_size()
-        self._writer = threading.Thread(
-            target=self._try_to_write, args=given, daemon=True
-        )  # it must not hold up an exit
+        # A daemon: it must not hold up the end of a process whose other ranks are gone.
+        self._writer = threading.Thread(target=self._try_to_write, args=given, daemon=True)
         self._writer.start()
 
     def wait(self) -> None:
@@ -113,7 +112,7 @@ class Checkpoints:
     def _try_to_write(self, *given: Any) -> None:
         try:
             self._write(*given)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, the training's own thread raises it
             self._error = error
 
     def _write(self, step: int, pieces: dict[str, Piece], facts: dict[str, Any], rank: int, size: int) -> None:
@@ -133,8 +132,7 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         found = self.whole()
-        losses = {path: read_state(path).get("loss") for path in found}
-        rated = {path: float(loss) for path, loss in losses.items() if loss is not None}
+        rated = {path: loss for path in found if (loss := _loss(path)) is not None}
         best = min(rated, key=rated.__getitem__) if rated else None
         for path in found[: -self.keep]:
             if path != best:
@@ -185,6 +183,15 @@ def _write_rank(folder: Path, rank: int, pieces: dict[str, Piece]) -> None:
     _sync(tensors)
     places = {name: (piece.begin, piece.shape) for name, piece in pieces.items()}
     _write_synced(record, json.dumps({"sha256": _checksum(tensors), "pieces": places}).encode())
+
+
+def _loss(checkpoint: Path) -> float | None:
+    """None where it was not said, or is damaged."""
+    try:
+        loss = read_state(checkpoint).get("loss")
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if loss is None else float(loss)
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -85,6 +85,13 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert names(saved) == ["step-0000002", "step-0000004", "step-0000005"]
 
 
+def test_a_damaged_one_does_not_stop_the_next_from_being_saved(tmp_path: Path) -> None:
+    saved = written(tmp_path, range(1, 4), keep=2, losses={1: 3.0, 2: 1.0, 3: 2.0})
+    (tmp_path / "step-0000003" / "state.json").write_text("{", "utf-8")
+    written(tmp_path, range(4, 6), keep=2, losses={4: 2.0, 5: 2.0})
+    assert names(saved) == ["step-0000002", "step-0000004", "step-0000005"]
+
+
 def test_half_written_checkpoints_are_ignored_and_cleared(tmp_path: Path) -> None:
     saved = written(tmp_path, range(1, 2))
     (tmp_path / "step-0000009.tmp").mkdir()
