@@ -115,8 +115,12 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     settings.slurm = replace(settings.slurm, tasks_per_node=2)  # ranks inside each task
     shards, encode = _submit(settings, "encode")
     folder = Path(settings.run) / "encode" / "drama.partial"
-    _wait_until((folder / "shard-00001.npy").exists, "the first shard of task 1")
+    log = Path(settings.run) / "slurm" / f"shards-{shards}_1.log"
+    _wait_until(lambda: log.exists() and "corpus: already done" in log.read_text("utf-8"), "the beginning of task 1")
     subprocess.run(["scontrol", "requeue", f"{shards}_1"], check=True)
+    _wait_until(lambda: "PENDING" in {task["JobState"] for task in _facts(f"{shards}_1")}, "the end of task 1")
+    own = [number for number in range(64) if number // 2 % 4 == 1]  # two ranks in each of four tasks
+    assert not all((folder / f"shard-{number:05d}.npy").exists() for number in own)
     _wait_for([shards, encode], settings)
     assert sorted(task["Restarts"] for task in _facts(shards)) == ["0", "0", "0", "1"]
     local = _copy(examples, tmp_path / "local", trained)
