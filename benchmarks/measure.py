@@ -176,6 +176,13 @@ def as_row(measured: Measured) -> dict[str, Any]:
     return asdict(measured)
 
 
+def earlier_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json; none where it was not measured."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
 def write_results(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> Path:
     """Write results/NAME.json and results/NAME.md, under a heading that says where and when."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """A whole training step: ours against sentence-transformers, on the same checkpoint and the same texts.
 
 python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--sets questions abstracts]
-    [--batches 256 1024] [--budgets 0 4] [--rounds 5]
+    [--batches 256 1024] [--budgets 0 4] [--dtypes bfloat16 float32] [--rounds 5] [--add]
 
 A step is everything from texts to updated weights: tokens, embeddings, the loss over all Matryoshka dims,
 gradients, clipping, AdamW. The learning rate is 0, so every round does the same work. Peers:
@@ -10,6 +10,8 @@ mini-batches of PEERS, of which one round over TRIED texts finds the fastest for
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
 padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is all that
 a side adds to the process: weights, optimiser, and the peak of a step.
+--dtypes: the precisions of the peer that are timed; in float32 both sides are compared once in any case.
+--add: rows of the results file with other texts or batches stay.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from measure import (
     arguments,
     as_row,
     circumstances,
+    earlier_rows,
     held_megabytes,
     in_turns,
     rate_of,
@@ -139,9 +142,12 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     makes = {
         _own_name(budget): partial(ours, options.model, "bfloat16", options.chunk_tokens, budget * 2**30)
         for budget in options.budgets
-    } | {best[dtype]: calls[best[dtype]] for dtype in DTYPES}
-    exact = ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)
-    sides, results, state = {}, {}, {}
+    } | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
+    results = {
+        "ours float32": (exact := ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)),
+        best["float32"]: (peer := calls[best["float32"]]()(texts)),
+    }
+    sides, state = {}, {}
     for budget in options.budgets:
         makes[_own_name(budget)]()(few)  # what a first step takes once in a process, the tried peers have taken
     for name, make in makes.items():
@@ -157,8 +163,8 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "distinct_tokens": exact.encoded,
         "tried": {name: as_row(value) for name, value in tried.items()},
         "measured": {name: as_row(value) | {"state_megabytes": state[name]} for name, value in measured.items()},
-        "results": {name: asdict(one) for name, one in {"ours float32": exact, **results}.items()},
-        "agree": _agree(exact, results[best["float32"]], "float32")
+        "results": {name: asdict(one) for name, one in results.items()},
+        "agree": _agree(exact, peer, "float32")
         and all(_agree(results[_own_name(one)], results[best["bfloat16"]], "bfloat16") for one in options.budgets),
         "best_peer": best["bfloat16"],
     }
@@ -208,6 +214,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"| {' | '.join(ratios)} | {_all_megabytes(value) / _all_megabytes(peer):.2f} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
+    lines += ["", *sorted({f"{row['date']}: `{row['command']}`." for row in rows})]
     return "\n".join(lines)
 
 
@@ -221,14 +228,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=DTYPES, help="of the peer, to be timed")
+    parser.add_argument("--add", action="store_true", help="keep the results file's rows of other texts or batches")
     options = parser.parse_args()
+    if "bfloat16" not in options.dtypes:
+        parser.error("--dtypes: expected bfloat16 among them, which the table compares with")
     use_device(options.device)
-    facts, rows = circumstances(options.device), []
+    name, facts = f"step-{options.device}", circumstances(options.device)
+    rows = earlier_rows(name) if options.add else []
     for batch in options.batches:
-        for name in options.sets:
-            texts = questions(options.data, batch) if name == "questions" else abstracts(options.data, batch)
-            rows.append(measure(texts, options))
-            path = write_results(f"step-{options.device}", facts, rows, table(rows))
+        for choice in options.sets:
+            texts = questions(options.data, batch) if choice == "questions" else abstracts(options.data, batch)
+            row = {"date": facts["date"], "command": facts["command"], **measure(texts, options)}
+            rows = [one for one in rows if (one["texts"], one["batch"]) != (row["texts"], row["batch"])] + [row]
+            path = write_results(name, facts, rows, table(rows))
     print(table(rows), path, sep="\n")
 
 

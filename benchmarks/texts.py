@@ -17,7 +17,7 @@ from drama_dist.index.lexical import LexicalIndex
 from drama_dist.records import Passage
 
 _NEGATIVE_RANKS = slice(10, 30)
-Pair = TypeVar("Pair")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ def questions(data: Path, count: int) -> Texts:
 def abstracts(data: Path, count: int) -> Texts:
     """CISI: a sentence of each of `count` abstracts, the abstract, and a hard negative from BM25's ranks 11 to 30."""
     passages = read_corpus(data / "cisi", "en", SetAside()).passages
-    crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) for passage in passages]
-    chosen = _sample([pair for pair in zip(crops, passages, strict=True) if pair[0]], count, data / "cisi")
-    queries = [crop for crop, _ in chosen if crop]
+    crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) or "" for passage in passages]
     index = LexicalIndex([passage.content for passage in passages], "en")
-    _, ranks = index.search(queries, _NEGATIVE_RANKS.stop)
-    negatives = [
-        _far(passages, row[_NEGATIVE_RANKS], passage) for row, (_, passage) in zip(ranks.tolist(), chosen, strict=True)
-    ]
-    return Texts("CISI + 1 hard negative", queries, ([passage.content for _, passage in chosen], negatives))
+    _, ranks = index.search(crops, _NEGATIVE_RANKS.stop)
+    negatives = [_far(passages, row[_NEGATIVE_RANKS], own) for row, own in zip(ranks.tolist(), passages, strict=True)]
+    contents = [passage.content for passage in passages]
+    usable = [row for row in zip(crops, contents, negatives, strict=True) if row[0] and row[2]]
+    queries, positives, negatives = map(list, zip(*_sample(usable, count, data / "cisi"), strict=True))
+    return Texts("CISI + 1 hard negative", queries, (positives, negatives))
 
 
 def corpus(data: Path, name: str) -> list[str]:
@@ -70,10 +69,11 @@ def corpus(data: Path, name: str) -> list[str]:
 
 
 def _far(passages: list[Passage], ranks: list[int], own: Passage) -> str:
-    return next(passages[place].content for place in ranks if place >= 0 and passages[place] is not own)
+    """Empty where the query's words are in too few passages."""
+    return next((passages[place].content for place in ranks if place >= 0 and passages[place] is not own), "")
 
 
-def _sample(pairs: list[Pair], count: int, where: Path) -> list[Pair]:
-    if len(pairs) < count:
-        raise ValueError(f"{where}: {len(pairs)} usable queries, a batch of {count} needs as many")
-    return random.Random(0).sample(pairs, count)
+def _sample(rows: list[Row], count: int, where: Path) -> list[Row]:
+    if len(rows) < count:
+        raise ValueError(f"{where}: {len(rows)} usable queries, a batch of {count} needs as many")
+    return random.Random(0).sample(rows, count)
