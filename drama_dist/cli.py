@@ -28,7 +28,7 @@ STAGES = {
     "report": "write report.html and report.json",
 }
 SUBMITTED = ("run", "augment", "train", "encode")
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+USER_ERRORS = (ValueError, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

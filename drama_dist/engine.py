@@ -145,7 +145,12 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
+    import deepspeed.ops
+    import deepspeed.utils.pin_memory  # its engine's finalizer would do it, inside whatever import it interrupts
 
+    # Compiled at the first start, and of use to inference only: a process killed meanwhile leaves a lock file for which
+    # every later start waits without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     decayed = [weight for weight in module.parameters() if weight.ndim > 1]
     plain = [weight for weight in module.parameters() if weight.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -78,7 +78,7 @@ def encode(settings: Settings, system: str = "drama", share: Share = WHOLE) -> P
     folder = corpus(settings)
     sections, inputs = _encoding(settings, system)
     name = f"encode/{result_name(system)}"
-    stage = open_stage(settings.run, name, sections, {"corpus": fingerprint(folder), **inputs})
+    stage = open_stage(settings.run, name, sections, {"corpus": fingerprint(folder), **inputs}, share)
     if not stage.done:
         encoder = _encoder(settings, system)
         encode_corpus(stage, open_corpus(folder).passages, encoder, settings.encode.shard_passages, share)

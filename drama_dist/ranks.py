@@ -7,7 +7,10 @@ tracked through them: the caller owns the backward pass.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections import Counter
 from typing import Any
 
@@ -67,10 +70,18 @@ def start() -> None:
             raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
         os.environ["MASTER_PORT"] = str(_free_port())
     number, size = rank(), world_size()
+    if size > 1:
+        _end_with_the_launcher()
     os.environ.update(RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank()))
     if device().type == "cuda":
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", rank=number, world_size=size)
+
+
+def _end_with_the_launcher() -> None:
+    """A launcher that is killed cannot end its ranks: Linux does it (prctl 1 is PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def stop() -> None:

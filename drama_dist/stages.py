@@ -1,17 +1,20 @@
 """A stage's folder: what is done, what is half done, with which settings, from which inputs.
 
 A stage works in RUN/NAME.partial and renames it to RUN/NAME when whole. Covers skipping,
-resuming, refusing other settings, metrics.jsonl and provenance.json. What a stage does
-inside its folder, and how it resumes there, is its own affair.
+resuming, refusing other settings and a second run at the same time, metrics.jsonl and provenance.json. What a stage
+does inside its folder, and how it resumes there, is its own affair.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,19 +22,25 @@ import uuid
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from drama_dist import ranks
 from drama_dist.progress import say
+from drama_dist.shares import WHOLE, Share
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
-_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard"}
+_LOCK = ".lock"
+_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", _LOCK}
 
 
 class OtherSettings(ValueError):
     """A run folder holds an artefact that was made with other settings or inputs."""
+
+
+class InUse(ValueError):
+    """Processes of another start are at work on a stage."""
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Stage:
     done: bool = False
     resumed: bool = False
     began: float = field(default_factory=time.monotonic)
+    _held: IO[str] | None = None  # the lock is this process's as long as the file is open
 
     @property
     def final(self) -> Path:
@@ -90,6 +100,7 @@ class Stage:
                 **facts,
             }
             write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
+            (self.folder / _LOCK).unlink(missing_ok=True)
             self.folder.rename(self.final)
         ranks.barrier()
         self.done = True
@@ -97,12 +108,15 @@ class Stage:
         return self.final
 
 
-def open_stage(run: Path | str, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> Stage:
+def open_stage(
+    run: Path | str, name: str, settings: dict[str, Any], inputs: dict[str, str], share: Share = WHOLE
+) -> Stage:
     """Open a stage of a run: finished, half done, or new.
 
     settings: every value that the artefact depends on (plain YAML types). inputs: name ->
     fingerprint of what is read (see `fingerprint`). Raises OtherSettings where the folder holds
-    this stage's artefact, or a part of it, made with others; the message lists the differences.
+    this stage's artefact, or a part of it, made with others; the message lists the differences. Raises InUse where
+    processes of another start work on the stage; tasks with shares may, beside each other.
     """
     stage = Stage(Path(run), name, settings, inputs)
     found = _find(stage)
@@ -112,6 +126,8 @@ def open_stage(run: Path | str, name: str, settings: dict[str, Any], inputs: dic
     elif ranks.rank() == 0 and not _create(stage):
         _refuse_others(stage)
     ranks.barrier()
+    if not stage.done:
+        _claim(stage, share)
     return stage
 
 
@@ -177,6 +193,41 @@ def _create(stage: Stage) -> bool:
             raise
         return False
     return True
+
+
+def _claim(stage: Stage, share: Share) -> None:
+    """Lock the folder until this process ends: against a second start, and against what a killed launcher left running.
+
+    Rank r of a whole run holds byte r of the lock file; tasks with shares hold all of it together.
+    """
+    stage._held = open(stage.folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    if not share.whole:
+        _lock(stage, fcntl.LOCK_SH)
+        return
+    if ranks.rank() == 0:
+        _lock(stage, fcntl.LOCK_EX)
+        fcntl.lockf(stage._held, fcntl.LOCK_UN, 0, 1)  # the bytes after the first: for the other ranks
+        stage._held.truncate(0)
+        stage._held.write(f"process {os.getpid()} of {socket.gethostname()}")
+        stage._held.flush()
+    ranks.barrier()
+    if ranks.rank():
+        _lock(stage, fcntl.LOCK_EX, 1, ranks.rank())
+
+
+def _lock(stage: Stage, kind: int, length: int = 0, begin: int = 0) -> None:
+    assert stage._held is not None
+    try:
+        fcntl.lockf(stage._held, kind | fcntl.LOCK_NB, length, begin)
+    except (BlockingIOError, PermissionError):
+        stage._held.seek(0)
+        other = stage._held.read() or "a task with a share of it"
+        raise InUse(
+            f"{stage.folder}: still at work on it: {other}, or ranks that were started with it; "
+            "wait until they end, or end them"
+        ) from None
+    except OSError:  # a file system without locks: nothing is refused
+        return
 
 
 @cache

@@ -7,10 +7,13 @@ no compiler. The libraries' functions are called through ctypes, which lets othe
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,21 +68,35 @@ def _as_c(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | cty
 def _build(name: str, openmp: bool) -> str:
     from torch.utils import cpp_extension
 
-    # A cache folder may be shared by machines with other CPUs.
+    # A cache folder may be shared by machines with other CPUs, and by other versions of the source.
     cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
-    built = f"drama_{name}_{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
-    with _ninja_on_path():
-        folder = Path(cpp_extension._get_build_directory(built, verbose=False))
+    source = _FOLDER / f"{name}.cpp"
+    built = f"drama_{name}_{hashlib.sha256(flags.encode() + source.read_bytes()).hexdigest()[:12]}"
+    folder = Path(cpp_extension._get_build_directory(built, verbose=False))
+    with _ninja_on_path(), _alone_in(folder):
         cpp_extension.load(
             built,
-            [str(_FOLDER / f"{name}.cpp")],
+            [str(source)],
             # OpenMP's symbols are left to PyTorch, which has loaded its own: a second one would fight it for cores.
             extra_cflags=["-O3", "-march=native", *(["-fopenmp"] if openmp else [])],
             is_python_module=False,
             verbose=False,
         )
     return str(folder / f"{built}.so")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One builder at a time. This lock ends with its process; PyTorch's own, a file, outlives it and halts others."""
+    with open(folder / "builder", "w", encoding="utf-8") as builder:
+        try:
+            fcntl.flock(builder, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield
+            return
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 class _ninja_on_path:

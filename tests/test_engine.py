@@ -99,3 +99,11 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert rates[12] == pytest.approx(0.5) and rates[-1] < 0.01
+
+
+def test_deepspeed_compiles_nothing() -> None:
+    """Its operation for CPUs serves inference; killed while compiling, it leaves a lock file that others wait for."""
+    import deepspeed.comm.comm
+
+    Engine(module(), OptimiserSettings("float32", 1, weight_decay=0.0, gradient_clipping=1.0))
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None

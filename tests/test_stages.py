@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drama_dist.stages import OtherSettings, fingerprint, open_stage, seconds_of
+from drama_dist.shares import WHOLE, Share
+from drama_dist.stages import InUse, OtherSettings, fingerprint, open_stage, seconds_of
 
 SETTINGS = {"train": {"steps": 3, "dims": [4, 2]}}
 
@@ -32,6 +35,31 @@ def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
     (first.folder / "half").write_text("x", "utf-8")
     again = open_stage(tmp_path, "train", SETTINGS, {})
     assert again.resumed and not again.done and (again.folder / "half").exists()
+
+
+@pytest.mark.parametrize("share", [WHOLE, Share(1, 4)])
+def test_a_stage_at_work_in_another_process_is_refused_until_that_ends(tmp_path: Path, share: Share) -> None:
+    program = (
+        "import sys, time; from drama_dist.stages import open_stage; from drama_dist.shares import Share\n"
+        f"stage = open_stage({str(tmp_path)!r}, 'train', {SETTINGS!r}, {{}}, Share({share.number}, {share.of}))\n"
+        "print('open', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "open\n"
+        who = f"process {other.pid} of " if share.whole else "a task with a share"
+        with pytest.raises(InUse, match=f"train.partial: still at work on it: {who}"):
+            open_stage(tmp_path, "train", SETTINGS, {})
+        if share.whole:
+            with pytest.raises(InUse):
+                open_stage(tmp_path, "train", SETTINGS, {}, Share(0, 4))
+        else:
+            open_stage(tmp_path, "train", SETTINGS, {}, Share(0, 4))
+    finally:
+        other.kill()
+        other.wait()
+    open_stage(tmp_path, "train", SETTINGS, {}).finish()
+    assert not (tmp_path / "train" / ".lock").exists()
 
 
 def test_one_of_several_processes_makes_the_folder_and_the_others_find_it_whole(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def augment(
         "teacher": as_dict(settings.teacher),
         "augment": as_dict(settings.augment),
     }
-    stage = open_stage(settings.run, "augment", sections, inputs)
+    stage = open_stage(settings.run, "augment", sections, inputs, share)
     if stage.done:
         return stage.final
     if not share.whole:
