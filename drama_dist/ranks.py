@@ -64,11 +64,9 @@ def start() -> None:
     """
     if dist.is_initialized():
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        if world_size() > 1:
-            raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        _meet()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     number, size = rank(), world_size()
     if size > 1:
         _end_with_the_launcher()
@@ -76,6 +74,31 @@ def start() -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if device().type == "cuda" else "gloo", rank=number, world_size=size)
+
+
+def _meet() -> None:
+    """Choose where the ranks meet; under mpirun, which says nothing of it, rank 0 tells the others through MPI."""
+    if world_size() == 1:
+        os.environ["MASTER_PORT"] = str(_free_port())
+        return
+    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+        raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"ranks under mpirun need mpi4py to find each other ({error}): pip install mpi4py, "
+            "or say where they meet: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+        ) from error
+    MPI.Init()
+    here = "127.0.0.1" if local_world_size() == world_size() else MPI.Get_processor_name()
+    address, port = MPI.COMM_WORLD.bcast((here, _free_port()))
+    MPI.Finalize()  # now: at its end a rank that fails would wait here for the others, and they for it
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ["MASTER_PORT"] = str(port)
 
 
 def _end_with_the_launcher() -> None:

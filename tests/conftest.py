@@ -57,6 +57,10 @@ def write_lines(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer()
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the corpus, with BOS and EOS."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
