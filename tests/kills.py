@@ -305,7 +305,7 @@ def can_fill() -> bool:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "Two ranks, float32. moment: share of the stage's time. status: of the stopped launcher. starts: until the stage",
+        "Two ranks, float32. moment: share of the stage's time. status: of the stopped launcher. starts: until it",
         "ended well. same: all files of the artefact to the byte, every step's loss, nothing left behind.",
         "",
         "| trial | stage | stopped by | launcher | moment | status | starts | same |",
