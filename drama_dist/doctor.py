@@ -53,8 +53,8 @@ CHECKS = (
     Check(
         "bfloat16",
         probes.bfloat16,
-        "train.dtype and encode.dtype bfloat16 save memory but are slower than float32",
-        "nothing: set train.dtype=float32 encode.dtype=float32, or take a processor with AMX or AVX512-BF16, or a GPU",
+        "dtype: auto takes float32, which is slower than bfloat16 elsewhere",
+        "nothing; a processor with AVX512-BF16 or AMX is some 2.5 times as fast, or a GPU",
     ),
     Check("C++ compiler", probes.compiler, "see loss, attention and layers below", _COMPILER),
     Check("ninja", probes.ninja, "see loss, attention and layers below", "pip install ninja"),

@@ -21,6 +21,7 @@ from drama_dist.evaluate.tasks import evaluate_system
 from drama_dist.export import export_encoder
 from drama_dist.index.encode import TextEncoder, encode_corpus, load_embeddings
 from drama_dist.index.teacher import Teacher
+from drama_dist.precision import dtype_name
 from drama_dist.progress import say
 from drama_dist.prune.build import prune as build_backbone
 from drama_dist.prune.build import random_twin
@@ -170,13 +171,13 @@ def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[
 def _encoder(settings: Settings, system: str) -> TextEncoder:
     if system == "teacher":
         return Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
+    dtype = dtype_name(settings.encode.dtype)
     if system.startswith(OTHER_MODEL):
-        encoder = load(system.removeprefix(OTHER_MODEL), dtype=settings.encode.dtype)
+        encoder = load(system.removeprefix(OTHER_MODEL), dtype=dtype)
     elif system == "llm-unpruned":
-        encoder = load(settings.llm, dtype=settings.encode.dtype, contract=settings.encoder, bidirectional=False)
+        encoder = load(settings.llm, dtype=dtype, contract=settings.encoder, bidirectional=False)
     else:
-        folder = Path(settings.run) / TRAINED[system]
-        encoder = load(folder, dtype=settings.encode.dtype, contract=settings.encoder)
+        encoder = load(Path(settings.run) / TRAINED[system], dtype=dtype, contract=settings.encoder)
     if settings.encode.max_passage_tokens:
         encoder.contract = replace(encoder.contract, max_passage_tokens=settings.encode.max_passage_tokens)
     encoder.tokens_per_batch = settings.encode.batch_tokens

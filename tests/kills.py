@@ -49,7 +49,7 @@ CHANGES = [
 SHARDS = 16
 DISK_BYTES = 256 << 20
 PATIENCE = 180.0  # seconds in which a stopped stage must be gone
-_OWN_RECORDS = {"provenance.json", "metrics.jsonl", "tensorboard"}  # with dates, and how long things took
+_OWN_RECORDS = {"provenance.json", "metrics.jsonl", "tensorboard", "settings.yaml"}  # dates, durations, the folder
 
 
 @dataclass(frozen=True)
@@ -177,17 +177,24 @@ class Ground:
 
 def differences(whole: Path, run: Path, folder: str) -> list[str]:
     """What is not as in the run that nobody stopped: files, their bytes, and the losses of each step."""
-    names = {path.relative_to(whole) for path in whole.rglob("*")}
-    found = [f"{name}: left behind" for name in {path.relative_to(run) for path in run.rglob("*")} - names]
-    for name in sorted(path.relative_to(whole) for path in (whole / folder).rglob("*") if path.is_file()):
-        if not (run / name).exists():
-            found.append(f"{name}: missing")
-        elif _OWN_RECORDS.isdisjoint(name.parts) and (run / name).read_bytes() != (whole / name).read_bytes():
-            found.append(f"{name}: other bytes")
+    names, own = _names(whole), _names(run)
+    found = [f"{name}: left behind" for name in sorted(own - names)]
+    found += [f"{name}: missing" for name in sorted(names - own)]
+    found += [f"{name}: other bytes" for name in sorted(names & own) if _differ(whole / name, run / name)]
     metrics = [one / folder / "metrics.jsonl" for one in (whole, run)]
     if metrics[0].exists() and _steps(metrics[0]) != _steps(metrics[1]):
         found.append(f"{folder}/metrics.jsonl: other steps or losses")
     return found
+
+
+def _names(run: Path) -> set[Path]:
+    """All files and folders of a run, but what has its date in its name or in itself."""
+    found = (path.relative_to(run) for path in run.rglob("*"))
+    return {name for name in found if _OWN_RECORDS.isdisjoint(name.parts)}
+
+
+def _differ(one: Path, other: Path) -> bool:
+    return one.is_file() and one.read_bytes() != other.read_bytes()
 
 
 def _steps(metrics: Path) -> list[tuple[int, float]]:

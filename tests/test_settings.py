@@ -63,7 +63,7 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
         ("train.steps", "expected section.key=value"),
         ("train.steps=0", "train.steps=0: expected 1 or more"),
         ("train.temperature=0", "train.temperature=0.0: expected more than 0"),
-        ("train.dtype=float16", "train.dtype='float16': expected one of bfloat16, float32"),
+        ("train.dtype=float16", "train.dtype='float16': expected one of auto, bfloat16, float32"),
         ("train.activation_budget=half", "train.activation_budget='half': expected auto, or GiB, 0 or more"),
         ("slurm.minutes=5", "slurm.warning_seconds=300: expected less than the time limit, slurm.minutes=5"),
         ("train.activation_budget=-1", "train.activation_budget=-1: expected auto, or GiB"),

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from drama_dist import ranks
 from drama_dist.augment.prompts import Message
 from drama_dist.encoder.sources import resolve
+from drama_dist.precision import AUTO, dtype_of
 from drama_dist.settings import AugmentSettings
 
 
 class LanguageModel:
-    """An instruction-tuned LLM, loaded at first use in bfloat16.
+    """An instruction-tuned LLM, loaded at first use, in the precision that suits the device.
 
     Answers are a function of the conversations, the seed and the settings, batch by batch.
     """
@@ -42,7 +43,7 @@ class LanguageModel:
     def model(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(self.name),
-            dtype=torch.bfloat16,
+            dtype=dtype_of(AUTO),
             use_safetensors=True,
             trust_remote_code=self.trust_remote_code,
         )

@@ -15,6 +15,7 @@ import numpy as np
 from drama_dist import ranks
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.encoder.sources import resolve
+from drama_dist.precision import dtype_of
 from drama_dist.progress import progress_bar
 from drama_dist.settings import TeacherSettings
 
@@ -38,14 +39,13 @@ class Teacher:
 
     @cached_property
     def model(self) -> SentenceTransformer:
-        import torch
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(
             resolve(self.settings.model),
             device=str(ranks.device()),
             trust_remote_code=self.trust_remote_code,
-            model_kwargs={"dtype": getattr(torch, self.settings.dtype), "use_safetensors": True},
+            model_kwargs={"dtype": dtype_of(self.settings.dtype), "use_safetensors": True},
         )
         model.max_seq_length = min(self.settings.max_tokens, model.max_seq_length or self.settings.max_tokens)
         return model.eval()

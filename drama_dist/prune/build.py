@@ -11,7 +11,6 @@ import random
 import shutil
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist import ranks
@@ -20,6 +19,7 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, from_config, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
 from drama_dist.encoder.sources import resolve
+from drama_dist.precision import AUTO, dtype_of
 from drama_dist.prune.heal import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.prune.shrink import Kept, choose, shrink
@@ -62,8 +62,7 @@ def random_twin(pruned: Encoder, seed: int) -> Encoder:
 
 def _load(name: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     folder = resolve(name)
-    dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(AUTO), use_safetensors=True)
     if not isinstance(model, LlamaForCausalLM):
         raise ValueError(f"{name}: model type {model.config.model_type!r}; only Llama-type models can be pruned")
     model.config._attn_implementation = attention.NAME

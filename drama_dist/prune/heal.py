@@ -21,6 +21,7 @@ from drama_dist import ranks
 from drama_dist.checkpoints import Checkpoints
 from drama_dist.encoder.packing import Packed, pack
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
+from drama_dist.precision import AUTO, dtype_name
 from drama_dist.progress import progress_bar
 from drama_dist.settings import PruneSettings
 from drama_dist.stages import Stage
@@ -38,7 +39,7 @@ def heal(
     seed: int,
 ) -> LlamaForCausalLM:
     """Train the student in place on token id sequences; resumes from the stage's checkpoints; returns it in float32."""
-    engine = Engine(student, OptimiserSettings("bfloat16", 1, weight_decay=0.0, gradient_clipping=1.0))
+    engine = Engine(student, OptimiserSettings(dtype_name(AUTO), 1, weight_decay=0.0, gradient_clipping=1.0))
     saved = Checkpoints(stage.folder / "checkpoints", keep=1)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)

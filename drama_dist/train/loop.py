@@ -21,6 +21,7 @@ from drama_dist.checkpoints import Checkpoints
 from drama_dist.corpus.table import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
+from drama_dist.precision import dtype_name
 from drama_dist.progress import progress_bar
 from drama_dist.records import Example, read_records
 from drama_dist.settings import Settings, TrainSettings, as_dict
@@ -62,10 +63,11 @@ def train(
     choice = settings.train
     if choice.batch_size < ranks.world_size():
         raise ValueError(f"train.batch_size={choice.batch_size} for {ranks.world_size()} ranks: each needs a query")
+    dtype = dtype_name(choice.dtype)
     engine = Engine(
         start,
         OptimiserSettings(
-            choice.dtype, choice.zero_stage, choice.weight_decay, choice.gradient_clipping, choice.offload_optimizer
+            dtype, choice.zero_stage, choice.weight_decay, choice.gradient_clipping, choice.offload_optimizer
         ),
     )
     if ranks.rank() == 0:
@@ -73,7 +75,7 @@ def train(
         write_text(stage.folder / "token_lengths.json", json.dumps(lengths) + "\n")
     _steps(settings, stage, start, engine, examples, table)
     _save_encoder(stage, start, engine)
-    return stage.finish(examples=len(examples), steps=choice.steps)
+    return stage.finish(examples=len(examples), steps=choice.steps, dtype=dtype)
 
 
 def _steps(

@@ -20,7 +20,9 @@ from drama_dist.encoder.backbone import Encoder
 from drama_dist.train.memory import peak_bytes, reset_peak
 from drama_dist.train.objective import Objective
 
-_PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows of the square matrices whose product shows the peak
+_SMALLEST_PRODUCT = 256  # rows of the square matrices whose product shows the peak
+_LARGEST_PRODUCT = {"cpu": 2048, "cuda": 8192}
+_LONG_ENOUGH = 0.05  # seconds
 _REPEATS = 4
 _MARGIN_BINS = 20
 
@@ -90,12 +92,21 @@ def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
 
 @torch.no_grad()
 def matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large product; the best of a few."""
-    size = _PRODUCT[device.type]
+    """Operations a second of a large product; the best of a few.
+
+    Large: a device that is slow in this dtype is asked for a smaller one, and not for minutes.
+    """
+    size = _SMALLEST_PRODUCT
+    while (seconds := _product_seconds(size, dtype, device)) < _LONG_ENOUGH and size < _LARGEST_PRODUCT[device.type]:
+        size *= 2
+    return 2 * size**3 / seconds
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(_REPEATS):
         began = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return best

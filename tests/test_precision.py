@@ -1,0 +1,23 @@
+"""auto takes bfloat16 only where the device is fast in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drama_dist import precision
+from drama_dist.precision import AUTO, dtype_name, dtype_of
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx2 fma", "float32"), ("fpu avx512f avx512_bf16", "bfloat16"), ("asimd bf16", "bfloat16"), ("", "float32")],
+)
+def test_auto_asks_the_processor(monkeypatch: pytest.MonkeyPatch, flags: str, expected: str) -> None:
+    monkeypatch.setattr(precision, "cpuinfo", lambda field: flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dtype_name(AUTO) == expected and dtype_of(AUTO) == getattr(torch, expected)
+
+
+def test_what_the_settings_name_is_taken() -> None:
+    assert (dtype_name("bfloat16"), dtype_of("float32")) == ("bfloat16", torch.float32)
