@@ -16,10 +16,10 @@ test: .venv/ready ## the default test suite
 	$(BIN)/pytest
 
 test-slow: .venv/ready ## the tests marked slow
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -o faulthandler_timeout=3600
 
 test-slurm: .venv/ready ## the tests on a real slurm of two nodes here: as root, installs it with apt
-	$(BIN)/pytest -m slurm
+	$(BIN)/pytest -m slurm -o faulthandler_timeout=3600
 
 bench: .venv/ready ## ours and the peers here: make bench DATA=FOLDER (xquad-en, cisi, npl, time in BEIR form)
 	$(call benchmarks,cpu)

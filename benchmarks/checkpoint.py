@@ -4,7 +4,7 @@ python benchmarks/checkpoint.py [--model runs/quickstart/export] [--rounds 7]
 
 The model under AdamW with float32 master weights; the folder is a temporary one in the working folder. waits: until
 `save` returns; blocks: until the same checkpoint is whole. steps: what training steps take while one is being
-written, over what they take otherwise: the writer needs a core for checksums.
+written, and otherwise: the writer needs a core for checksums.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from drama_dist.devices import CPU, device
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
 from drama_dist.engine import Engine, OptimiserSettings
-from drama_dist.plan import make_plan, read_shape
+from drama_dist.plan import SHARES_OF_PEAK, make_plan, read_shape
+from drama_dist.precision import dtype_name
 from drama_dist.settings import Settings, read_settings
 from drama_dist.train.cost import Shape
 from drama_dist.train.grad_cache import GradCache
@@ -62,7 +63,13 @@ class Run:
     def __init__(self, settings: Settings, shape: Shape):
         self.settings, train = settings, settings.train
         self.encoder = _encoder(settings, shape)
-        optimiser = train.dtype, train.zero_stage, train.weight_decay, train.gradient_clipping, train.offload_optimizer
+        optimiser = (
+            dtype_name(train.dtype),
+            train.zero_stage,
+            train.weight_decay,
+            train.gradient_clipping,
+            train.offload_optimizer,
+        )
         self.engine = Engine(self.encoder, OptimiserSettings(*optimiser))
         self.encoder.train()
         if train.checkpoint_layers:
@@ -191,10 +198,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "the step's peak, and planned over measured; backward: the peak before the update. Sent: bytes of the loss's",
         "exchange and figures. (mapped): glibc gives freed blocks of 64 KiB and more back at once. That shows what",
         "is in use, which is what the plan counts; else holes between blocks come on top, most with ZeRO 3, whose",
-        "layers are not fused.",
+        "layers are not fused. time: expected by the plan over measured.",
         "",
-        "| ranks | train. | state | kept graphs | backward | all | ratio | sent |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| ranks | train. | state | kept graphs | backward | all | ratio | sent | time |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         plan, measured = row["planned"], row["measured"]
@@ -204,7 +211,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         sent = f"{sum(measured['sent'].values())}, {'equal' if equal else other}"
         lines.append(
             f"| {row['ranks']} | {' '.join(row['settings'])} | {' | '.join(pairs)} "
-            f"| {plan['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} |"
+            f"| {plan['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} "
+            f"| {plan['seconds'] / SHARES_OF_PEAK[True] / measured['seconds']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -69,12 +69,15 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self) -> None:
-        """Until what is being written is whole; raises CheckpointError where it cannot be."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self._error is not None:
-            raise CheckpointError(f"{self.folder}: the checkpoint could not be written: {self._error}") from self._error
+        """Until what is being written is whole; raises CheckpointError, on all ranks, where one of them failed."""
+        if self._writer is None:
+            return
+        self._writer.join()
+        self._writer = None
+        failed = [rank for rank, is_so in enumerate(ranks.on_every_rank(int(self._error is not None))) if is_so]
+        if failed:
+            reason = self._error or f"rank {failed[0]} failed; its message says why"
+            raise CheckpointError(f"{self.folder}: the checkpoint could not be written: {reason}") from self._error
 
     def clear_unfinished(self) -> None:
         """Drop what a killed attempt left half written."""
@@ -128,10 +131,14 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been resumed from
             folder.rename(final)
             _sync(self.folder)
-            self._drop_old()
+            self._drop_old(step)
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, step: int) -> None:
         found = self.whole()
+        for path in found:
+            if _step(path) > step:  # damaged, or training would have gone on from it
+                shutil.rmtree(path)
+        found = [path for path in found if _step(path) <= step]
         rated = {path: loss for path in found if (loss := _loss(path)) is not None}
         best = min(rated, key=rated.__getitem__) if rated else None
         for path in found[: -self.keep]:
@@ -154,7 +161,8 @@ class Reader:
 
     def __init__(self, checkpoint: Path):
         self._places: dict[str, list[tuple[Path, int, tuple[int, ...]]]] = {}
-        for record in sorted(checkpoint.glob("rank-*.json")):
+        for rank in range(len(read_state(checkpoint)["records"])):
+            record = _record(checkpoint, rank)
             pieces = json.loads(record.read_text("utf-8"))["pieces"]
             for name, (begin, shape) in pieces.items():
                 place = record.with_suffix(".safetensors"), begin, tuple(shape)

@@ -28,7 +28,7 @@ STAGES = {
     "report": "write report.html and report.json",
 }
 SUBMITTED = ("run", "augment", "train", "encode")
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,7 +171,11 @@ def _plan(options: argparse.Namespace) -> None:
     from drama_dist.plan import plan, pruned_shape
 
     settings = read_settings(options.settings, options.overrides)
-    given = options.vocabulary and options.head
+    given = options.vocabulary is not None
+    if given != (options.head is not None):
+        raise ValueError("--vocabulary and --head go together: both are of the LLM")
+    if given and settings.train.start:
+        raise ValueError("--vocabulary and --head are of the LLM that is pruned; train.start names an encoder")
     plan(
         settings,
         options.ranks,

@@ -59,8 +59,10 @@ NAMES = (CPU, *SHEETS)
 def device(name: str, ranks: int) -> Device:
     """A device of NAMES; of this machine's processor each of `ranks` has an equal part.
 
-    Raises ValueError where there is no such device.
+    Raises ValueError where there is no such device, or no rank.
     """
+    if ranks < 1:
+        raise ValueError(f"{ranks} ranks: expected 1 or more")
     if name in SHEETS:
         return SHEETS[name]
     if name != CPU:

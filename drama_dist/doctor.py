@@ -184,6 +184,10 @@ def _answer(probe: Callable[[], str], sender: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (sys.stdout, sys.stderr):
         os.dup2(nowhere, output.fileno())  # for compilers, too, which these processes start
+    from drama_dist import ranks  # here, in a process that has torch already
+
+    for name in ranks.VARIABLES:
+        os.environ.pop(name, None)  # an allocation's shell says how many ranks there could be; this is one process
     try:
         answer = True, probe()
     except probes.Missing as reason:

@@ -75,16 +75,25 @@ class Engine:
         self._engine.backward(loss * ranks.world_size())
 
     def step(self, learning_rate: float) -> float:
-        """Update the weights; returns the global gradient norm before clipping."""
+        """Update the weights; returns the global gradient norm before clipping.
+
+        Raises FloatingPointError where that is not finite: DeepSpeed would skip the step, or spoil all weights.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._own_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        found = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        if not math.isfinite(found):
+            raise FloatingPointError(
+                f"the gradient's norm is {found}: lower the learning rate, or train in float32; "
+                "the last checkpoint is from before it"
+            )
+        return found
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights by name, on the CPU; every rank must call it."""
-        return self._full(None)
+        return {name: self._state.read(weight).cpu() for name, weight in self._weights()}
 
     def save(self, checkpoints: Checkpoints, step: int, **facts: Any) -> None:
         """Start writing checkpoint `step`; returns before it is whole."""
@@ -111,9 +120,6 @@ class Engine:
         set_steps(self._engine, step)
         say(f"going on from step {step} ({newest})")
         return step
-
-    def _full(self, moment: str | None) -> dict[str, torch.Tensor]:
-        return {name: self._state.read(weight, moment).cpu() for name, weight in self._weights()}
 
     def _own_norm(self) -> torch.Tensor:
         """The gradients', which are the same on all ranks; DeepSpeed does not tell it without ZeRO."""
@@ -148,9 +154,9 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
     import deepspeed.ops
     import deepspeed.utils.pin_memory  # its engine's finalizer would do it, inside whatever import it interrupts
 
-    # Compiled at the first start, and of use to inference only: a process killed meanwhile leaves a lock file for which
-    # every later start waits without end.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would compile what ranks on a CPU could use for inference: a process killed meanwhile leaves a lock file for
+    # which every later start waits without end. To find out what it could compile takes it a compiler, too.
+    deepspeed.ops.__compatible_ops__ = {}
     decayed = [weight for weight in module.parameters() if weight.ndim > 1]
     plain = [weight for weight in module.parameters() if weight.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -164,6 +170,8 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
 
 
 def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:
+    if settings.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype {settings.dtype!r}: expected bfloat16 or float32")
     return {
         "train_batch_size": ranks.world_size(),  # DeepSpeed only checks it: batches are cut in train/batches.py
         "train_micro_batch_size_per_gpu": 1,

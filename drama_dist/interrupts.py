@@ -30,11 +30,16 @@ def listen() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, signals are only noted: the code asks `wanted` where it can stop."""
+    """Inside, signals are only noted: the code asks `wanted` where it can stop.
+
+    What ends well in spite of one raises Stopped at the end, on all ranks: what comes next must not begin.
+    """
     global _asked, _deferring
     _asked, _deferring = 0, True
     try:
         yield
+        if wanted():
+            raise Stopped("asked to stop when a stage was at its end")
     finally:
         _asked, _deferring = 0, False
 

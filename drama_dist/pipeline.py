@@ -56,7 +56,7 @@ def augment(settings: Settings, share: Share = WHOLE) -> Path:
     ranked_by = encode(settings, "teacher")
     inputs = {"corpus": fingerprint(folder), "teacher": fingerprint(ranked_by), "llm": model_fingerprint(settings.llm)}
     teacher = Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
-    return write_examples(settings, open_corpus(folder), teacher, load_embeddings(ranked_by), inputs, share)
+    return write_examples(settings, open_corpus(folder), teacher, ranked_by, inputs, share)
 
 
 def train(settings: Settings, system: str = "drama") -> Path:
@@ -75,7 +75,8 @@ def encode(settings: Settings, system: str = "drama", share: Share = WHOLE) -> P
     if not share.whole:
         _need(settings, "corpus", "drama corpus SETTINGS")
         if system in TRAINED:
-            _need(settings, TRAINED[system], "drama train SETTINGS")
+            for needed in ("encode/teacher", "augment", *([] if settings.train.start else ["prune"]), TRAINED[system]):
+                _need(settings, needed, "drama train SETTINGS")
     folder = corpus(settings)
     sections, inputs = _encoding(settings, system)
     name = f"encode/{result_name(system)}"
@@ -124,11 +125,13 @@ def export(settings: Settings) -> Path:
 
 def report(settings: Settings) -> Path:
     """Write report.html and report.json into the run's folder, and the table to the terminal."""
-    path = write_report(Path(settings.run), settings)
+    path = Path(settings.run) / "report.html"
     if ranks.rank() == 0:
+        write_report(Path(settings.run), settings)
         rows = json.loads((Path(settings.run) / "report.json").read_text("utf-8"))["results"]
         print(results_table(rows), flush=True)
         say(f"report: {path}")
+    ranks.barrier()
     return path
 
 

@@ -21,14 +21,14 @@ from drama_dist.encoder.sources import locate
 from drama_dist.engine import BUCKET
 from drama_dist.precision import AUTO, dtype_name
 from drama_dist.settings import Settings
-from drama_dist.train.cost import INDEX, PARTS, SINGLE, Costs, Shape, Share, Way, layers_fuse, loss_backend
+from drama_dist.train.cost import INDEX, PARTS, SINGLE, Costs, RankShare, Shape, Way, layers_fuse, loss_backend
 from drama_dist.train.grad_cache import SHARE_OF_FREE
 from drama_dist.train.objective import queries_travel
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu.md, 31,842
-# different tokens of four passes in 10.6 s, where products reach 430 Gflop/s. On GPUs it is an assumption.
-_SHARES_OF_PEAK = {True: 0.6, False: 0.4}
+# different tokens of four passes in 11.1 s; plan-cpu.md shows how rough that is. On GPUs it is an assumption.
+SHARES_OF_PEAK = {True: 0.6, False: 0.4}
 _MOST_RANKS = 4096
 
 
@@ -74,7 +74,7 @@ def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
     own = [math.ceil(count / ranks) for count in (train.batch_size, passages)]
     lengths, source = _lengths(settings, own)
     words = min(sum(lengths), shape.vocabulary)
-    share = Share(ranks, train.batch_size, passages, own[0], own[1], lengths, words, tuple(encoder.dims))
+    share = RankShare(ranks, train.batch_size, passages, own[0], own[1], lengths, words, tuple(encoder.dims))
     dtype = dtype_name(train.dtype) if on.is_cpu or train.dtype != AUTO else "bfloat16"
     way = Way(
         size=SINGLE if dtype == "float32" else SINGLE // 2,
@@ -83,7 +83,7 @@ def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
         chunk_tokens=train.chunk_tokens,
         budget=math.inf,
         checkpoint_layers=train.checkpoint_layers,
-        queries_travel=ranks > 1 and queries_travel(train.batch_size, passages, encoder, train),
+        queries_travel=ranks > 1 and queries_travel(train.batch_size, passages, shape.hidden, encoder, train),
         loss=loss_backend(not on.is_cpu),
         fused=on.is_cpu and layers_fuse(shape),
         bucket=BUCKET,
@@ -159,7 +159,7 @@ def _traffic_lines(costs: Costs) -> Iterator[str]:
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
-    share = _SHARES_OF_PEAK[plan.device.is_cpu]
+    share = SHARES_OF_PEAK[plan.device.is_cpu]
     expected, peak = plan.seconds / share, plan.device.peaks[plan.dtype] / 1e12
     reason = (
         "as in benchmarks/results/step-cpu.md" if plan.device.is_cpu else "assumed: nothing was timed on such a device"
@@ -197,7 +197,7 @@ def what_fits(settings: Settings, plan: Plan) -> list[str]:
         chosen.append(change)
         if _with(settings, plan, chosen).fits:
             needed = list(chosen)
-            for one in chosen[:-1]:
+            for one in reversed(chosen[:-1]):
                 rest = [other for other in needed if other is not one]
                 needed = rest if _with(settings, plan, rest).fits else needed
             last = {key: value for key, value in needed}  # a later value of a key replaces an earlier one
@@ -217,13 +217,16 @@ def _changes(settings: Settings, plan: Plan) -> Iterator[tuple[str, object]]:
         yield "chunk_tokens", tokens
     if not train.checkpoint_layers:
         yield "checkpoint_layers", True
-    if ranks > 1:
-        yield from (("zero_stage", stage) for stage in range(train.zero_stage + 1, 4))
+    stages = range(train.zero_stage + 1, 4)
+    if ranks > 1 or not train.zero_stage:
+        yield from (("zero_stage", stage) for stage in stages[: None if ranks > 1 else 1])
     if not plan.device.is_cpu and not train.offload_optimizer:
         yield "offload_optimizer", True
     while not plan.device.is_cpu and ranks * 2 <= min(train.batch_size, _MOST_RANKS):
         ranks *= 2
         yield "ranks", ranks
+        if plan.costs.share.ranks == 1:
+            yield from (("zero_stage", stage) for stage in stages)
 
 
 def _with(settings: Settings, plan: Plan, changes: Sequence[tuple[str, object]]) -> Plan:

@@ -23,6 +23,12 @@ def dtype_name(setting: str) -> str:
     return "bfloat16" if _fast_in_bfloat16() else "float32"
 
 
+def agreed_dtype_name(setting: str) -> str:
+    """The same for ranks that exchange what they compute: bfloat16 only if it suits all. Every rank must call it."""
+    names = ranks.on_every_rank(int(dtype_name(setting) == "bfloat16"))
+    return "bfloat16" if all(names) else "float32"
+
+
 def dtype_of(setting: str) -> torch.dtype:
     """The same as PyTorch's dtype."""
     found: torch.dtype = getattr(torch, dtype_name(setting))

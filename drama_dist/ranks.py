@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 _LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+
+VARIABLES = (*_RANK_NAMES, *_WORLD_NAMES, *_LOCAL_NAMES, *_LOCAL_WORLD_NAMES)
+_PATIENCE = timedelta(days=2)  # others wait for what rank 0 does alone; launchers end them where one dies
 
 _sent: Counter[str] = Counter()
 
@@ -73,7 +77,9 @@ def start() -> None:
     os.environ.update(RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank()))
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if device().type == "cuda" else "gloo", rank=number, world_size=size)
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=number, world_size=size)
+    dist.distributed_c10d._set_pg_timeout(_PATIENCE, dist.group.WORLD)  # from here on, not for meeting
 
 
 def _meet() -> None:

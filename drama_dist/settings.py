@@ -279,10 +279,10 @@ def check(settings: Settings) -> None:
             f"augment.negatives={written.negatives} do not fit between ranks "
             f"{written.negatives_from_rank} and {written.negatives_to_rank}"
         )
-    if settings.slurm.warning_seconds >= 60 * settings.slurm.minutes:
+    if settings.slurm.warning_seconds + 60 >= 60 * settings.slurm.minutes:  # slurm may be a minute early
         raise SettingsError(
-            f"slurm.warning_seconds={settings.slurm.warning_seconds}: expected less than the time limit, "
-            f"slurm.minutes={settings.slurm.minutes}"
+            f"slurm.warning_seconds={settings.slurm.warning_seconds}: expected a minute less than the time limit, "
+            f"slurm.minutes={settings.slurm.minutes}, or sooner"
         )
     if settings.corpus.path == PACKAGES_CORPUS and not settings.corpus.packages:
         raise SettingsError(

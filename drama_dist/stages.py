@@ -31,8 +31,10 @@ from drama_dist.progress import say
 from drama_dist.shares import WHOLE, Share
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
+CHECKPOINTS = "checkpoints"  # where a stage keeps them; gone when it is finished, and not before
 _LOCK = ".lock"
-_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", _LOCK}
+_SHARES = 1 << 30  # where the bytes of shares begin
+_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", _LOCK, CHECKPOINTS}
 
 
 class OtherSettings(ValueError):
@@ -79,7 +81,7 @@ class Stage:
         """Drop the lines that an interrupted attempt wrote past the step it resumes from."""
         path = self.folder / "metrics.jsonl"
         if ranks.rank() == 0 and path.exists():
-            lines = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            lines = [line for line in path.read_text("utf-8").splitlines() if 0 < _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in lines))
 
     def finish(self, **facts: Any) -> Path:
@@ -102,6 +104,7 @@ class Stage:
             write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
             (self.folder / _LOCK).unlink(missing_ok=True)
             self.folder.rename(self.final)
+            shutil.rmtree(self.final / CHECKPOINTS, ignore_errors=True)
         ranks.barrier()
         self.done = True
         say(f"{self.name}: done in {time.monotonic() - self.began:.0f} s -> {self.final}")
@@ -122,6 +125,8 @@ def open_stage(
     found = _find(stage)
     ranks.barrier()
     if found:
+        if stage.done and ranks.rank() == 0:
+            shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # killed in its last moment
         _say_once(f"{name}: {'already done' if stage.done else 'going on from what is there'} ({stage.folder})")
     elif ranks.rank() == 0 and not _create(stage):
         _refuse_others(stage)
@@ -198,11 +203,13 @@ def _create(stage: Stage) -> bool:
 def _claim(stage: Stage, share: Share) -> None:
     """Lock the folder until this process ends: against a second start, and against what a killed launcher left running.
 
-    Rank r of a whole run holds byte r of the lock file; tasks with shares hold all of it together.
+    Rank r of a whole run holds byte r of the lock file. Tasks with shares hold these bytes together, and each its own.
     """
     stage._held = open(stage.folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     if not share.whole:
-        _lock(stage, fcntl.LOCK_SH)
+        _lock(stage, fcntl.LOCK_SH, _SHARES)
+        if ranks.rank() == 0:
+            _lock(stage, fcntl.LOCK_EX, 1, _SHARES + share.number)
         return
     if ranks.rank() == 0:
         _lock(stage, fcntl.LOCK_EX)
@@ -259,7 +266,11 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _step_of(line: str) -> int:
-    return int(json.loads(line).get("step", 0))
+    """0 where the line was not written to its end."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return 0
 
 
 def _hash_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Slurm jobs: which a stage needs, filled from the settings, printed or submitted.
 
 Encoding and the LLM's writing are array jobs, whose tasks share only files; the job after each finishes its stage.
-Jobs of a chain wait for one another (afterok). The batch script is launcher/slurm/job.sh; what a job does when it is
+Jobs of a chain wait for one another. The batch script is launcher/slurm/job.sh; what a job does when it is
 warned of its time limit is in interrupts.py.
 """
 
@@ -23,42 +23,52 @@ from drama_dist.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """One batch job: a verb of `drama` with its options, on `nodes` machines, or as an array of tasks of one each."""
+    """One batch job: a verb of `drama` with its options, on `nodes` machines, or as an array of tasks of one each.
+
+    alone: one process does it all.
+    """
 
     name: str
     verb: str
     options: tuple[str, ...] = ()
     nodes: int = 1
     array: bool = False
+    alone: bool = False
 
 
 class _Script(Template):
     delimiter = "%%"  # the shell's own $ stays as it is
 
 
-def plan(settings: Settings, stage: str) -> list[Job]:
+def chain(settings: Settings, stage: str) -> list[Job]:
     """The jobs that end with a stage (corpus, augment, train, encode) done, or with everything (run), in order.
 
     What the stages before `train` and `encode` make is expected to be there; what is there already is not made again.
     """
     nodes, systems = settings.slurm.nodes, settings.evaluate.systems
-    writing = [Job("write", "augment", array=True)] if settings.augment.synthetic_queries else []
-    augment = [
-        Job("corpus", "corpus"),
+    corpus = [Job("corpus", "corpus", alone=True)]
+    teacher = [
         Job("teacher-shards", "encode", ("--system", "teacher"), array=True),
         Job("teacher", "encode", ("--system", "teacher")),
-        *writing,
-        Job("augment", "augment"),
     ]
+    writing = [Job("write", "augment", array=True)] if settings.augment.synthetic_queries else []
+    augment = [*writing, Job("augment", "augment")]
     prune = [] if settings.train.start else [Job("prune", "prune")]
     train = [Job("train", "train", nodes=nodes)]
     encode = [Job("shards", "encode", array=True), Job("encode", "encode")]
     last = Job("rest", "run", nodes=nodes if "random-init" in systems else 1)  # that one is trained there
+    trains = not {"drama", "random-init"}.isdisjoint(systems)
     chains = {
-        "augment": augment,
+        "augment": corpus + teacher + augment,
         "train": train,
         "encode": encode,
-        "run": [*augment, *prune, *(train + encode if "drama" in systems else []), last],
+        "run": [
+            *corpus,
+            *(teacher if trains or "teacher" in systems else []),
+            *(augment + prune if trains else []),
+            *(train + encode if "drama" in systems else []),
+            last,
+        ],
     }
     return chains[stage]
 
@@ -82,9 +92,10 @@ def script(settings: Settings, job: Job, arguments: Sequence[str], title: str) -
 def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bool) -> list[str]:
     """Print the stage's batch scripts, or write them to RUN/slurm and submit them; return the jobs' numbers.
 
-    Raises FileNotFoundError where there is no sbatch, ValueError with its message where it refuses a job.
+    Raises FileNotFoundError where there is no sbatch, ValueError with its message where it refuses a job; those
+    submitted before are cancelled then.
     """
-    jobs = plan(settings, stage)
+    jobs = chain(settings, stage)
     folder = _folder(settings)
     numbers: list[str] = []
     for place, job in enumerate(jobs):
@@ -96,7 +107,12 @@ def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bo
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{job.name}.sh"
         path.write_text(text, "utf-8")
-        numbers.append(_sbatch(path, numbers[-1:]))
+        try:
+            numbers.append(_sbatch(path, jobs[place - 1], numbers[-1:]))
+        except ValueError:
+            if numbers:
+                subprocess.run(["scancel", *numbers], check=False)  # half a chain is of no use
+            raise
         print(f"{numbers[-1]}  {path}{after}", flush=True)
     return numbers
 
@@ -109,14 +125,14 @@ def _options(settings: Settings, job: Job) -> list[str]:
         f"--chdir={shlex.quote(os.getcwd())}",
         f"--output={shlex.quote(str(folder / job.name))}{'-%A_%a' if job.array else '-%j'}.log",
         f"--nodes={job.nodes}",
-        f"--ntasks-per-node={choice.tasks_per_node}",
+        f"--ntasks-per-node={1 if job.alone else choice.tasks_per_node}",
         f"--time={choice.minutes}",
         f"--signal=B:USR1@{choice.warning_seconds}",
     ]
     optional: dict[str, object] = {
         "partition": choice.partition,
         "account": choice.account,
-        "gpus-per-node": choice.gpus_per_node,
+        "gpus-per-node": None if job.alone else choice.gpus_per_node,
         "cpus-per-task": choice.cpus_per_task,
         "array": f"0-{choice.array - 1}" if job.array else None,
     }
@@ -128,9 +144,13 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.run) / "slurm"
 
 
-def _sbatch(path: Path, after: Sequence[str]) -> str:
-    """Submit a script to start when the job `after` has ended well; return its number."""
-    waiting = ["--kill-on-invalid-dep=yes", *(f"--dependency=afterok:{number}" for number in after)]
+def _sbatch(path: Path, before: Job, after: Sequence[str]) -> str:
+    """Submit a script to start when the job before it, of number `after`, has ended; return its own number.
+
+    That must have ended well, unless it is an array: what its tasks leave undone the next job does.
+    """
+    kind = "afterany" if before.array else "afterok"
+    waiting = ["--kill-on-invalid-dep=yes", *(f"--dependency={kind}:{number}" for number in after)]
     try:
         done = subprocess.run(["sbatch", "--parsable", *waiting, str(path)], capture_output=True, text=True)
     except FileNotFoundError:

@@ -25,8 +25,8 @@ class ZeroState(Protocol):
         """Moments of zero before the first step: DeepSpeed makes them in it, too late for resuming."""
         ...
 
-    def read(self, weight: nn.Parameter, moment: str | None) -> torch.Tensor:
-        """float32, in the weight's full shape."""
+    def read(self, weight: nn.Parameter) -> torch.Tensor:
+        """The master weight: float32, in its full shape."""
         ...
 
     def own(self, weight: nn.Parameter, moment: str | None) -> Piece | None:
@@ -59,9 +59,8 @@ class Whole:
             for weight in group["params"]:
                 self._adamw.state[weight] = _zero_moments(weight)
 
-    def read(self, weight: nn.Parameter, moment: str | None) -> torch.Tensor:
-        found: torch.Tensor = self._adamw.state[weight][moment] if moment else weight.data
-        return found.clone()
+    def read(self, weight: nn.Parameter) -> torch.Tensor:
+        return weight.data.clone()
 
     def own(self, weight: Any, moment: str | None) -> Piece | None:
         if ranks.rank():
@@ -84,12 +83,10 @@ class SplitOptimiser:
             self._adamw.state[partition] = _zero_moments(partition)
         self._zero._lazy_init_hp_params_optimizer_state()  # DeepSpeed calls it after the first group's first step
 
-    def read(self, weight: nn.Parameter, moment: str | None) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def read(self, weight: nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        found: torch.Tensor = (
-            safe_get_full_optimizer_state(weight, moment) if moment else safe_get_full_fp32_param(weight)
-        )
+        found: torch.Tensor = safe_get_full_fp32_param(weight)
         return found
 
     def own(self, weight: Any, moment: str | None) -> Piece | None:
@@ -119,12 +116,10 @@ class SplitWeights:
         for partition in self._zero.fp32_partitioned_groups_flat:
             self._adamw.state[partition] = _zero_moments(partition)
 
-    def read(self, weight: Any, moment: str | None) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def read(self, weight: Any) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        found: torch.Tensor = (
-            safe_get_full_optimizer_state(weight, moment) if moment else safe_get_full_fp32_param(weight)
-        )
+        found: torch.Tensor = safe_get_full_fp32_param(weight)
         return found.view(weight.ds_shape)
 
     def own(self, weight: Any, moment: str | None) -> Piece | None:

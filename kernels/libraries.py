@@ -11,15 +11,18 @@ import fcntl
 import hashlib
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 _FOLDER = Path(__file__).parent
+_PATIENCE = 600.0  # seconds that another process may take to build a library
 
 
 @lru_cache
@@ -90,13 +93,23 @@ def _build(name: str, openmp: bool) -> str:
 def _alone_in(folder: Path) -> Iterator[None]:
     """One builder at a time. This lock ends with its process; PyTorch's own, a file, outlives it and halts others."""
     with open(folder / "builder", "w", encoding="utf-8") as builder:
-        try:
-            fcntl.flock(builder, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            yield
-            return
-        (folder / "lock").unlink(missing_ok=True)
+        if _wait_for(builder):
+            (folder / "lock").unlink(missing_ok=True)
         yield
+
+
+def _wait_for(builder: TextIO) -> bool:
+    """False on a file system without locks; raises TimeoutError where another builder does not end."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(builder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            return False
+    raise TimeoutError(f"another process has been building in {Path(builder.name).parent} for {_PATIENCE:.0f} s")
 
 
 class _ninja_on_path:

@@ -20,7 +20,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from drama_dist import ranks
 from drama_dist.settings import Settings, read_settings
+
+for name in (*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # of the shell that starts the tests
 
 TOPICS = {
     "bread": "flour yeast oven dough crust rise bake salt water knead loaf sour starter crumb heat",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from drama_dist import ranks
 from drama_dist.checkpoints import CheckpointError, Checkpoints, Piece, Reader, read_state
 
 
@@ -76,8 +77,18 @@ def test_pieces_of_several_ranks_make_a_whole_and_a_lost_one_is_found(tmp_path: 
     saved._write(4, {"a": Piece(values[:7], 0, (2, 5))}, {"step": 4}, rank=0, size=2)
     assert torch.equal(Reader(saved.whole()[0]).read("a"), values.view(2, 5))
     (saved.whole()[0] / "rank-00001.json").unlink()
-    with pytest.raises(ValueError, match="7 of 10 components"):
-        Reader(saved.whole()[0]).read("a")
+    with pytest.raises(FileNotFoundError, match="rank-00001"):
+        Reader(saved.whole()[0])
+
+
+def test_what_no_rank_wrote_is_not_read(tmp_path: Path) -> None:
+    """A file of more ranks, left by somebody."""
+    saved = written(tmp_path, range(1, 2))
+    for suffix in ("json", "safetensors"):
+        (saved.whole()[0] / f"rank-00001.{suffix}").write_bytes(
+            (saved.whole()[0] / f"rank-00000.{suffix}").read_bytes()
+        )
+    assert torch.equal(Reader(saved.whole()[0]).read("b"), torch.arange(5.0) + 1)
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
@@ -90,6 +101,21 @@ def test_a_damaged_one_does_not_stop_the_next_from_being_saved(tmp_path: Path) -
     (tmp_path / "step-0000003" / "state.json").write_text("{", "utf-8")
     written(tmp_path, range(4, 6), keep=2, losses={4: 2.0, 5: 2.0})
     assert names(saved) == ["step-0000002", "step-0000004", "step-0000005"]
+
+
+def test_a_damaged_one_gives_way_to_what_is_trained_again(tmp_path: Path) -> None:
+    saved = written(tmp_path, range(5, 6), keep=1)
+    (tmp_path / "step-0000005" / "state.json").write_text("{", "utf-8")
+    assert saved.newest() is None
+    assert names(written(tmp_path, range(3, 4), keep=1)) == ["step-0000003"]
+
+
+def test_where_another_rank_fails_all_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "on_every_rank", lambda own: [own, 1])
+    saved = Checkpoints(tmp_path, 1)
+    saved.save(1, pieces(1))
+    with pytest.raises(CheckpointError, match="rank 1 failed"):
+        saved.wait()
 
 
 def test_half_written_checkpoints_are_ignored_and_cleared(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def listening() -> Iterator[None]:
 def test_a_signal_stops_at_once_unless_deferred(number: signal.Signals) -> None:
     with pytest.raises(interrupts.Stopped, match=number.name):
         signal.raise_signal(number)
-    with interrupts.deferred():
+    with pytest.raises(interrupts.Stopped, match="at its end"), interrupts.deferred():
         assert not interrupts.wanted()
         signal.raise_signal(number)
         assert interrupts.wanted()
@@ -78,7 +78,7 @@ def test_training_saves_ends_with_its_own_status_and_goes_on_to_the_same_weights
     assert weights[0] == weights[1]
 
 
-def test_a_signal_in_the_last_step_lets_training_finish(
+def test_a_signal_in_the_last_step_lets_training_finish_and_nothing_follow(
     small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = small_settings("train.steps=2")
@@ -90,4 +90,7 @@ def test_a_signal_in_the_last_step_lets_training_finish(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Stage, "log", log_and_signal)
-    assert (pipeline.train(settings) / "model.safetensors").exists()
+    with pytest.raises(interrupts.Stopped):
+        pipeline.train(settings)
+    assert (Path(settings.run) / "train" / "model.safetensors").exists()
+    assert pipeline.train(settings) == Path(settings.run) / "train"

@@ -60,7 +60,7 @@ def test_lengths_come_from_the_run_where_it_has_them(small_settings: Callable[..
     assert sum(lengths[12:]) / 24 == pytest.approx(22.5, abs=1)
 
 
-@pytest.mark.parametrize("gigabytes", [40, 12, 6, 3])
+@pytest.mark.parametrize("gigabytes", [40, 12, 6, 5, 4, 3])
 def test_what_would_make_it_fit_does_and_no_less(gigabytes: float) -> None:
     settings = base("train.activation_budget=70")
     shape = pruned_shape(settings, 128_256, 64)
@@ -75,6 +75,16 @@ def test_what_would_make_it_fit_does_and_no_less(gigabytes: float) -> None:
 
     assert changes and fits(changes)
     assert not any(fits([word for word in changes if word != left_out]) for left_out in changes)
+    for word in changes:  # nor is a number further from the settings' than it must be
+        if word.startswith("train.chunk_tokens") and 2 * int(word.split("=")[1]) < settings.train.chunk_tokens:
+            doubled = f"train.chunk_tokens={2 * int(word.split('=')[1])}"
+            assert not fits([doubled if other == word else other for other in changes])
+
+
+def test_one_rank_that_is_too_few_gets_more_and_a_stage_that_splits() -> None:
+    settings = base("train.zero_stage=0", "train.dtype=float32")
+    shape = pruned_shape(settings, 128_256, 64)
+    assert what_fits(settings, make_plan(settings, 1, small_gpu(3), shape))
 
 
 def test_where_nothing_fits_it_says_so() -> None:
@@ -93,5 +103,8 @@ def test_the_command_prints_all_parts_and_names_unknown_devices(
     assert all(word in out for word in (*words, "expected", "fits: "))
     assert main(["plan", str(file), "--device", "abacus"]) == 2
     assert "device 'abacus': expected one of cpu, h100-80g" in capsys.readouterr().err
+    assert main(["plan", str(file), "--ranks", "0"]) == 2
+    assert main(["plan", str(file), "--head", "64"]) == 2
+    assert "--vocabulary and --head go together" in capsys.readouterr().err
     assert main(["plan", str(file), "--ranks", "13"]) == 2
     assert "13 ranks for train.batch_size=12: each needs a query" in capsys.readouterr().err

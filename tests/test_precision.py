@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drama_dist import precision
-from drama_dist.precision import AUTO, dtype_name, dtype_of
+from drama_dist import precision, ranks
+from drama_dist.precision import AUTO, agreed_dtype_name, dtype_name, dtype_of
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,12 @@ def test_auto_asks_the_processor(monkeypatch: pytest.MonkeyPatch, flags: str, ex
     monkeypatch.setattr(precision, "cpuinfo", lambda field: flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dtype_name(AUTO) == expected and dtype_of(AUTO) == getattr(torch, expected)
+
+
+def test_ranks_agree_on_what_all_are_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for others, expected in ((1, "bfloat16"), (0, "float32")):
+        monkeypatch.setattr(ranks, "on_every_rank", lambda own, others=others: [own, others])
+        assert agreed_dtype_name("bfloat16") == expected
 
 
 def test_what_the_settings_name_is_taken() -> None:

@@ -65,7 +65,7 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
         ("train.temperature=0", "train.temperature=0.0: expected more than 0"),
         ("train.dtype=float16", "train.dtype='float16': expected one of auto, bfloat16, float32"),
         ("train.activation_budget=half", "train.activation_budget='half': expected auto, or GiB, 0 or more"),
-        ("slurm.minutes=5", "slurm.warning_seconds=300: expected less than the time limit, slurm.minutes=5"),
+        ("slurm.minutes=6", "slurm.warning_seconds=300: expected a minute less than the time limit, slurm.minutes=6"),
         ("train.activation_budget=-1", "train.activation_budget=-1: expected auto, or GiB"),
         ("train.zero_stage=4", "train.zero_stage=4: expected 0, 1, 2 or 3"),
         ("train.zero_stage=0", "train.zero_stage=0 takes train.dtype=float32 only"),

@@ -50,11 +50,12 @@ def test_a_stage_at_work_in_another_process_is_refused_until_that_ends(tmp_path:
         who = f"process {other.pid} of " if share.whole else "a task with a share"
         with pytest.raises(InUse, match=f"train.partial: still at work on it: {who}"):
             open_stage(tmp_path, "train", SETTINGS, {})
-        if share.whole:
-            with pytest.raises(InUse):
-                open_stage(tmp_path, "train", SETTINGS, {}, Share(0, 4))
-        else:
-            open_stage(tmp_path, "train", SETTINGS, {}, Share(0, 4))
+        for number in range(4):
+            if share.whole or number == share.number:
+                with pytest.raises(InUse):
+                    open_stage(tmp_path, "train", SETTINGS, {}, Share(number, 4))
+            else:
+                open_stage(tmp_path, "train", SETTINGS, {}, Share(number, 4))
     finally:
         other.kill()
         other.wait()

@@ -12,7 +12,7 @@ import pytest
 
 from drama_dist.cli import main
 from drama_dist.settings import Settings, write_settings
-from drama_dist.submit import plan, script, submit
+from drama_dist.submit import chain, script, submit
 
 CHAIN = ["corpus", "teacher-shards", "teacher", "write", "augment", "prune", "train", "shards", "encode", "rest"]
 
@@ -24,16 +24,20 @@ def options(text: str) -> dict[str, str]:
 
 
 def scripts(settings: Settings, stage: str = "run") -> dict[str, str]:
-    return {job.name: script(settings, job, ["my settings.yaml", "train.steps=3"], "") for job in plan(settings, stage)}
+    return {
+        job.name: script(settings, job, ["my settings.yaml", "train.steps=3"], "") for job in chain(settings, stage)
+    }
 
 
 def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: Callable[..., Settings]) -> None:
-    assert [job.name for job in plan(small_settings(), "run")] == CHAIN
-    without = plan(small_settings("augment.synthetic_queries=0", "train.start=models/x"), "run")
+    assert [job.name for job in chain(small_settings(), "run")] == CHAIN
+    without = chain(small_settings("augment.synthetic_queries=0", "train.start=models/x"), "run")
     assert [job.name for job in without] == [name for name in CHAIN if name not in ("write", "prune")]
-    others = plan(small_settings("evaluate.systems=[bm25]"), "run")
-    assert {job.name for job in others}.isdisjoint({"train", "shards", "encode"})
-    ends = {stage: [job.name for job in plan(small_settings(), stage)] for stage in ("augment", "train", "encode")}
+    others = chain(small_settings("evaluate.systems=[bm25]"), "run")
+    assert [job.name for job in others] == ["corpus", "rest"]
+    teacher = chain(small_settings("evaluate.systems=[teacher]"), "run")
+    assert [job.name for job in teacher] == ["corpus", "teacher-shards", "teacher", "rest"]
+    ends = {stage: [job.name for job in chain(small_settings(), stage)] for stage in ("augment", "train", "encode")}
     assert ends == {"augment": CHAIN[:5], "train": ["train"], "encode": ["shards", "encode"]}
 
 
@@ -41,7 +45,7 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
     settings = small_settings("slurm.nodes=3", "slurm.tasks_per_node=2")
     found = {name: options(text) for name, text in scripts(settings).items()}
     assert {name: one["nodes"] for name, one in found.items() if one["nodes"] != "1"} == {"train": "3"}
-    assert {one["ntasks-per-node"] for one in found.values()} == {"2"}
+    assert {name for name, one in found.items() if one["ntasks-per-node"] != "2"} == {"corpus"}
     twin = small_settings("slurm.nodes=3", "evaluate.systems=[drama,random-init]")
     assert options(scripts(twin)["rest"])["nodes"] == "3"  # trains the random twin
 
@@ -83,12 +87,29 @@ def test_jobs_wait_for_one_another(
     first, second = (tmp_path / "calls").read_text("utf-8").splitlines()
     folder = Path(settings.run) / "slurm"
     assert first == f"--parsable --kill-on-invalid-dep=yes {folder}/shards.sh"
-    assert second == f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:1 {folder}/encode.sh"
+    assert second == f"--parsable --kill-on-invalid-dep=yes --dependency=afterany:1 {folder}/encode.sh"
     assert "--share" in (folder / "shards.sh").read_text("utf-8")
     assert f"2  {folder}/encode.sh, after shards" in capsys.readouterr().out
-    sbatch.write_text("#!/bin/sh\necho no such account >&2\nexit 1\n", "utf-8")
-    with pytest.raises(ValueError, match=r"sbatch refused .*shards\.sh: no such account"):
-        submit(settings, "encode", ["s.yaml"], dry_run=False)
+    submit(settings, "augment", ["s.yaml"], dry_run=False)
+    kinds = [
+        re.findall(r"--dependency=(\w+)", line) for line in (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
+    ]
+    assert kinds == [[], ["afterok"], ["afterany"], ["afterok"], ["afterany"]]  # after arrays: however they ended
+
+
+def test_where_a_job_is_refused_those_before_it_are_cancelled(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, does in {
+        "sbatch": 'case "$*" in *encode.sh) echo no such account >&2; exit 1;; esac; echo 7',
+        "scancel": f'echo "$@" >{tmp_path}/cancelled',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n", "utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"sbatch refused .*encode\.sh: no such account"):
+        submit(small_settings(), "encode", ["s.yaml"], dry_run=False)
+    assert (tmp_path / "cancelled").read_text("utf-8") == "7\n"
 
 
 def test_the_command_prints_or_says_that_there_is_no_slurm(

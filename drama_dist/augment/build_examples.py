@@ -22,7 +22,7 @@ from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.write_queries import write_queries
 from drama_dist.augment.written import Written, in_parts
 from drama_dist.corpus.table import Corpus
-from drama_dist.index.encode import TextEncoder
+from drama_dist.index.encode import TextEncoder, load_embeddings
 from drama_dist.index.lexical import LexicalIndex
 from drama_dist.progress import say
 from drama_dist.records import Example, write_records
@@ -37,12 +37,13 @@ def augment(
     settings: Settings,
     corpus: Corpus,
     teacher: TextEncoder,
-    teacher_embeddings: np.ndarray,
+    teacher_vectors: Path,
     inputs: dict[str, str],
     share: Share = WHOLE,
 ) -> Path:
     """Run the stage; the artefact is RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
 
+    teacher_vectors: the folder with the corpus as the teacher encodes it.
     A share that is not the whole writes its synthetic queries and leaves the rest, which needs all of them.
     Raises ValueError where no query could be written, or too many answers of the LLM are unusable.
     """
@@ -59,7 +60,7 @@ def augment(
         _synthetic(settings, stage, corpus, share)
         return stage.folder
     written, aside = _write(settings, stage, corpus)
-    examples = _rank(settings, stage, corpus, written, teacher, teacher_embeddings)
+    examples = _rank(settings, stage, corpus, written, teacher, load_embeddings(teacher_vectors))
     counts = _counts(examples, aside)
     if ranks.rank() == 0:
         write_records(stage.folder / "examples.jsonl", examples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from drama_dist.progress import say
@@ -66,7 +67,7 @@ def _converted(gguf: Path) -> Path:
     if target.is_dir():
         return target
     say(f"converting {gguf.name} to safetensors, once -> {target}")
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     _convert(gguf, temporary)
     try:
         temporary.rename(target)

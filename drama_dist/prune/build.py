@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -99,4 +98,3 @@ def _save(
         "norm_gains": kept.norm_gains.tolist(),
     }
     write_text(folder / "choice.json", json.dumps(choice) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -17,19 +17,20 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaForCausalLM
 
-from drama_dist import ranks
+from drama_dist import interrupts, ranks
 from drama_dist.checkpoints import Checkpoints
 from drama_dist.encoder.packing import Packed, pack
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
-from drama_dist.precision import AUTO, dtype_name
+from drama_dist.precision import AUTO, agreed_dtype_name
 from drama_dist.progress import progress_bar
 from drama_dist.settings import PruneSettings
-from drama_dist.stages import Stage
+from drama_dist.stages import CHECKPOINTS, Stage
 
 _CHUNK_TOKENS = 1024  # T × V scores in float32: 200 MB for 49k words
 _CHECKPOINT_EVERY = 25
 
 
+@interrupts.deferred()
 def heal(
     stage: Stage,
     student: LlamaForCausalLM,
@@ -38,9 +39,13 @@ def heal(
     shape: PruneSettings,
     seed: int,
 ) -> LlamaForCausalLM:
-    """Train the student in place on token id sequences; resumes from the stage's checkpoints; returns it in float32."""
-    engine = Engine(student, OptimiserSettings(dtype_name(AUTO), 1, weight_decay=0.0, gradient_clipping=1.0))
-    saved = Checkpoints(stage.folder / "checkpoints", keep=1)
+    """Train the student in place on token id sequences; resumes from the stage's checkpoints; returns it in float32.
+
+    Raises interrupts.Stopped after the step in which a signal asked for it, with a checkpoint saved.
+    """
+    dtype = agreed_dtype_name(AUTO)
+    engine = Engine(student, OptimiserSettings(dtype, 1, weight_decay=0.0, gradient_clipping=1.0))
+    saved = Checkpoints(stage.folder / CHECKPOINTS, keep=1)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     bar = progress_bar(shape.heal_steps, "prune: heal", "steps", done=first)
@@ -57,8 +62,13 @@ def heal(
         )
         bar.set_postfix_str(f"loss {loss:.3f}, {rhythm:,.0f} tokens/s", refresh=False)
         bar.update(1)
-        if (step + 1) % _CHECKPOINT_EVERY == 0 and step + 1 < shape.heal_steps:
+        stopping = interrupts.wanted()
+        if stopping or ((step + 1) % _CHECKPOINT_EVERY == 0 and step + 1 < shape.heal_steps):
             engine.save(saved, step + 1)
+        if stopping:
+            saved.wait()
+            ranks.barrier()
+            raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1} of healing")
     bar.close()
     saved.wait()
     weights = engine.full_weights()

@@ -58,7 +58,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """One rank's share of a step. lengths: tokens of each of its texts, of which no two are equal; words: different
     tokens among them. Queries and passages are those of all ranks, own ones the rank's.
     """
@@ -116,7 +116,7 @@ class Costs:
     """Everything that follows from a shape, a share and a way."""
 
     shape: Shape
-    share: Share
+    share: RankShare
     way: Way
 
     @cached_property
@@ -265,8 +265,9 @@ class Costs:
 
     @property
     def _whole_weights(self) -> float:
-        """ZeRO 3 keeps up to 10⁹ weights whole that it will need again, which here is all of them."""
-        return self.way.size * self.shape.parameters if self.way.zero == 3 and self.share.ranks > 1 else 0
+        """ZeRO 3 keeps up to 10⁹ weights whole that it will need again."""
+        most = min(self.shape.parameters, 10**9)
+        return self.way.size * most if self.way.zero == 3 and self.share.ranks > 1 else 0
 
     @property
     def _bucket_bytes(self) -> float:

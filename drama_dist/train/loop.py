@@ -7,7 +7,6 @@ grad_cache.py, cost in telemetry.py, the optimiser in engine.py.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,11 @@ from drama_dist.checkpoints import Checkpoints
 from drama_dist.corpus.table import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
-from drama_dist.precision import dtype_name
+from drama_dist.precision import agreed_dtype_name
 from drama_dist.progress import progress_bar
 from drama_dist.records import Example, read_records
 from drama_dist.settings import Settings, TrainSettings, as_dict
-from drama_dist.stages import Stage, open_stage, write_text
+from drama_dist.stages import CHECKPOINTS, Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
@@ -63,7 +62,7 @@ def train(
     choice = settings.train
     if choice.batch_size < ranks.world_size():
         raise ValueError(f"train.batch_size={choice.batch_size} for {ranks.world_size()} ranks: each needs a query")
-    dtype = dtype_name(choice.dtype)
+    dtype = agreed_dtype_name(choice.dtype)
     engine = Engine(
         start,
         OptimiserSettings(
@@ -82,7 +81,7 @@ def _steps(
     settings: Settings, stage: Stage, encoder: Encoder, engine: Engine, examples: list[Example], table: PassageTable
 ) -> None:
     choice = settings.train
-    saved = Checkpoints(stage.folder / "checkpoints", choice.keep_checkpoints)
+    saved = Checkpoints(stage.folder / CHECKPOINTS, choice.keep_checkpoints)
     first = engine.resume(saved)
     stage.forget_metrics_after(first)
     cache = _grad_cache(choice, encoder, engine)
@@ -109,6 +108,7 @@ def _steps(
             break
     bar.close()
     saved.wait()
+    ranks.barrier()  # launchers end the others soon after the first rank ends, and these may be writing still
     telemetry.close()
     if stopping:
         raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1}")
@@ -163,5 +163,4 @@ def _save_encoder(stage: Stage, encoder: Encoder, engine: Engine) -> None:
     weights = engine.full_weights()
     if ranks.rank() == 0:
         encoder.save(stage.folder, weights)
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
     ranks.barrier()

@@ -48,16 +48,20 @@ def contrastive_objective(
     positives: of all ranks' queries, in order of rank, columns among the passages of all ranks, in order of rank;
     passage_ids: of all those columns, equal for equal texts. Embeddings come without graph, not normalised.
     """
-    whole = ranks.world_size() == 1 or not queries_travel(len(positives), len(passage_ids), encoder, train)
+    whole = ranks.world_size() == 1 or not queries_travel(
+        len(positives), len(passage_ids), queries_BK.shape[1], encoder, train
+    )
     partition = _passages_travel if whole else _queries_travel
     return partition(queries_BK.detach(), passages_NK.detach(), positives, passage_ids, encoder, train)
 
 
-def queries_travel(queries: int, passages: int, encoder: EncoderSettings, train: TrainSettings) -> bool:
+def queries_travel(
+    queries: int, passages: int, components: int, encoder: EncoderSettings, train: TrainSettings
+) -> bool:
     """Whether it is the queries of a global batch that travel between ranks: "auto" takes what moves fewer bytes."""
     if train.travels != "auto":
         return train.travels == "queries"
-    components, dims = max(encoder.dims), len(encoder.dims)
+    dims = len(encoder.dims)
     return queries * (components + 1 + 3 * dims) < passages * components
 
 

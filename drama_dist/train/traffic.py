@@ -1,7 +1,7 @@
-"""What a rank sends in a training step, by kind and to the byte, from shapes: the counterpart of ranks.take_traffic.
+"""What a rank sends in a training step, by kind, from shapes: the counterpart of ranks.take_traffic, to its bytes.
 
-Covers the loss's exchange and figures as objective.py and telemetry.py ask for them, and what DeepSpeed sends, which
-ranks.py does not count. A collective counts as in ranks.py: (W − 1) parts for all-gather and reduce-scatter,
+Covers the loss's exchange and figures as objective.py and telemetry.py ask for them, and weights and gradients, which
+DeepSpeed sends and ranks.py does not count (nor are DeepSpeed's own few figures here). A collective counts as in ranks.py: (W − 1) parts for all-gather and reduce-scatter,
 2 (W − 1) / W of the tensor for all-reduce.
 """
 

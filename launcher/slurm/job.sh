@@ -3,14 +3,19 @@
 %%options
 #SBATCH --requeue
 #SBATCH --open-mode=append
-set -u
-%%setup
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE  # the submitting shell's, if any, would win
-export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# What the submitting shell has of these, if anything, would win.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
 
 # Before the time limit slurm signals this shell, which tells the ranks: they save and end, and the job waits again.
+# The number of an array's last task is that of the whole array, unless its place in the array is said too.
+me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 warned=
-trap 'warned=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'warned=yes; scancel --signal=USR1 "$me"' USR1
+
+%%setup
+set -u
+# Below the ports that systems give out by themselves, which begin at 32768.
+export MASTER_ADDR=${MASTER_ADDR:-$(hostname)} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
 
 # --wait: where a rank died, the others, which wait for it in vain, are ended too.
 srun %%step --wait=60 %%command &
@@ -23,6 +28,6 @@ while kill -0 $ranks 2>/dev/null; do  # the signal ended the waiting, not the ra
 done
 
 if [ $status -eq %%stopped ] || { [ $status -ne 0 ] && [ -n "$warned" ]; }; then
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$me"
 fi
 exit $status

@@ -53,8 +53,19 @@ def corpus(settings: Settings) -> Corpus:
 
 
 def run(settings: Settings, corpus: Corpus, teacher: LetterCounts) -> list[Example]:
-    embeddings = teacher.encode_passages(corpus.passages.contents(range(len(corpus.passages))))
-    return read_records(augment(settings, corpus, teacher, embeddings, {}) / "examples.jsonl", Example.from_json)
+    folder = augment(settings, corpus, teacher, vectors(settings, corpus), {})
+    return read_records(folder / "examples.jsonl", Example.from_json)
+
+
+def vectors(settings: Settings, corpus: Corpus) -> Path:
+    """The corpus as LetterCounts encodes it."""
+    folder = Path(settings.run) / "encode" / "letters"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(
+        folder / "shard-00000.npy",
+        LetterCounts().encode_passages(corpus.passages.contents(range(len(corpus.passages)))),
+    )
+    return folder
 
 
 def test_every_example_names_real_passages_and_where_it_comes_from(settings: Settings, corpus: Corpus) -> None:
@@ -109,9 +120,8 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
     alone, shared = (small_settings_in(tmp_path, f"run={tmp_path / name}", *changes) for name in ("alone", "shared"))
     corpus = open_corpus(build_corpus(alone))
     expected = run(alone, corpus, LetterCounts())
-    embeddings = LetterCounts().encode_passages(corpus.passages.contents(range(len(corpus.passages))))
     for number, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
-        folder = augment(shared, corpus, LetterCounts(), embeddings, {}, Share(number, 2))
+        folder = augment(shared, corpus, LetterCounts(), vectors(shared, corpus), {}, Share(number, 2))
         assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "ranked").exists()
         assert {path.name for path in (folder / "synthetic").iterdir()} == parts
     assert run(shared, corpus, LetterCounts()) == expected

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.engine import Engine, OptimiserSettings
-from drama_dist.train.cost import SINGLE, Costs, Shape, Share, Way, layers_fuse
+from drama_dist.train.cost import SINGLE, Costs, RankShare, Shape, Way, layers_fuse
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.traffic import traffic_per_step
 
 SHAPE = Shape(vocabulary=1000, hidden=64, layers=2, heads=1, key_value_heads=1, head=64, inner=96)
-SHARE = Share(2, queries=7, passages=20, own_queries=4, own_passages=10, lengths=(8,) * 14, words=100, dims=(64, 32))
+SHARE = RankShare(
+    2, queries=7, passages=20, own_queries=4, own_passages=10, lengths=(8,) * 14, words=100, dims=(64, 32)
+)
 WAY = Way(
     size=2,
     zero=1,
@@ -111,7 +112,7 @@ def test_the_losss_memory_grows_with_columns_not_with_rows(loss: str) -> None:
     assert held(16384, 4096, (32, 64), 1) < 1.5 * base
 
 
-def test_less_is_needed_with_no_kept_graphs_and_with_checkpoints(tmp_path: Path) -> None:
+def test_less_is_needed_with_no_kept_graphs_and_with_checkpoints() -> None:
     def peak(**changes: object) -> float:
         return sum(replace(COSTS, way=replace(WAY, **changes)).phases["backward"].values())  # type: ignore[arg-type]
 

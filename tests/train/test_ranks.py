@@ -62,16 +62,20 @@ def plain_steps(model: Path) -> dict[str, Any]:
 def start_ranks(count: int, model: Path, out: Path, names: list[str], extra: dict[str, str] | None = None) -> None:
     program = Path(__file__).parent / "rank_steps.py"
     port = str(_free_port())
-    running = []
+    running, logs = [], []
     for rank in range(count):
         variables = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         command = [sys.executable, str(program), str(model), str(out), *names]
         environment = os.environ | {name: str(value) for name, value in variables.items()} | (extra or {})
-        running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=900)[0] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(output[-3000:] for output in outputs)
+        logs.append(out / f"log-{rank}")
+        with open(logs[-1], "w", encoding="utf-8") as log:
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        statuses = [process.wait(timeout=60 + 20 * len(names)) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert not any(statuses), "\n".join(log.read_text("utf-8")[-3000:] for log in logs)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], first: int = 0) -> None:
