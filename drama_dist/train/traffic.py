@@ -1,8 +1,8 @@
 """What a rank sends in a training step, by kind, from shapes: the counterpart of ranks.take_traffic, to its bytes.
 
 Covers the loss's exchange and figures as objective.py and telemetry.py ask for them, and weights and gradients, which
-DeepSpeed sends and ranks.py does not count (nor are DeepSpeed's own few figures here). A collective counts as in ranks.py: (W − 1) parts for all-gather and reduce-scatter,
-2 (W − 1) / W of the tensor for all-reduce.
+DeepSpeed sends and ranks.py does not count (DeepSpeed's own few figures are left out). A collective counts as in
+ranks.py: (W − 1) parts for all-gather and reduce-scatter, 2 (W − 1) / W of the tensor for all-reduce.
 """
 
 from __future__ import annotations
