@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -64,11 +65,15 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """share: of the stage's time, when it was stopped; starts: how many it took to end well afterwards."""
+    """share: of the stage's time, when it was stopped; starts: how many it took to end well afterwards.
+
+    step: from which the last start went on; None where the stage has no steps, or none was saved.
+    """
 
     share: float
     status: int
     starts: int
+    step: int | None
     differences: list[str]
 
 
@@ -103,7 +108,8 @@ class Ground:
             _stop(trial.way, family, chance)
             self._await_end(trial, family, meanwhile)
         starts = self._finish(run, STAGES[trial.stage][0], trial.launcher)
-        outcome = Outcome(share, started.wait(), starts, differences(self.whole, run, STAGES[trial.stage][1]))
+        found = differences(self.whole, run, STAGES[trial.stage][1])
+        outcome = Outcome(share, started.wait(), starts, self._went_on(), found)
         shutil.rmtree(run)
         return outcome
 
@@ -170,6 +176,10 @@ class Ground:
             if self._start(run, verb, launcher).wait(PATIENCE) == 0:
                 return start
         raise RuntimeError(f"{verb} does not end well:\n{self._messages()}")
+
+    def _went_on(self) -> int | None:
+        found = re.search(r"going on from step (\d+)", self._log.read_text("utf-8"))
+        return int(found[1]) if found else None
 
     def _messages(self) -> str:
         return self._log.read_text("utf-8")[-4000:]
@@ -315,14 +325,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Two ranks, float32. moment: share of the stage's time. status: of the stopped launcher. starts: until it",
         "ended well. same: all files of the artefact to the byte, every step's loss, nothing left behind.",
         "",
-        "| trial | stage | stopped by | launcher | moment | status | starts | same |",
-        "|--:|---|---|---|--:|--:|--:|---|",
+        "| trial | stage | stopped by | launcher | moment | status | starts | from step | same |",
+        "|--:|---|---|---|--:|--:|--:|--:|---|",
     ]
     for number, row in enumerate(rows, 1):
         same = "yes" if not row["differences"] else "; ".join(row["differences"])
         lines.append(
             f"| {number} | {row['stage']} | {row['way']} | {row['launcher']} | {row['share']:.2f} | {row['status']} "
-            f"| {row['starts']} | {same} |"
+            f"| {row['starts']} | {'–' if row['step'] is None else row['step']} | {same} |"
         )
     return "\n".join(lines)
 

@@ -127,6 +127,20 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     assert fingerprint(folder.with_suffix("")) == fingerprint(pipeline.encode(local))
 
 
+def test_a_warned_last_task_of_an_array_comes_back_alone(examples: Settings, trained: Path, tmp_path: Path) -> None:
+    """Its job number is that of the whole array."""
+    settings = _copy(examples, tmp_path / "run", trained)
+    shards, encode = _submit(settings, "encode")
+    log = Path(settings.run) / "slurm" / f"shards-{shards}_3.log"
+    _wait_until(lambda: log.exists() and "corpus: already done" in log.read_text("utf-8"), "the beginning of task 3")
+    subprocess.run(["scancel", "--signal=USR1", "--batch", f"{shards}_3"], check=True)
+    _wait_for([shards, encode], settings)
+    restarts = {task["ArrayTaskId"]: task["Restarts"] for task in _facts(shards)}
+    assert restarts == {"0": "0", "1": "0", "2": "0", "3": "1"}
+    local = _copy(examples, tmp_path / "local", trained)
+    assert fingerprint(Path(settings.run) / "encode" / "drama") == fingerprint(pipeline.encode(local))
+
+
 def test_the_whole_pipeline_ends_with_the_table_of_a_local_run(
     examples: Settings, trained: Path, small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
