@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-_WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+_WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 _LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
@@ -83,12 +84,29 @@ def start() -> None:
 
 
 def _meet() -> None:
-    """Choose where the ranks meet; under mpirun, which says nothing of it, rank 0 tells the others through MPI."""
+    """Choose where the ranks meet, which mpirun and srun do not say."""
     if world_size() == 1:
         os.environ["MASTER_PORT"] = str(_free_port())
-        return
-    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+    elif "OMPI_COMM_WORLD_RANK" in os.environ:
+        _meet_by_mpi()
+    elif "SLURM_STEP_NODELIST" in os.environ:
+        _meet_in_slurm()
+    else:
         raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
+
+
+def _meet_in_slurm() -> None:
+    """On the step's first node, at a port made of the job's number, below those that systems give out by themselves."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    if "MASTER_ADDR" not in os.environ:
+        named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = named.stdout.split()[0]
+    number = 7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])
+    os.environ["MASTER_PORT"] = str(12000 + number % 20000)
+
+
+def _meet_by_mpi() -> None:
+    """Where rank 0 chooses; it tells the others through MPI."""
     try:
         import mpi4py
 

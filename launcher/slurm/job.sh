@@ -14,8 +14,7 @@ trap 'warned=yes; scancel --signal=USR1 "$me"' USR1
 
 %%setup
 set -u
-# Below the ports that systems give out by themselves, which begin at 32768.
-export MASTER_ADDR=${MASTER_ADDR:-$(hostname)} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
+export MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
 
 # --wait: where a rank died, the others, which wait for it in vain, are ended too.
 srun %%step --wait=60 %%command &

@@ -88,6 +88,15 @@ def test_two_nodes_train_as_two_local_ranks_do(examples: Settings, trained: Path
     _assert_same_training(Path(settings.run), trained)
 
 
+def test_srun_by_hand_starts_the_same_program(examples: Settings, trained: Path, tmp_path: Path) -> None:
+    settings = _copy(examples, tmp_path / "run")
+    words = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "launcher/train.py", str(_file(settings))]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}  # the bed's nodes have no names of their own
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _assert_same_training(Path(settings.run), trained)
+
+
 @pytest.mark.parametrize("how", ["warning", "requeue"])
 def test_a_preempted_job_requeues_and_ends_with_the_same_weights(
     how: str, examples: Settings, trained: Path, tmp_path: Path

@@ -1,0 +1,67 @@
+"""Which rank this is, and where ranks meet, by whichever launcher's variables are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from drama_dist import ranks
+
+
+def set_all(patch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        patch.setenv(name, "")  # so that what the test's code sets is taken back
+        patch.delenv(name)
+    for name, value in variables.items():
+        patch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        {
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_SIZE": "8",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+        {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"},
+    ],
+    ids=["torchrun", "mpirun", "srun"],
+)
+def test_each_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    set_all(monkeypatch, **variables)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.local_world_size()) == (3, 8, 1, 2)
+
+
+def test_the_shell_of_an_allocation_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0")
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    assert ranks.world_size() == 1
+
+
+def test_in_a_step_of_slurm_ranks_meet_on_its_first_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[4-5]" ] && printf "gpu4\\ngpu5\\n"\n', "utf-8")
+    scontrol.chmod(0o755)
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "gpu[4-5]",
+        "SLURM_JOB_ID": "7000",
+        "SLURM_STEP_ID": "1",
+    }
+    variables = {f"SLURM_STEP_{name}": value for name, value in step.items()}
+    set_all(monkeypatch, PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7000", **variables)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    ranks._meet()
+    assert (ranks.os.environ["MASTER_ADDR"], ranks.os.environ["MASTER_PORT"]) == ("gpu4", str(12000 + 49001 % 20000))
+
+
+def test_without_a_launcher_that_says_where_the_message_names_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, RANK="0", WORLD_SIZE="2")
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    with pytest.raises(ValueError, match="start several ranks with deepspeed, torchrun, srun or mpirun"):
+        ranks._meet()
