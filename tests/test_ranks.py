@@ -53,8 +53,7 @@ def test_in_a_step_of_slurm_ranks_meet_on_its_first_node(monkeypatch: pytest.Mon
         "SLURM_JOB_ID": "7000",
         "SLURM_STEP_ID": "1",
     }
-    variables = {f"SLURM_STEP_{name}": value for name, value in step.items()}
-    set_all(monkeypatch, PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7000", **variables)
+    set_all(monkeypatch, PATH=f"{tmp_path}:/usr/bin:/bin", **step)
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
     ranks._meet()
     assert (ranks.os.environ["MASTER_ADDR"], ranks.os.environ["MASTER_PORT"]) == ("gpu4", str(12000 + 49001 % 20000))
