@@ -57,7 +57,7 @@ def test_steps_equal_adamw_with_clipping_and_decay_on_matrices_only(stage: int) 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stages", [(1, 1), (2, 2), (1, 2), (3, 3), (2, 3), (3, 1)], ids=str)
-def test_resuming_gives_the_same_weights_to_the_bit(tmp_path: Path, stages: tuple[int, int], dtype: str) -> None:
+def test_resuming_gives_the_same_weights(tmp_path: Path, stages: tuple[int, int], dtype: str) -> None:
     saved = Checkpoints(tmp_path, keep=1)
     first = Engine(module(), OptimiserSettings(dtype, stages[0], 0.1, 1.0))
     run(first, range(6), save_at=3, saved=saved)
@@ -71,6 +71,34 @@ def test_resuming_gives_the_same_weights_to_the_bit(tmp_path: Path, stages: tupl
         assert all(same)
     for name, weight in second.full_weights().items():  # another stage adds a norm's squares in another order
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_resuming_goes_on_with_the_random_numbers_of_dropout(
+    restored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_dropout() -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.5), *module())
+
+    saved = Checkpoints(tmp_path, keep=1)
+    first = Engine(with_dropout(), OptimiserSettings("float32", 1, 0.1, 1.0))
+    run(first, range(6), save_at=3, saved=saved)
+    saved.wait()
+    if not restored:
+        monkeypatch.setattr("drama_dist.engine._restore_random_state", lambda reader: None)
+    second = Engine(with_dropout(), OptimiserSettings("float32", 1, 0.1, 1.0))
+    second.resume(saved)
+    run(second, range(3, 6))
+    expected = first.full_weights()
+    assert all(torch.equal(weight, expected[name]) for name, weight in second.full_weights().items()) == restored
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_training(stage: int) -> None:
+    stopped = Engine(module(), OptimiserSettings("float32", stage, 0.1, 1.0))
+    stopped.backward(piece(stopped.module, 0, 0) * float("inf"), last=True)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is (inf|nan)"):
+        stopped.step(0.01)
 
 
 def test_a_plain_optimiser_goes_on_in_a_split_one(tmp_path: Path) -> None:
