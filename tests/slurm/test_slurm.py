@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist import pipeline
+from drama_dist import pipeline, ranks
 from drama_dist.settings import Settings, write_settings
 from drama_dist.stages import fingerprint
 from drama_dist.submit import submit
@@ -91,7 +91,9 @@ def test_two_nodes_train_as_two_local_ranks_do(examples: Settings, trained: Path
 def test_srun_by_hand_starts_the_same_program(examples: Settings, trained: Path, tmp_path: Path) -> None:
     settings = _copy(examples, tmp_path / "run")
     words = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "launcher/train.py", str(_file(settings))]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}  # the bed's nodes have no names of their own
+    own = {*ranks.VARIABLES, "MASTER_PORT"}  # of this process, which has been a rank by now
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment["MASTER_ADDR"] = "127.0.0.1"  # the bed's nodes have no names of their own
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     _assert_same_training(Path(settings.run), trained)
