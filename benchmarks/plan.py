@@ -4,7 +4,8 @@ python benchmarks/plan.py [--settings configs/quickstart.yaml] [--batch 48] [--s
 
 Every line is a run of its own, of random weights in the settings' shape and random texts of the settings' lengths,
 after a step of a tiny encoder that loads the libraries. Memory is the process's peak (VmHWM) in the last step above
-what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts.
+what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts. The results file's name says in which
+dtype steps are, where a line does not: the one that suits the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
 from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.plan import SHARES_OF_PEAK, make_plan, read_shape
-from drama_dist.precision import dtype_name
+from drama_dist.precision import AUTO, dtype_name
 from drama_dist.settings import Settings, read_settings
 from drama_dist.train.cost import Shape
 from drama_dist.train.grad_cache import GradCache
@@ -53,6 +54,9 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
     (2, ("zero_stage=2", "activation_budget=0", "hard_negatives=7")),
     (2, ("zero_stage=2", "activation_budget=0", "checkpoint_layers=true")),
     (2, ("zero_stage=3", "activation_budget=0")),
+    (2, ("zero_stage=3", "activation_budget=0", "checkpoint_layers=true")),
+    (2, ("zero_stage=3", "activation_budget=0.25")),
+    (2, ("zero_stage=3", "activation_budget=0", "hard_negatives=7")),
     (2, ("zero_stage=3", "activation_budget=0", MAPPED)),
 )
 
@@ -237,7 +241,7 @@ def main() -> None:
         measured = _in_ranks(options.settings, count, overrides, options.steps, MAPPED in words)
         plan = planned(options.settings, count, overrides)
         rows.append({"ranks": count, "settings": words, "planned": plan, "measured": measured})
-        path = write_results("plan-cpu", facts, rows, table(rows))
+        path = write_results(f"plan-cpu-{dtype_name(AUTO)}", facts, rows, table(rows))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(Path(path))
 

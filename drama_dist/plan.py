@@ -27,7 +27,7 @@ from drama_dist.train.objective import queries_travel
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu.md, 31,842
-# different tokens of four passes in 11.1 s; plan-cpu.md shows how rough that is. On GPUs it is an assumption.
+# different tokens of four passes in 11.1 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs it is an assumption.
 SHARES_OF_PEAK = {True: 0.6, False: 0.4}
 _MOST_RANKS = 4096
 
