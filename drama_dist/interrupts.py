@@ -38,10 +38,11 @@ def deferred() -> Iterator[None]:
     _asked, _deferring = 0, True
     try:
         yield
-        if wanted():
-            raise Stopped("asked to stop when a stage was at its end")
+        asked = wanted()
     finally:
-        _asked, _deferring = 0, False
+        late, _asked, _deferring = _asked, 0, False
+    if asked or late:
+        raise Stopped("asked to stop at the end of a stage")
 
 
 def wanted() -> bool:

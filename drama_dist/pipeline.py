@@ -83,7 +83,8 @@ def encode(settings: Settings, system: str = "drama", share: Share = WHOLE) -> P
     stage = open_stage(settings.run, name, sections, {"corpus": fingerprint(folder), **inputs}, share)
     if not stage.done:
         encoder = _encoder(settings, system)
-        encode_corpus(stage, open_corpus(folder).passages, encoder, settings.encode.shard_passages, share)
+        dtype = dtype_name(settings.teacher.dtype if system == "teacher" else settings.encode.dtype)
+        encode_corpus(stage, open_corpus(folder).passages, encoder, settings.encode.shard_passages, share, dtype=dtype)
     return stage.final
 
 

@@ -27,6 +27,8 @@ _LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_S
 VARIABLES = (*_RANK_NAMES, *_WORLD_NAMES, *_LOCAL_NAMES, *_LOCAL_WORLD_NAMES)
 _PATIENCE = timedelta(days=2)  # others wait for what rank 0 does alone; launchers end them where one dies
 
+_LAUNCHER = os.getppid()
+
 _sent: Counter[str] = Counter()
 
 
@@ -126,9 +128,11 @@ def _meet_by_mpi() -> None:
 
 
 def _end_with_the_launcher() -> None:
-    """A launcher that is killed cannot end its ranks: Linux does it (prctl 1 is PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """A launcher that is killed cannot tell its ranks to end: Linux does it (prctl 1 is PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux" and _from_environment(_LOCAL_NAMES, -1) >= 0:  # ranks that were started by hand go on
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != _LAUNCHER:
+            raise SystemExit("the launcher has ended meanwhile")
 
 
 def stop() -> None:

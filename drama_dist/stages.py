@@ -7,14 +7,11 @@ does inside its folder, and how it resumes there, is its own affair.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,27 +19,23 @@ import uuid
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from drama_dist import ranks
+from drama_dist.locks import StageLock
 from drama_dist.progress import say
 from drama_dist.shares import WHOLE, Share
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
-CHECKPOINTS = "checkpoints"  # where a stage keeps them; gone when it is finished, and not before
-_LOCK = ".lock"
-_SHARES = 1 << 30  # where the bytes of shares begin
-_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", _LOCK, CHECKPOINTS}
+CHECKPOINTS = "checkpoints"  # what a stage keeps only until it is finished, and no shorter
+_LOCKS = ".locks"  # a folder of the run
+_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", CHECKPOINTS}
 
 
 class OtherSettings(ValueError):
     """A run folder holds an artefact that was made with other settings or inputs."""
-
-
-class InUse(ValueError):
-    """Processes of another start are at work on a stage."""
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Stage:
     done: bool = False
     resumed: bool = False
     began: float = field(default_factory=time.monotonic)
-    _held: IO[str] | None = None  # the lock is this process's as long as the file is open
+    lock: StageLock | None = None
 
     @property
     def final(self) -> Path:
@@ -102,11 +95,12 @@ class Stage:
                 **facts,
             }
             write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
-            (self.folder / _LOCK).unlink(missing_ok=True)
             self.folder.rename(self.final)
             shutil.rmtree(self.final / CHECKPOINTS, ignore_errors=True)
         ranks.barrier()
         self.done = True
+        if self.lock:
+            self.lock.release()
         say(f"{self.name}: done in {time.monotonic() - self.began:.0f} s -> {self.final}")
         return self.final
 
@@ -122,17 +116,18 @@ def open_stage(
     processes of another start work on the stage; tasks with shares may, beside each other.
     """
     stage = Stage(Path(run), name, settings, inputs)
-    found = _find(stage)
-    ranks.barrier()
-    if found:
-        if stage.done and ranks.rank() == 0:
-            shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # killed in its last moment
+    _find(stage)
+    if not _of_rank_0(stage.done):
+        stage.lock = StageLock(stage.run / _LOCKS / name.replace("/", "-"), share)
+        found = _of_rank_0(_find(stage))
+        if ranks.rank() == 0 and not found and not _create(stage):
+            _refuse_others(stage)
+        ranks.barrier()
+    stage.done = _of_rank_0(stage.done)  # another start may have finished meanwhile
+    if stage.done and ranks.rank() == 0:
+        shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # killed in its last moment
+    if stage.done or stage.resumed:
         _say_once(f"{name}: {'already done' if stage.done else 'going on from what is there'} ({stage.folder})")
-    elif ranks.rank() == 0 and not _create(stage):
-        _refuse_others(stage)
-    ranks.barrier()
-    if not stage.done:
-        _claim(stage, share)
     return stage
 
 
@@ -200,41 +195,9 @@ def _create(stage: Stage) -> bool:
     return True
 
 
-def _claim(stage: Stage, share: Share) -> None:
-    """Lock the folder until this process ends: against a second start, and against what a killed launcher left running.
-
-    Rank r of a whole run holds byte r of the lock file. Tasks with shares hold these bytes together, and each its own.
-    """
-    stage._held = open(stage.folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-    if not share.whole:
-        _lock(stage, fcntl.LOCK_SH, _SHARES)
-        if ranks.rank() == 0:
-            _lock(stage, fcntl.LOCK_EX, 1, _SHARES + share.number)
-        return
-    if ranks.rank() == 0:
-        _lock(stage, fcntl.LOCK_EX)
-        fcntl.lockf(stage._held, fcntl.LOCK_UN, 0, 1)  # the bytes after the first: for the other ranks
-        stage._held.truncate(0)
-        stage._held.write(f"process {os.getpid()} of {socket.gethostname()}")
-        stage._held.flush()
-    ranks.barrier()
-    if ranks.rank():
-        _lock(stage, fcntl.LOCK_EX, 1, ranks.rank())
-
-
-def _lock(stage: Stage, kind: int, length: int = 0, begin: int = 0) -> None:
-    assert stage._held is not None
-    try:
-        fcntl.lockf(stage._held, kind | fcntl.LOCK_NB, length, begin)
-    except (BlockingIOError, PermissionError):
-        stage._held.seek(0)
-        other = stage._held.read() or "a task with a share of it"
-        raise InUse(
-            f"{stage.folder}: still at work on it: {other}, or ranks that were started with it; "
-            "wait until they end, or end them"
-        ) from None
-    except OSError:  # a file system without locks: nothing is refused
-        return
+def _of_rank_0(flag: bool) -> bool:
+    """Ranks may see files at different times."""
+    return bool(ranks.on_every_rank(int(flag))[0])
 
 
 @cache

@@ -92,10 +92,12 @@ def script(settings: Settings, job: Job, arguments: Sequence[str], title: str) -
 def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bool) -> list[str]:
     """Print the stage's batch scripts, or write them to RUN/slurm and submit them; return the jobs' numbers.
 
-    Raises FileNotFoundError where there is no sbatch, ValueError with its message where it refuses a job; those
-    submitted before are cancelled then.
+    Raises FileNotFoundError where there is no sbatch, or no trained encoder to encode with, ValueError with slurm's
+    message where it refuses a job; those submitted before are cancelled then.
     """
     jobs = chain(settings, stage)
+    if stage == "encode" and not dry_run and not (Path(settings.run) / "train" / "provenance.json").exists():
+        raise FileNotFoundError(f"{settings.run}/train: not there; submit that first, with --stage train")
     folder = _folder(settings)
     numbers: list[str] = []
     for place, job in enumerate(jobs):
@@ -108,7 +110,7 @@ def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bo
         path = folder / f"{job.name}.sh"
         path.write_text(text, "utf-8")
         try:
-            numbers.append(_sbatch(path, jobs[place - 1], numbers[-1:]))
+            numbers.append(_sbatch(path, _wait_for(jobs[:place], numbers)))
         except ValueError:
             if numbers:
                 subprocess.run(["scancel", *numbers], check=False)  # half a chain is of no use
@@ -144,13 +146,21 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.run) / "slurm"
 
 
-def _sbatch(path: Path, before: Job, after: Sequence[str]) -> str:
-    """Submit a script to start when the job before it, of number `after`, has ended; return its own number.
+def _wait_for(before: Sequence[Job], numbers: Sequence[str]) -> list[str]:
+    """What a job waits for: that the one before has ended well.
 
-    That must have ended well, unless it is an array: what its tasks leave undone the next job does.
+    After an array, whose undone tasks the job does itself: that the one before the array has, and all tasks have ended.
     """
-    kind = "afterany" if before.array else "afterok"
-    waiting = ["--kill-on-invalid-dep=yes", *(f"--dependency={kind}:{number}" for number in after)]
+    if not before:
+        return []
+    if not before[-1].array:
+        return [f"afterok:{numbers[-1]}"]
+    return [*(f"afterok:{number}" for number in numbers[-2:-1]), f"afterany:{numbers[-1]}"]
+
+
+def _sbatch(path: Path, waits_for: Sequence[str]) -> str:
+    """Submit a script; return its job's number."""
+    waiting = ["--kill-on-invalid-dep=yes", *([f"--dependency={','.join(waits_for)}"] if waits_for else [])]
     try:
         done = subprocess.run(["sbatch", "--parsable", *waiting, str(path)], capture_output=True, text=True)
     except FileNotFoundError:

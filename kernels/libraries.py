@@ -75,18 +75,25 @@ def _build(name: str, openmp: bool) -> str:
     cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
     source = _FOLDER / f"{name}.cpp"
-    built = f"drama_{name}_{hashlib.sha256(flags.encode() + source.read_bytes()).hexdigest()[:12]}"
+    sources = b"".join(path.read_bytes() for path in [source, *sorted(_FOLDER.glob("*.h"))])
+    built = f"drama_{name}_{hashlib.sha256(flags.encode() + sources).hexdigest()[:12]}"
     folder = Path(cpp_extension._get_build_directory(built, verbose=False))
+    whole = folder / f"{built}.so"
+    if whole.exists():
+        return str(whole)
     with _ninja_on_path(), _alone_in(folder):
-        cpp_extension.load(
-            built,
-            [str(source)],
-            # OpenMP's symbols are left to PyTorch, which has loaded its own: a second one would fight it for cores.
-            extra_cflags=["-O3", "-march=native", *(["-fopenmp"] if openmp else [])],
-            is_python_module=False,
-            verbose=False,
-        )
-    return str(folder / f"{built}.so")
+        if not whole.exists():
+            cpp_extension.load(
+                f"{built}_new",
+                [str(source)],
+                build_directory=str(folder),
+                # OpenMP's symbols are left to PyTorch, which has loaded its own: a second would fight it for cores.
+                extra_cflags=["-O3", "-march=native", *(["-fopenmp"] if openmp else [])],
+                is_python_module=False,
+                verbose=False,
+            )
+            (folder / f"{built}_new.so").replace(whole)
+    return str(whole)
 
 
 @contextmanager

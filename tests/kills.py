@@ -4,8 +4,8 @@ python tests/kills.py [--trials 36] [--seed 1]: benchmarks/results/kills.md. tes
 
 A trial takes a whole run of the tiny model, removes one stage, starts that on two ranks, waits until it is at work and
 then a random part of the time that it takes, stops it, and starts it again until it ends well. Ways to stop it: kill -9
-of one rank, of the launcher, or of every process; SIGTERM to the launcher; a disk that is full; folders that cannot be
-written to. The last two end when the stage has failed of them. The full disk needs root, for a file system of its own.
+of one rank, of the ranks' launcher, or of every process; SIGTERM to that launcher; a disk that is full; folders that
+cannot be written to. The last two end when the stage has failed of them. The full disk needs root, for a file system of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from drama_dist import ranks
+from drama_dist.settings import read_settings, write_settings
 
 ROOT = Path(__file__).parent.parent
 STAGES = {  # of a trial: the verb that runs it, and its folder
@@ -122,13 +125,14 @@ class Ground:
 
     def _start(self, run: Path, verb: str, launcher: str) -> psutil.Popen:
         programs = Path(sys.executable).parent
-        ranks = {
+        start = {
             "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())],
             "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port())],
         }[launcher]
-        command = [str(programs / ranks[0]), *ranks[1:], f"launcher/{verb}.py", str(self.settings), f"run={run}"]
+        command = [str(programs / start[0]), *start[1:], f"launcher/{verb}.py", str(self.settings), f"run={run}"]
+        inherited = {name: value for name, value in os.environ.items() if name not in (*ranks.VARIABLES, "MASTER_PORT")}
         environment = {
-            **os.environ,
+            **inherited,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{programs}:{os.environ['PATH']}",
@@ -214,13 +218,11 @@ def _steps(metrics: Path) -> list[tuple[int, float]]:
 
 def _stop(way: str, family: list[Any], chance: random.Random) -> None:
     """Send the signal, if it is one."""
-    chosen = {
-        "rank": [chance.choice(_ranks(family))],
-        "launcher": family[:1],
-        "everything": family,
-        "SIGTERM": family[:1],
-    }.get(way, [])
-    for process in filter(_alive, chosen):
+    ranked = _ranks(family)
+    launcher = [process for process in family if process.pid == ranked[0].ppid()]  # deepspeed has another above it
+    chosen = {"rank": [chance.choice(ranked)], "launcher": launcher, "everything": family, "SIGTERM": launcher}
+    chosen |= {"full disk": [], "read-only folders": []}
+    for process in filter(_alive, chosen[way]):
         process.send_signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
 
 
@@ -229,17 +231,21 @@ def _read_only(run: Path) -> Iterator[Callable[[], None]]:
     folders = [path for path in [run, *run.rglob("*")] if path.is_dir()]
     for folder in folders:
         folder.chmod(0o500)
-    yield lambda: None
-    for folder in folders:
-        folder.chmod(0o700)
+    try:
+        yield lambda: None
+    finally:
+        for folder in folders:
+            folder.chmod(0o700)
 
 
 @contextlib.contextmanager
 def _full_disk(filler: Path) -> Iterator[Callable[[], None]]:
-    with open(filler, "wb", buffering=0) as file:
-        _write_until_full(file.fileno())
-        yield lambda: _write_until_full(file.fileno())  # what they free
-    filler.unlink()
+    try:
+        with open(filler, "wb", buffering=0) as file:
+            _write_until_full(file.fileno())
+            yield lambda: _write_until_full(file.fileno())  # what they free
+    finally:
+        filler.unlink()
 
 
 def _ranks(family: list[Any]) -> list[Any]:
@@ -288,8 +294,6 @@ def _free_port() -> int:
 def ground() -> Iterator[Ground]:
     """Where trials take place: a file system of its own, which can be full, where this user may make one."""
     from conftest import SMALL, passages, save_llama, train_tokenizer, write_lines
-
-    from drama_dist.settings import read_settings, write_settings
 
     with tempfile.TemporaryDirectory() as folder, _own_disk(Path(folder) / "disk") as place:
         shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}

@@ -30,7 +30,7 @@ def listening() -> Iterator[None]:
 def test_a_signal_stops_at_once_unless_deferred(number: signal.Signals) -> None:
     with pytest.raises(interrupts.Stopped, match=number.name):
         signal.raise_signal(number)
-    with pytest.raises(interrupts.Stopped, match="at its end"), interrupts.deferred():
+    with pytest.raises(interrupts.Stopped, match="at the end of a stage"), interrupts.deferred():
         assert not interrupts.wanted()
         signal.raise_signal(number)
         assert interrupts.wanted()

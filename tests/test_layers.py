@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"records", "settings", "ranks", "precision", "progress", "stages", "interrupts", "shares", "kernels"},
+    {"records", "settings", "ranks", "precision", "progress", "stages", "interrupts", "shares", "locks", "kernels"},
     {"corpus", "encoder", "checkpoints", "zero_state", "engine"},
     {"index"},
     {"augment", "prune", "train", "evaluate"},

@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     assert start(whole).wait(300) == 0
     run = Path(killed.run)
     for moment in (
-        "augment.partial/synthetic/part-00000.jsonl",
+        "augment.partial/checkpoints/synthetic/part-00000.jsonl",
         "train.partial/checkpoints/step-0000002",
         "encode/drama.partial/shard-00000.npy",
     ):

@@ -10,7 +10,7 @@ from drama_dist import ranks
 
 
 def set_all(patch: pytest.MonkeyPatch, **variables: str) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in (*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST"):
         patch.setenv(name, "")  # so that what the test's code sets is taken back
         patch.delenv(name)
     for name, value in variables.items():

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drama_dist.locks import InUse
 from drama_dist.shares import WHOLE, Share
-from drama_dist.stages import InUse, OtherSettings, fingerprint, open_stage, seconds_of
+from drama_dist.stages import OtherSettings, fingerprint, open_stage, seconds_of
 
 SETTINGS = {"train": {"steps": 3, "dims": [4, 2]}}
 
@@ -23,7 +24,7 @@ def test_a_stage_works_in_a_partial_folder_until_it_is_whole(tmp_path: Path) -> 
     assert not stage.done and not stage.resumed and stage.folder == tmp_path / "train.partial"
     (stage.folder / "weights").write_text("w", "utf-8")
     assert stage.finish(steps=3) == tmp_path / "train"
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "train"]
     record = json.loads((tmp_path / "train" / "provenance.json").read_text("utf-8"))
     assert record["steps"] == 3 and record["inputs"] == {"corpus": "abc"} and record["versions"]["torch"]
     assert seconds_of(tmp_path, "train") >= 0
@@ -47,8 +48,8 @@ def test_a_stage_at_work_in_another_process_is_refused_until_that_ends(tmp_path:
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout and other.stdout.readline() == "open\n"
-        who = f"process {other.pid} of " if share.whole else "a task with a share"
-        with pytest.raises(InUse, match=f"train.partial: still at work on it: {who}"):
+        who = f"{'' if share.whole else 'share 1 of 4, '}process {other.pid} of "
+        with pytest.raises(InUse, match=rf"another start is at work on this stage \({who}"):
             open_stage(tmp_path, "train", SETTINGS, {})
         for number in range(4):
             if share.whole or number == share.number:
@@ -60,7 +61,24 @@ def test_a_stage_at_work_in_another_process_is_refused_until_that_ends(tmp_path:
         other.kill()
         other.wait()
     open_stage(tmp_path, "train", SETTINGS, {}).finish()
-    assert not (tmp_path / "train" / ".lock").exists()
+
+
+def test_another_rank_that_was_left_running_is_at_work_too(tmp_path: Path) -> None:
+    program = (
+        "import time; from drama_dist import ranks; from drama_dist.stages import open_stage\n"
+        "ranks.rank, ranks.barrier, ranks.on_every_rank = lambda: 1, lambda: None, lambda own: [own, own]\n"
+        f"stage = open_stage({str(tmp_path)!r}, 'train', {SETTINGS!r}, {{}})\n"
+        "print('open', flush=True); time.sleep(600)"
+    )
+    open_stage(tmp_path, "train", SETTINGS, {})
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "open\n"
+        with pytest.raises(InUse):
+            open_stage(tmp_path, "train", SETTINGS, {})
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_one_of_several_processes_makes_the_folder_and_the_others_find_it_whole(tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ def scripts(settings: Settings, stage: str = "run") -> dict[str, str]:
     }
 
 
+def trained(settings: Settings) -> Settings:
+    folder = Path(settings.run) / "train"
+    folder.mkdir(parents=True)
+    (folder / "provenance.json").write_text("{}", "utf-8")
+    return settings
+
+
 def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: Callable[..., Settings]) -> None:
     assert [job.name for job in chain(small_settings(), "run")] == CHAIN
     without = chain(small_settings("augment.synthetic_queries=0", "train.start=models/x"), "run")
@@ -83,6 +90,9 @@ def test_jobs_wait_for_one_another(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     settings = small_settings()
+    with pytest.raises(FileNotFoundError, match="run/train: not there; submit that first"):
+        submit(settings, "encode", ["s.yaml"], dry_run=False)
+    trained(settings)
     assert submit(settings, "encode", ["s.yaml"], dry_run=False) == ["1", "2"]
     first, second = (tmp_path / "calls").read_text("utf-8").splitlines()
     folder = Path(settings.run) / "slurm"
@@ -91,10 +101,10 @@ def test_jobs_wait_for_one_another(
     assert "--share" in (folder / "shards.sh").read_text("utf-8")
     assert f"2  {folder}/encode.sh, after shards" in capsys.readouterr().out
     submit(settings, "augment", ["s.yaml"], dry_run=False)
-    kinds = [
-        re.findall(r"--dependency=(\w+)", line) for line in (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
-    ]
-    assert kinds == [[], ["afterok"], ["afterany"], ["afterok"], ["afterany"]]  # after arrays: however they ended
+    calls = (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
+    waits = [found[1] if (found := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
+    # After arrays: however their tasks ended.
+    assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:5,afterany:6"]
 
 
 def test_where_a_job_is_refused_those_before_it_are_cancelled(
@@ -108,7 +118,7 @@ def test_where_a_job_is_refused_those_before_it_are_cancelled(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ValueError, match=r"sbatch refused .*encode\.sh: no such account"):
-        submit(small_settings(), "encode", ["s.yaml"], dry_run=False)
+        submit(trained(small_settings()), "encode", ["s.yaml"], dry_run=False)
     assert (tmp_path / "cancelled").read_text("utf-8") == "7\n"
 
 
@@ -126,5 +136,8 @@ def test_the_command_prints_or_says_that_there_is_no_slurm(
     printed = capsys.readouterr().out
     assert printed.count("#!/bin/bash\n") == 2 and "#SBATCH --array=0-2\n" in printed and "slurm.array=3" in printed
     assert not Path(settings.run).exists()
+    assert main(words) == 2
+    assert "run/train: not there" in capsys.readouterr().err
+    trained(settings)
     assert main(words) == 2
     assert "no sbatch here" in capsys.readouterr().err

@@ -7,7 +7,6 @@ part of the work is kept as it is done, so an interrupted stage goes on from the
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from drama_dist.progress import say
 from drama_dist.records import Example, write_records
 from drama_dist.settings import Settings, as_dict
 from drama_dist.shares import WHOLE, Share
-from drama_dist.stages import Stage, open_stage, write_text
+from drama_dist.stages import CHECKPOINTS, Stage, open_stage, write_text
 
 _PART = 512
 
@@ -66,8 +65,6 @@ def augment(
         write_records(stage.folder / "examples.jsonl", examples)
         write_records(stage.folder / "set_aside.jsonl", aside)
         write_text(stage.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
-        for parts in ("synthetic", "ranked"):
-            shutil.rmtree(stage.folder / parts, ignore_errors=True)
     say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     return stage.finish(examples=len(examples), set_aside=len(aside))
 
@@ -97,7 +94,7 @@ def _synthetic(
     settings: Settings, stage: Stage, corpus: Corpus, share: Share
 ) -> tuple[list[Written], list[dict[str, Any]]]:
     llm = LanguageModel(settings.llm, settings.augment, settings.trust_remote_code)
-    folder = stage.folder / "synthetic"
+    folder = stage.folder / CHECKPOINTS / "synthetic"
     return write_queries(folder, corpus.passages, llm, settings.augment, settings.seed, share)
 
 
@@ -119,7 +116,7 @@ def _rank(
         rankings = ranker.rank([query.query for query in part], choice.negatives_to_rank)
         return [example(query, row, table, choice, settings.seed) for query, row in zip(part, rankings, strict=True)]
 
-    rows = in_parts(stage.folder / "ranked", written, _PART, "queries", rank)
+    rows = in_parts(stage.folder / CHECKPOINTS / "ranked", written, _PART, "queries", rank)
     return [Example.from_json(row) for row in rows]
 
 

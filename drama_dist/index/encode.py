@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,10 +33,11 @@ class TextEncoder(Protocol):
 
 
 def encode_corpus(
-    stage: Stage, passages: PassageTable, encoder: TextEncoder, shard_passages: int, share: Share = WHOLE
+    stage: Stage, passages: PassageTable, encoder: TextEncoder, shard_passages: int, share: Share = WHOLE, **facts: Any
 ) -> Path:
     """Encode every passage into shards in the stage's folder, add a search index, finish the stage.
 
+    facts: for the stage's provenance.
     Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier
     attempt left whole are kept. A share that is not the whole is left
     in the folder, and the stage not finished. Raises ValueError where a vector is not finite or not of length 1,
@@ -68,7 +69,7 @@ def encode_corpus(
         )
     if ranks.rank() == 0:
         write_index(np.concatenate(shards), stage.folder)
-    return stage.finish(passages=len(passages), dim=int(shards[0].shape[1]))
+    return stage.finish(passages=len(passages), dim=int(shards[0].shape[1]), **facts)
 
 
 def load_embeddings(folder: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, from_config, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
 from drama_dist.encoder.sources import resolve
-from drama_dist.precision import AUTO, dtype_of
+from drama_dist.precision import AUTO, dtype_name, dtype_of
 from drama_dist.prune.heal import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.prune.shrink import Kept, choose, shrink
@@ -50,7 +50,7 @@ def prune(settings: Settings, table: PassageTable, inputs: dict[str, str]) -> Pa
         small = heal(stage, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
     if ranks.rank() == 0:
         _save(stage.folder, small, tokenizer, settings.encoder, kept)
-    return stage.finish(parameters=sum(weight.numel() for weight in small.parameters()))
+    return stage.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
 
 
 def random_twin(pruned: Encoder, seed: int) -> Encoder:

@@ -67,7 +67,6 @@ def heal(
             engine.save(saved, step + 1)
         if stopping:
             saved.wait()
-            ranks.barrier()
             raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1} of healing")
     bar.close()
     saved.wait()

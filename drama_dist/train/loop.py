@@ -108,7 +108,6 @@ def _steps(
             break
     bar.close()
     saved.wait()
-    ranks.barrier()  # launchers end the others soon after the first rank ends, and these may be writing still
     telemetry.close()
     if stopping:
         raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1}")

@@ -122,8 +122,8 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
     expected = run(alone, corpus, LetterCounts())
     for number, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
         folder = augment(shared, corpus, LetterCounts(), vectors(shared, corpus), {}, Share(number, 2))
-        assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "ranked").exists()
-        assert {path.name for path in (folder / "synthetic").iterdir()} == parts
+        assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "checkpoints" / "ranked").exists()
+        assert {path.name for path in (folder / "checkpoints" / "synthetic").iterdir()} == parts
     assert run(shared, corpus, LetterCounts()) == expected
 
 

@@ -111,6 +111,16 @@ def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypa
     monkeypatch.setattr(ranks, "rank", lambda: own.rank)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "barrier", meeting.wait)
+    told = [0, 0]
+
+    def on_every_rank(number: int) -> list[int]:
+        told[own.rank] = number
+        meeting.wait()
+        found = list(told)
+        meeting.wait()
+        return found
+
+    monkeypatch.setattr(ranks, "on_every_rank", on_every_rank)
     encoders = [LetterCounts(), LetterCounts()]
 
     def work(rank: int) -> None:
