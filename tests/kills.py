@@ -5,7 +5,8 @@ python tests/kills.py [--trials 36] [--seed 1]: benchmarks/results/kills.md. tes
 A trial takes a whole run of the tiny model, removes one stage, starts that on two ranks, waits until it is at work and
 then a random part of the time that it takes, stops it, and starts it again until it ends well. Ways to stop it: kill -9
 of one rank, of the ranks' launcher, or of every process; SIGTERM to that launcher; a disk that is full; folders that
-cannot be written to. The last two end when the stage has failed of them. The full disk needs root, for a file system of its own.
+cannot be written to. The last two end when the stage has failed of them. The full disk needs root, for a file system
+of its own.
 """
 
 from __future__ import annotations
