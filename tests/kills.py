@@ -54,7 +54,7 @@ CHANGES = [
 SHARDS = 16
 DISK_BYTES = 256 << 20
 PATIENCE = 180.0  # seconds in which a stopped stage must be gone
-_OWN_RECORDS = {"provenance.json", "metrics.jsonl", "tensorboard", "settings.yaml"}  # dates, durations, the folder
+_OWN_RECORDS = {"provenance.json", "metrics.jsonl", "tensorboard", "settings.yaml", ".locks"}  # dates, pids, places
 
 
 @dataclass(frozen=True)
