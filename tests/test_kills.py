@@ -27,10 +27,8 @@ def test_a_stopped_stage_ends_as_if_nobody_had_stopped_it(trial: Trial, place: G
         pytest.skip("a full disk needs root")
     outcome = place.take(trial)
     assert not outcome.differences and outcome.starts == 1
-    if (
-        trial.launcher == "torchrun" and trial.way != "full disk"
-    ):  # which a stage that needs no more room does not notice
-        assert outcome.status != 0
+    # A deepspeed command does not tell of a killed child; a stage that needs no more room ignores a full disk.
+    assert outcome.status != 0 or trial.launcher == "deepspeed" or trial.way == "full disk"
 
 
 def test_a_changed_byte_a_lost_step_and_a_left_file_are_told(tmp_path: Path) -> None:
