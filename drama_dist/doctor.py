@@ -54,7 +54,7 @@ CHECKS = (
         "bfloat16",
         probes.bfloat16,
         "dtype: auto takes float32, which is slower than bfloat16 elsewhere",
-        "nothing; a processor with AVX512-BF16 or AMX is some 2.5 times as fast, or a GPU",
+        "nothing here: take a processor with AVX512-BF16 or AMX, or a GPU",
     ),
     Check("C++ compiler", probes.compiler, "see loss, attention and layers below", _COMPILER),
     Check("ninja", probes.ninja, "see loss, attention and layers below", "pip install ninja"),

@@ -127,8 +127,8 @@ class Ground:
     def _start(self, run: Path, verb: str, launcher: str) -> psutil.Popen:
         programs = Path(sys.executable).parent
         start = {
-            "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())],
-            "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port())],
+            "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(ranks._free_port())],
+            "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(ranks._free_port())],
         }[launcher]
         command = [str(programs / start[0]), *start[1:], f"launcher/{verb}.py", str(self.settings), f"run={run}"]
         inherited = {name: value for name, value in os.environ.items() if name not in (*ranks.VARIABLES, "MASTER_PORT")}
@@ -283,14 +283,6 @@ def _write_until_full(file: int) -> None:
             size //= 2
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def ground() -> Iterator[Ground]:
     """Where trials take place: a file system of its own, which can be full, where this user may make one."""
@@ -328,7 +320,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
         "Two ranks, float32. moment: share of the stage's time. status: of the stopped launcher. starts: until it",
-        "ended well. same: all files of the artefact to the byte, every step's loss, nothing left behind.",
+        "ended well. same: all files of the artefact to the byte, every step's loss, nothing left behind. status 0:",
+        "the stage was too far on to be hindered, or its deepspeed command does not tell that a child was killed.",
         "",
         "| trial | stage | stopped by | launcher | moment | status | starts | from step | same |",
         "|--:|---|---|---|--:|--:|--:|--:|---|",
