@@ -8,6 +8,8 @@
 namespace {
 
 constexpr int64_t STRIP = 64, ROWS = 6;
+// Vectors of a row whose sums are in registers at once: 6 x 4 of the 32 that AVX-512 has, else 6 x 2 of 16.
+constexpr int64_t AT_ONCE = WIDTH == 16 ? 4 : 2;
 
 template <class E>
 struct Operand;
@@ -45,19 +47,21 @@ struct Operand<Bfloat16> {
 template <class E, int R>
 inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
   constexpr int64_t lane = Operand<E>::lane;
-  Floats total[R][4];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) total[r][v] = load(c + r * ldc + v * WIDTH);
-  for (int64_t k = 0; k < depth; k += lane) {
-    const E* row = b + k * STRIP;
-#pragma GCC unroll 6
+  for (int64_t begin = 0; begin < STRIP; begin += AT_ONCE * WIDTH) {
+    Floats total[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
+      for (int v = 0; v < AT_ONCE; ++v) total[r][v] = load(c + r * ldc + begin + v * WIDTH);
+    for (int64_t k = 0; k < depth; k += lane) {
+      const E* row = b + k * STRIP + begin * lane;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v)
-        total[r][v] = Operand<E>::multiply_add(total[r][v], a + r * lda + k, row + v * WIDTH * lane);
+        for (int v = 0; v < AT_ONCE; ++v)
+          total[r][v] = Operand<E>::multiply_add(total[r][v], a + r * lda + k, row + v * WIDTH * lane);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < AT_ONCE; ++v) store(c + r * ldc + begin + v * WIDTH, total[r][v]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) store(c + r * ldc + v * WIDTH, total[r][v]);
 }
 
 template <class E>
