@@ -1,8 +1,8 @@
 """Attention on the CPU: ours, PyTorch's flash kernel, and plain products, by length of the sequences.
 
-python benchmarks/attention.py [--lengths 16 ... 8192] [--tokens 8192] [--rounds 7]
+python benchmarks/attention.py [--dtype float32] [--lengths 16 ... 8192] [--tokens 8192] [--rounds 7]
 
-All get the same bfloat16 rows of queries, keys and values, 6 heads of 64 as in the quickstart's encoder, and give
+All get the same rows of queries, keys and values, 6 heads of 64 as in the quickstart's encoder, and give
 rows of attended heads and, in training, the rows' gradients. Plain products are left out beyond PLAIN_LIMIT tokens:
 their scores are heads × length × length. encoder/attention.py, for layers that are not fused, takes plain products for
 gradients up to 256 tokens.
@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.encoder.attention import plain_attention
 from drama_dist.kernels.attention import attend
+from drama_dist.precision import AUTO, dtype_name
 
 HEADS, SIZE = 6, 64
 SCALING = SIZE**-0.5
@@ -55,12 +56,12 @@ def call(side: Side, rows: torch.Tensor, boundaries: torch.Tensor) -> list[torch
     return [output.detach(), *learned]
 
 
-def measure(length: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(length: int, tokens: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
     """One line: all sides, with and without gradients."""
     width = HEADS * SIZE
     scales = torch.tensor([4.0, 1.0, 1.0]).repeat_interleave(width)
     count = max(1, tokens // length)
-    given = (torch.randn(count * length, 3 * width) * scales).bfloat16()
+    given = (torch.randn(count * length, 3 * width) * scales).to(dtype)
     boundaries = torch.arange(0, count * length + 1, length, dtype=torch.int32)
     learning = given.clone().requires_grad_()
     found = {name: call(side, learning, boundaries) for name, side in sides_of(length).items()}
@@ -116,11 +117,12 @@ def main() -> None:
     parser = arguments(__doc__, rounds=7, devices=("cpu",))
     parser.add_argument("--lengths", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 1024, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=8192, help="of a line, in sequences of the line's length")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype_name(AUTO))
     options = parser.parse_args()
     use_device(options.device)
-    facts = circumstances()
-    rows = [measure(length, options.tokens, options.rounds) for length in options.lengths]
-    print(table(rows), write_results("attention-cpu", facts, rows, table(rows)), sep="\n")
+    facts, dtype = circumstances(), getattr(torch, options.dtype)
+    rows = [measure(length, options.tokens, options.rounds, dtype) for length in options.lengths]
+    print(table(rows), write_results(f"attention-cpu-{options.dtype}", facts, rows, table(rows)), sep="\n")
 
 
 if __name__ == "__main__":

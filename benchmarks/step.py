@@ -1,7 +1,7 @@
 """A whole training step: ours against sentence-transformers, on the same checkpoint and the same texts.
 
 python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--sets questions abstracts]
-    [--batches 256 1024] [--budgets 0 4] [--dtypes bfloat16 float32] [--rounds 5] [--add]
+    [--batches 256 1024] [--budgets 0 4] [--dtype bfloat16] [--dtypes bfloat16 float32] [--rounds 5] [--add]
 
 A step is everything from texts to updated weights: tokens, embeddings, the loss over all Matryoshka dims,
 gradients, clipping, AdamW. The learning rate is 0, so every round does the same work. Peers:
@@ -10,7 +10,9 @@ mini-batches of PEERS, of which one round over TRIED texts finds the fastest for
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
 padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is all that
 a side adds to the process: weights, optimiser, and the peak of a step.
---dtypes: the precisions of the peer that are timed; in float32 both sides are compared once in any case.
+--dtype: ours, and the peer's that it is held against; the one that suits the machine where it is not given, and part
+of the results file's name. --dtypes: all of the peer's that are timed; in float32 both sides are compared once in any
+case.
 --add: rows of the results file with other texts or batches stay.
 """
 
@@ -44,6 +46,7 @@ from texts import Texts, abstracts, questions
 from drama_dist import ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.engine import Engine, OptimiserSettings
+from drama_dist.precision import AUTO, dtype_name
 from drama_dist.settings import TrainSettings
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
@@ -136,20 +139,24 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     few = texts.first(TRIED)
-    calls = {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in DTYPES for peer in PEERS}
+    dtypes = sorted({*options.dtypes, "float32"})
+    calls = {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in dtypes for peer in PEERS}
     tried = {name: _tried(make, few, options.device) for name, make in calls.items()}
-    best = {dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds) for dtype in DTYPES}
-    makes = {
-        _own_name(budget): partial(ours, options.model, "bfloat16", options.chunk_tokens, budget * 2**30)
+    best = {dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds) for dtype in dtypes}
+    own = {
+        _own_name(options.dtype, budget): partial(
+            ours, options.model, options.dtype, options.chunk_tokens, budget * 2**30
+        )
         for budget in options.budgets
-    } | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
+    }
+    makes = own | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
     results = {
         "ours float32": (exact := ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)),
         best["float32"]: (peer := calls[best["float32"]]()(texts)),
     }
     sides, state = {}, {}
-    for budget in options.budgets:
-        makes[_own_name(budget)]()(few)  # what a first step takes once in a process, the tried peers have taken
+    for make in own.values():
+        make()(few)  # what a first step takes once in a process, the tried peers have taken
     for name, make in makes.items():
         before = held_megabytes(options.device)
         sides[name] = make()
@@ -165,8 +172,8 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "measured": {name: as_row(value) | {"state_megabytes": state[name]} for name, value in measured.items()},
         "results": {name: asdict(one) for name, one in results.items()},
         "agree": _agree(exact, peer, "float32")
-        and all(_agree(results[_own_name(one)], results[best["bfloat16"]], "bfloat16") for one in options.budgets),
-        "best_peer": best["bfloat16"],
+        and all(_agree(results[name], results[best[options.dtype]], options.dtype) for name in own),
+        "best_peer": best[options.dtype],
     }
 
 
@@ -175,8 +182,8 @@ def _tried(make: Callable[[], Step], texts: Texts, device: str) -> Measured:
     return in_turns({"one": partial(step, texts)}, 1, device)["one"]
 
 
-def _own_name(budget: float) -> str:
-    return f"ours bfloat16, {budget:g} GiB kept"
+def _own_name(dtype: str, budget: float) -> str:
+    return f"ours {dtype}, {budget:g} GiB kept"
 
 
 def _name(dtype: str, peer: dict[str, int]) -> str:
@@ -193,8 +200,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second, and peak memory."""
     lines = [
         "Real tokens a second: median (slowest–fastest round). MB: state, and the peak of a step above it. times: the",
-        "side's rate over that of the peer's fastest setting in bfloat16; encoded: the same with the tokens that each",
-        "side encodes, texts that come twice counted once for ours; memory: all of the side's over all of that peer's.",
+        "side's rate over that of the peer's fastest setting at our precision; encoded: the same with the tokens that",
+        "each side encodes, texts that come twice counted once for ours; memory: all of the side's over that peer's.",
         "",
         "| texts | batch | real tokens (distinct) | side | tokens/s | MB | times | encoded | memory | loss "
         "| gradient norm |",
@@ -228,13 +235,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
-    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=DTYPES, help="of the peer, to be timed")
+    parser.add_argument("--dtype", choices=DTYPES, help="of ours; default: what suits the machine")
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, help="of the peer, timed; default: ours and float32")
     parser.add_argument("--add", action="store_true", help="keep the results file's rows of other texts or batches")
     options = parser.parse_args()
-    if "bfloat16" not in options.dtypes:
-        parser.error("--dtypes: expected bfloat16 among them, which the table compares with")
     use_device(options.device)
-    name, facts = f"step-{options.device}", circumstances(options.device)
+    options.dtype = options.dtype or dtype_name(AUTO)
+    options.dtypes = options.dtypes or list(dict.fromkeys([options.dtype, "float32"]))
+    if options.dtype not in options.dtypes:
+        parser.error(f"--dtypes: expected {options.dtype} among them, which the table compares with")
+    name, facts = f"step-{options.device}-{options.dtype}", circumstances(options.device)
     rows = earlier_rows(name) if options.add else []
     for batch in options.batches:
         for choice in options.sets:

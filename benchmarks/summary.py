@@ -36,7 +36,7 @@ def loss_lines(device: str) -> Iterator[list[str]]:
 
 def step_lines(device: str) -> Iterator[list[str]]:
     """The whole step, against the peer's best in bfloat16."""
-    for row in results(f"step-{device}")["rows"]:
+    for row in results(f"step-{device}-bfloat16")["rows"]:
         if row["agree"]:
             name = row["best_peer"]
             peer = row["measured"][name]
@@ -76,7 +76,7 @@ def summary() -> str:
         lines = [*loss_lines(device), *step_lines(device), *encode_lines(device)]
         if not lines:
             continue
-        files = [results(name) for name in (f"loss-{device}-bfloat16", f"step-{device}", f"encode-{device}")]
+        files = [results(name) for name in (f"loss-{device}-bfloat16", f"step-{device}-bfloat16", f"encode-{device}")]
         facts = next(found for found in files if found["rows"])
         versions = facts["versions"]
         head = ["what, in bfloat16", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]

@@ -26,8 +26,8 @@ from drama_dist.train.grad_cache import SHARE_OF_FREE
 from drama_dist.train.objective import queries_travel
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
-# Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu.md, 31,842
-# different tokens of four passes in 11.1 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs it is an assumption.
+# Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
+# 31,842 different tokens of four passes in 11.1 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
 SHARES_OF_PEAK = {True: 0.6, False: 0.4}
 _MOST_RANKS = 4096
 
@@ -161,9 +161,8 @@ def _traffic_lines(costs: Costs) -> Iterator[str]:
 def _time_lines(plan: Plan) -> Iterator[str]:
     share = SHARES_OF_PEAK[plan.device.is_cpu]
     expected, peak = plan.seconds / share, plan.device.peaks[plan.dtype] / 1e12
-    reason = (
-        "as in benchmarks/results/step-cpu.md" if plan.device.is_cpu else "assumed: nothing was timed on such a device"
-    )
+    timed = "as in benchmarks/results/step-cpu-bfloat16.md"
+    reason = timed if plan.device.is_cpu else "assumed: nothing was timed on such a device"
     yield f"\noperations  {plan.costs.operations / 1e12:.2f} Tflop a step and rank"
     yield f"time        at least {_duration(plan.seconds)} a step, at {peak:.3g} Tflop/s"
     yield (

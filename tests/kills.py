@@ -1,6 +1,6 @@
 """Trials of being stopped: two ranks are stopped at a random moment, started again, and compared to the byte.
 
-python tests/kills.py [--trials 36] [--seed 1]: benchmarks/results/kills.md. test_kills.py runs the same trials.
+python tests/kills.py [--trials 36] [--seed 1] [--add]: benchmarks/results/kills.md. test_kills.py runs the same trials.
 
 A trial takes a whole run of the tiny model, removes one stage, starts that on two ranks, waits until it is at work and
 then a random part of the time that it takes, stops it, and starts it again until it ends well. Ways to stop it: kill -9
@@ -332,23 +332,26 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {number} | {row['stage']} | {row['way']} | {row['launcher']} | {row['share']:.2f} | {row['status']} "
             f"| {row['starts']} | {'–' if row['step'] is None else row['step']} | {same} |"
         )
+    lines += ["", *sorted({f"{row['date']}: `{row['command']}`." for row in rows})]
     return "\n".join(lines)
 
 
 def main() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from measure import circumstances, write_results
+    from measure import circumstances, earlier_rows, write_results
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trials", type=int, default=36)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--add", action="store_true", help="keep the results file's trials")
     options = parser.parse_args()
-    facts, rows = circumstances(), []
+    facts, rows = circumstances(), earlier_rows("kills") if options.add else []
     possible = tuple(way for way in WAYS if can_fill() or way != "full disk")
     with ground() as place:
         for trial in tqdm(trials(options.trials, options.seed, possible), unit=" trials"):
-            rows.append({**vars(trial), **vars(place.take(trial))})
+            when = {"date": facts["date"], "command": facts["command"]}
+            rows.append({**when, **vars(trial), **vars(place.take(trial))})
             path = write_results("kills", facts, rows, table(rows))
     print(table(rows), path, sep="\n")
 
