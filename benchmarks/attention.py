@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.encoder.attention import plain_attention
 from drama_dist.kernels.attention import attend
-from drama_dist.precision import AUTO, dtype_name
 
 HEADS, SIZE = 6, 64
 SCALING = SIZE**-0.5
@@ -114,12 +113,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=7, devices=("cpu",))
+    parser = arguments(__doc__, rounds=7, devices=("cpu",), dtype=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 1024, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=8192, help="of a line, in sequences of the line's length")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype_name(AUTO))
     options = parser.parse_args()
-    use_device(options.device)
+    use(options)
     facts, dtype = circumstances(), getattr(torch, options.dtype)
     rows = [measure(length, options.tokens, options.rounds, dtype) for length in options.lengths]
     print(table(rows), write_results(f"attention-cpu-{options.dtype}", facts, rows, table(rows)), sep="\n")

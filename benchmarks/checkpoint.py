@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lengths import Trained
-from measure import arguments, circumstances, use_device, write_results
+from measure import arguments, circumstances, use, write_results
 
 from drama_dist.checkpoints import Checkpoints
 
@@ -69,7 +69,7 @@ def table(row: dict[str, Any]) -> str:
 
 def main() -> None:
     options = arguments(__doc__, rounds=7, model=True, devices=("cpu",)).parse_args()
-    use_device(options.device)
+    use(options)
     facts = circumstances(options.device)
     row = measure(Trained(options.model, 4096, checkpointed=False), options.rounds)
     print(table(row), write_results(f"checkpoint-{options.device}", facts, [row], table(row)), sep="\n")

@@ -41,6 +41,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     provenance = json.loads(evaluated.read_text("utf-8"))
     corpus = json.loads((folder / "corpus" / "provenance.json").read_text("utf-8"))
     settings = report["settings"]
+    trained = json.loads((folder / "train" / "provenance.json").read_text("utf-8"))
     return {
         "run": folder.name,
         "corpus": Path(settings["corpus"]["path"]).name,
@@ -51,6 +52,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "python": provenance["python"],
         "versions": provenance["versions"],
         "git": provenance["git"],
+        "dtype": trained["dtype"],
         "settings": {name: settings[name] for name in SETTINGS_SHOWN},
         "seconds": report["seconds"],
         "results": report["results"],
@@ -65,8 +67,8 @@ def as_markdown(run: dict[str, Any]) -> str:
     return f"""## {run["run"]} (seed {run["settings"]["seed"]})
 
 Corpus {run["corpus"]}: {run["passages"]} passages, {run["queries"]} test queries.
-Finished {run["finished"]} on {machine["cores"]} cores of {machine["processor"]}, {machine["system"]};
-Python {run["python"]}, {versions}; commit {run["git"]}.
+Finished {run["finished"]} on {machine["cores"]} cores of {machine["processor"]}, {machine["system"]},
+in {run["dtype"]}; Python {run["python"]}, {versions}; commit {run["git"]}.
 
 {results_table(run["results"], markdown=True)}
 

@@ -1,8 +1,8 @@
 """Encoding a corpus: ours against sentence-transformers, the same checkpoint, passages of natural lengths.
 
-python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--rounds 5]
+python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--dtype bfloat16]
 
-Sides: ours in bfloat16 (what `drama encode` does) and float32, sentence-transformers in both, with its default
+Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default
 batch of 32 texts and with larger ones; its default is float32 and 32. A speed-up is printed only where the
 vectors agree.
 """
@@ -10,14 +10,14 @@ vectors agree.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import Measured, arguments, as_row, circumstances, in_turns, rate_of, use_device, write_results
+from measure import DTYPES, Measured, arguments, as_row, circumstances, in_turns, rate_of, use, write_results
 from sentence_transformers import SentenceTransformer
 from texts import corpus
 
@@ -27,18 +27,17 @@ LIMIT = 512  # tokens of a passage
 BATCHES = (32, 128)
 DEFAULT = "peer float32, batch 32"
 AGREEMENT = {"float32": 1e-5, "bfloat16": 0.05}  # largest difference of a component of unit vectors
-DTYPES = ("bfloat16", "float32")
 
 
-def sides_of(model: Path, texts: list[str]) -> tuple[dict[str, Callable[[], np.ndarray]], int]:
+def sides_of(model: Path, texts: list[str], dtypes: Sequence[str]) -> tuple[dict[str, Callable[[], np.ndarray]], int]:
     """Every side's call, and how many tokens the texts have."""
     sides: dict[str, Callable[[], np.ndarray]] = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         encoder = load(model, dtype=dtype)
         encoder.contract = replace(encoder.contract, max_passage_tokens=LIMIT)
         sides[f"ours {dtype}"] = lambda encoder=encoder: encoder.encode_passages(texts)
     tokens = sum(map(len, encoder.tokenize_passages(texts)))
-    for dtype in DTYPES:
+    for dtype in dtypes:
         peer = SentenceTransformer(
             str(model), model_kwargs={"dtype": getattr(torch, dtype)}, device=str(encoder.device)
         )
@@ -53,7 +52,7 @@ def sides_of(model: Path, texts: list[str]) -> tuple[dict[str, Callable[[], np.n
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One collection."""
     texts = corpus(options.data, name)[: options.passages]
-    sides, tokens = sides_of(options.model, texts)
+    sides, tokens = sides_of(options.model, texts, list(dict.fromkeys([options.dtype, "float32"])))
     vectors = {side: np.asarray(call(), dtype=np.float32) for side, call in sides.items()}
     exact = vectors["ours float32"]
     differences = {side: float(np.abs(found - exact).max()) for side, found in vectors.items()}
@@ -76,7 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second of each side, and what is gained at each precision and over the default."""
     lines = [
         "Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: our rate over the",
-        "peer's best batch at the same precision; and bfloat16, which `drama encode` takes, over the peer's default.",
+        "peer's best batch at the same precision; and over the peer's default.",
         "",
         "| texts | passages | tokens | side | tokens/s | MB | difference | gain, same precision | over default |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
@@ -98,15 +97,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, data="the collections", model=True)
+    parser = arguments(__doc__, data="the collections", model=True, dtype=True)
     parser.add_argument("--sets", nargs="*", default=["cisi", "npl", "time"])
     parser.add_argument("--passages", type=int, default=1000, help="of each collection, from its beginning")
     options = parser.parse_args()
-    use_device(options.device)
+    use(options)
     facts, rows = circumstances(options.device), []
     for name in options.sets:
         rows.append(measure(name, options))
-        path = write_results(f"encode-{options.device}", facts, rows, table(rows))
+        path = write_results(f"encode-{options.device}-{options.dtype}", facts, rows, table(rows))
     print(table(rows), path, sep="\n")
 
 

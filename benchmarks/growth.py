@@ -2,9 +2,9 @@
 
 python benchmarks/growth.py [--model runs/quickstart/export] [--loss 1024 ... 32768] [--step 256 ... 2048] [--rounds 3]
 
-The loss: B = N, dims 768, 512 and 256, bfloat16, given vectors; time grows with B², memory should grow with B.
+The loss: B = N, dims 768, 512 and 256, given vectors; time grows with B², memory should grow with B.
 The step: B pairs of texts of 16 and 48 random tokens (all that matters here is how many there are), the
-quickstart's encoder in bfloat16, nothing kept: memory should hardly grow.
+quickstart's encoder, nothing kept: memory should hardly grow.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from typing import Any
 import torch
 from lengths import Trained
 from loss import ours
-from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 
 DIMS = (768, 512, 256)
 TOKENS = (16, 48)  # of a query and of a passage
 CHUNK_TOKENS = 4096
 
 
-def loss_rows(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
+def loss_rows(sizes: list[int], rounds: int, device: str, dtype: str) -> list[dict[str, Any]]:
     """The loss alone."""
     sides = {}
     for size in sizes:
         generator = torch.Generator().manual_seed(size)
-        sides_of = [torch.randn(size, max(DIMS), generator=generator).to(device, torch.bfloat16) for _ in range(2)]
+        sides_of = [
+            torch.randn(size, max(DIMS), generator=generator).to(device, getattr(torch, dtype)) for _ in range(2)
+        ]
         sides[str(size)] = ours(*(side.requires_grad_() for side in sides_of), DIMS)
     return _rows("loss", sides, rounds, device)
 
 
-def step_rows(model: Path, sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
+def step_rows(model: Path, sizes: list[int], rounds: int, device: str, dtype: str) -> list[dict[str, Any]]:
     """The training step, without checkpointed layers."""
-    trained = Trained(model, CHUNK_TOKENS, checkpointed=False)
+    trained = Trained(model, dtype, CHUNK_TOKENS, checkpointed=False)
     words = trained.encoder.backbone.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     sides = {}
@@ -77,16 +79,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=3, model=True)
+    parser = arguments(__doc__, rounds=3, model=True, dtype=True)
     parser.add_argument("--loss", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--step", type=int, nargs="*", default=[256, 512, 1024, 2048])
     options = parser.parse_args()
-    use_device(options.device)
-    rows = loss_rows(options.loss, options.rounds, options.device)
-    rows += step_rows(options.model, options.step, options.rounds, options.device)
+    use(options)
+    where = options.rounds, options.device, options.dtype
+    rows = loss_rows(options.loss, *where) + step_rows(options.model, options.step, *where)
     print(
         table(rows),
-        write_results(f"growth-{options.device}", circumstances(options.device), rows, table(rows)),
+        write_results(f"growth-{options.device}-{options.dtype}", circumstances(options.device), rows, table(rows)),
         sep="\n",
     )
 

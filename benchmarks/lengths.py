@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Measured, arguments, as_row, circumstances, in_turns, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, use, write_results
 from texts import corpus
 
 from drama_dist.encoder.backbone import Encoder, load
@@ -31,11 +31,11 @@ TRAIN = TrainSettings(temperature=0.05)
 class Trained:
     """An encoder with its engine and gradient cache; every chunk is encoded twice."""
 
-    def __init__(self, model: Path, chunk_tokens: int, checkpointed: bool):
+    def __init__(self, model: Path, dtype: str, chunk_tokens: int, checkpointed: bool):
         self.encoder = load(model)
         if checkpointed:
             self.encoder.checkpoint_layers()
-        self.engine = Engine(self.encoder, OptimiserSettings("bfloat16", 1, 0.01, 1.0))
+        self.engine = Engine(self.encoder, OptimiserSettings(dtype, 1, 0.01, 1.0))
         self.cache = GradCache(self.encoder, self.engine, chunk_tokens, 0.0)
 
     def step(self, texts: list[list[int]]) -> None:
@@ -67,7 +67,8 @@ def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[l
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both jobs at every length, in turns."""
     chunk = max(options.lengths)
-    trained, plain = Trained(options.model, chunk, checkpointed=True), load(options.model, dtype="bfloat16")
+    trained = Trained(options.model, options.dtype, chunk, checkpointed=True)
+    plain = load(options.model, dtype=options.dtype)
     stream = [
         token
         for text in corpus(options.data, "time")
@@ -117,17 +118,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, data="time/", model=True)
+    parser = arguments(__doc__, data="time/", model=True, dtype=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048, 8192])
     parser.add_argument("--chunks", type=int, default=2, help="tokens of a line, in texts of the largest length")
     options = parser.parse_args()
-    use_device(options.device)
+    use(options)
     if options.chunks < 2:
         parser.error(f"--chunks {options.chunks}: expected 2 or more, so that the longest texts have a passage each")
     rows = measure(options)
     print(
         table(rows),
-        write_results(f"lengths-{options.device}", circumstances(options.device), rows, table(rows)),
+        write_results(f"lengths-{options.device}-{options.dtype}", circumstances(options.device), rows, table(rows)),
         sep="\n",
     )
 

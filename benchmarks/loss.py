@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use_device, write_results
+from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
@@ -203,12 +203,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, dtype=True)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 4096, 8192, 16384], help="B = N")
     parser.add_argument("--hard-sizes", type=int, nargs="*", default=[1024], help="B, with N = 8 B")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
-    use_device(options.device)
+    use(options)
     shapes = [(size, (1 + HARD_NEGATIVES) * size) for size in options.hard_sizes]
     shapes += [(size, size) for size in options.sizes]
     facts, rows = circumstances(options.device), []

@@ -22,12 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+from drama_dist.precision import AUTO, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = ("bfloat16", "float32")
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "inf-cl", "liger-kernel")
 
 
@@ -48,8 +53,9 @@ def in_turns(
     """Median time and peak memory of every side, over `rounds` rounds after `warm_up` that do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     memory: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(warm_up + rounds):
-        for name, call in sides.items():
+    with tqdm(total=(warm_up + rounds) * len(sides), unit=" calls", mininterval=1, leave=False) as bar:
+        for number, (name, call) in product(range(warm_up + rounds), sides.items()):
+            bar.set_description(name)
             held = begin(device)
             started = time.perf_counter()
             call()
@@ -58,6 +64,7 @@ def in_turns(
             if number >= warm_up:
                 memory[name].append(peak_megabytes(device) - held)
                 times[name].append(took)
+            bar.update()
     return {
         name: Measured(statistics.median(taken), min(taken), max(taken), statistics.median(memory[name]), rounds)
         for name, taken in times.items()
@@ -70,8 +77,9 @@ def arguments(
     data: str | None = None,
     model: bool = False,
     devices: Sequence[str] = ("cpu", "cuda"),
+    dtype: bool = False,
 ) -> argparse.ArgumentParser:
-    """What every benchmark can be told; data: what its folder must hold."""
+    """What every benchmark can be told; data: what its folder must hold; dtype: whether it runs in a chosen one."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     if data:
         parser.add_argument("--data", type=Path, required=True, help=f"folder with {data} in BEIR form")
@@ -79,6 +87,8 @@ def arguments(
         parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
     parser.add_argument("--device", choices=devices, default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds)
+    if dtype:
+        parser.add_argument("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="auto: what suits the machine")
     return parser
 
 
@@ -93,13 +103,18 @@ def rate_of(count: int, one: Measured) -> str:
     return f"{count / one.seconds:.0f} ({count / one.slowest:.0f}–{count / one.fastest:.0f})"
 
 
-def use_device(name: str) -> None:
-    """Keep to cpu or cuda, in everything that chooses for itself; ends the program where there is no CUDA."""
-    os.environ["DS_ACCELERATOR"] = name
-    if name == "cpu":
+def use(options: argparse.Namespace) -> None:
+    """Keep to the chosen device, in everything that chooses for itself, and settle the dtype.
+
+    Ends the program where there is no CUDA.
+    """
+    os.environ["DS_ACCELERATOR"] = options.device
+    if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here")
+    if "dtype" in options:
+        options.dtype = dtype_name(options.dtype)
 
 
 def held_megabytes(device: str) -> float:

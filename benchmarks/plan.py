@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, begin, circumstances, held_megabytes, peak_megabytes, use_device, write_results
+from measure import arguments, begin, circumstances, held_megabytes, peak_megabytes, use, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
 from drama_dist import interrupts, ranks
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--worker", help="for this script's own use")
     options = parser.parse_args()
-    use_device(CPU)
+    use(options)
     if options.worker:
         found = worker(options.settings, *json.loads(options.worker))
         if ranks.rank() == 0:

@@ -10,9 +10,8 @@ mini-batches of PEERS, of which one round over TRIED texts finds the fastest for
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
 padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is all that
 a side adds to the process: weights, optimiser, and the peak of a step.
---dtype: ours, and the peer's that it is held against; the one that suits the machine where it is not given, and part
-of the results file's name. --dtypes: all of the peer's that are timed; in float32 both sides are compared once in any
-case.
+--dtype: ours, and the peer's that it is held against; part of the results file's name. --dtypes: all of the peer's that
+are timed; in float32 both sides are compared once in any case.
 --add: rows of the results file with other texts or batches stay.
 """
 
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 from measure import (
+    DTYPES,
     Measured,
     arguments,
     as_row,
@@ -36,7 +36,7 @@ from measure import (
     held_megabytes,
     in_turns,
     rate_of,
-    use_device,
+    use,
     write_results,
 )
 from sentence_transformers import SentenceTransformer
@@ -46,14 +46,12 @@ from texts import Texts, abstracts, questions
 from drama_dist import ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.engine import Engine, OptimiserSettings
-from drama_dist.precision import AUTO, dtype_name
 from drama_dist.settings import TrainSettings
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
 
 TEMPERATURE = 0.05
 CLIPPING = 1.0
-DTYPES = ("bfloat16", "float32")
 TRIED = 64
 LIMIT = 512  # tokens of a text
 PEERS = (
@@ -230,17 +228,15 @@ def _all_megabytes(value: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True)
+    parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True, dtype=True)
     parser.add_argument("--sets", nargs="*", choices=["questions", "abstracts"], default=["questions", "abstracts"])
     parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
-    parser.add_argument("--dtype", choices=DTYPES, help="of ours; default: what suits the machine")
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, help="of the peer, timed; default: ours and float32")
     parser.add_argument("--add", action="store_true", help="keep the results file's rows of other texts or batches")
     options = parser.parse_args()
-    use_device(options.device)
-    options.dtype = options.dtype or dtype_name(AUTO)
+    use(options)
     options.dtypes = options.dtypes or list(dict.fromkeys([options.dtype, "float32"]))
     if options.dtype not in options.dtypes:
         parser.error(f"--dtypes: expected {options.dtype} among them, which the table compares with")

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import arguments, circumstances, use_device, write_results
+from measure import arguments, circumstances, use, write_results
 from step import ours
 from texts import Texts, abstracts, questions
 from torch.profiler import ProfilerActivity, profile
@@ -47,7 +47,7 @@ def profiled(step: Any, texts: Texts) -> tuple[Counter[str], float]:
 
 def measure(texts: Texts, budget: float, options: Any) -> dict[str, Any]:
     """One line of the table; medians of the rounds."""
-    step = ours(options.model, "bfloat16", options.chunk_tokens, budget * 2**30)
+    step = ours(options.model, options.dtype, options.chunk_tokens, budget * 2**30)
     step(texts)
     rounds = [profiled(step, texts) for _ in range(options.rounds)]
     seconds = {kind: median(one[kind] for one, _ in rounds) for kind in [*KINDS, "everything else"]}
@@ -57,7 +57,7 @@ def measure(texts: Texts, budget: float, options: Any) -> dict[str, Any]:
         "budget_gib": budget,
         "seconds": seconds,
         "products_per_second": rounds[0][1] / seconds["products"],
-        "peak_per_second": matrix_product_peak(torch.bfloat16, torch.device(options.device)),
+        "peak_per_second": matrix_product_peak(getattr(torch, options.dtype), torch.device(options.device)),
     }
 
 
@@ -78,17 +78,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True, devices=("cpu",))
+    parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True, devices=("cpu",), dtype=True)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
     options = parser.parse_args()
-    use_device(options.device)
+    use(options)
     facts, rows = circumstances(options.device), []
     for texts_of in (partial(questions, options.data), partial(abstracts, options.data)):
         texts = texts_of(options.batch)
         rows += [measure(texts, budget, options) for budget in options.budgets]
-    print(table(rows), write_results(f"step-profile-{options.device}", facts, rows, table(rows)), sep="\n")
+    print(
+        table(rows), write_results(f"step-profile-{options.device}-{options.dtype}", facts, rows, table(rows)), sep="\n"
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def step_lines(device: str) -> Iterator[list[str]]:
 
 def encode_lines(device: str) -> Iterator[list[str]]:
     """Encoding, against the peer's best in bfloat16."""
-    for row in results(f"encode-{device}")["rows"]:
+    for row in results(f"encode-{device}-bfloat16")["rows"]:
         if row["agree"]:
             peers = {name: one for name, one in row["measured"].items() if name.startswith("peer bfloat16")}
             name = min(peers, key=lambda name: peers[name]["seconds"])
@@ -76,7 +76,10 @@ def summary() -> str:
         lines = [*loss_lines(device), *step_lines(device), *encode_lines(device)]
         if not lines:
             continue
-        files = [results(name) for name in (f"loss-{device}-bfloat16", f"step-{device}-bfloat16", f"encode-{device}")]
+        files = [
+            results(name)
+            for name in (f"loss-{device}-bfloat16", f"step-{device}-bfloat16", f"encode-{device}-bfloat16")
+        ]
         facts = next(found for found in files if found["rows"])
         versions = facts["versions"]
         head = ["what, in bfloat16", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]

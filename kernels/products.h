@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t STRIP = 64, ROWS = 6;
+constexpr int64_t STRIP = 64, ROWS = 6, DEPTH = 256;
 // Vectors of a row whose sums are in registers at once: 6 x 4 of the 32 that AVX-512 has, else 6 x 2 of 16.
 constexpr int64_t AT_ONCE = WIDTH == 16 ? 4 : 2;
 
@@ -64,24 +64,27 @@ inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, fl
   }
 }
 
+// Sums go on from one part of the depth to the next, so that the part of a strip that all rows take stays in cache.
 template <class E>
 void multiply(int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b, int64_t strip_stride,
               float* c, int64_t ldc) {
-  for (int64_t s = 0; s < strips; ++s) {
-    const E* strip = b + s * strip_stride;
-    float* to = c + s * STRIP;
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) multiply_rows<E, ROWS>(depth, a + r * lda, lda, strip, to + r * ldc, ldc);
-    const E* rest = a + r * lda;
-    float* last = to + r * ldc;
-    switch (rows - r) {
-      case 5: multiply_rows<E, 5>(depth, rest, lda, strip, last, ldc); break;
-      case 4: multiply_rows<E, 4>(depth, rest, lda, strip, last, ldc); break;
-      case 3: multiply_rows<E, 3>(depth, rest, lda, strip, last, ldc); break;
-      case 2: multiply_rows<E, 2>(depth, rest, lda, strip, last, ldc); break;
-      case 1: multiply_rows<E, 1>(depth, rest, lda, strip, last, ldc); break;
+  for (int64_t s = 0; s < strips; ++s)
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
+      const E* strip = b + s * strip_stride + k * STRIP;
+      float* to = c + s * STRIP;
+      int64_t r = 0;
+      for (; r + ROWS <= rows; r += ROWS) multiply_rows<E, ROWS>(part, a + r * lda + k, lda, strip, to + r * ldc, ldc);
+      const E* rest = a + r * lda + k;
+      float* last = to + r * ldc;
+      switch (rows - r) {
+        case 5: multiply_rows<E, 5>(part, rest, lda, strip, last, ldc); break;
+        case 4: multiply_rows<E, 4>(part, rest, lda, strip, last, ldc); break;
+        case 3: multiply_rows<E, 3>(part, rest, lda, strip, last, ldc); break;
+        case 2: multiply_rows<E, 2>(part, rest, lda, strip, last, ldc); break;
+        case 1: multiply_rows<E, 1>(part, rest, lda, strip, last, ldc); break;
+      }
     }
-  }
 }
 
 }  // namespace
