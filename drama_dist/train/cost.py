@@ -344,9 +344,10 @@ class Costs:
     def _later(self, memory: Memory, blocks: Sequence[float]) -> Memory:
         """A phase after the backward pass, in which `blocks` are new.
 
-        On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top.
+        On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top;
+        not with ZeRO 3, where the engine has all but the smallest given back.
         """
-        if self.way.on_gpu:
+        if self.way.on_gpu or self.way.zero == 3:
             return memory
         gradients: float = self.way.size * self.shape.word_parameters  # of the others each is smaller
         if self.way.zero and self.share.ranks > 1:
