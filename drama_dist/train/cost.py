@@ -252,6 +252,15 @@ class Costs:
     def _kept_bytes(self) -> float:
         return self.graph_bytes * (self.tokens - self.recomputed_tokens)
 
+    @property
+    def _most_graphs(self) -> float:
+        """Autograd goes from the last chunk to the first: a chunk's own graph, and those kept of the chunks before."""
+        held, most = 0.0, 0.0
+        for tokens, kept in zip(self.chunks, self.kept, strict=True):
+            most = max(most, held + tokens * self.graph_bytes)
+            held += tokens * self.graph_bytes * kept
+        return most
+
     def _working(self, streams: int) -> float:
         """A feed-forward part's operands, the widest: rows of hidden size, and three of inner size."""
         return max(self.chunks) * self.way.size * (streams * self.shape.hidden + 3 * self.shape.inner)
@@ -298,19 +307,16 @@ class Costs:
 
     @property
     def _backward_parts(self) -> Memory:
-        """When the largest chunk begins: its graph is whole, and so are the layers' gradients of those before it."""
-        pairs = list(zip(self.chunks, self.kept, strict=True))
-        graph = self.graph_bytes * max((tokens for tokens, kept in pairs if not kept), default=0)
+        """When the most graphs are there; the layers' gradients of chunks before are whole."""
         layer = self.layer_bytes * max(self.chunks) if self.way.checkpoint_layers else 0
         of_words = self.way.size * self.share.words * self.shape.hidden
         of_vectors = 2 * SINGLE * len(self.share.lengths) * self.shape.hidden
         layers = self.way.size * self.shape.layer_parameters
-        whole = self.way.size * self.shape.layer_parameters if self._whole_weights else 0
         return {
-            "activations": self._kept_bytes + graph + layer + self._working(4),
+            "activations": self._most_graphs + layer + self._working(4),
             "gradients": layers if len(self.chunks) > 1 else 0,
             "embeddings": of_words + of_vectors,
-            "exchange": whole,
+            "exchange": self._whole_weights,
         }
 
     @property
