@@ -68,11 +68,12 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = arguments(__doc__, rounds=7, model=True, devices=("cpu",)).parse_args()
+    options = arguments(__doc__, rounds=7, model=True, devices=("cpu",), dtype=True).parse_args()
     use(options)
     facts = circumstances(options.device)
-    row = measure(Trained(options.model, 4096, checkpointed=False), options.rounds)
-    print(table(row), write_results(f"checkpoint-{options.device}", facts, [row], table(row)), sep="\n")
+    row = measure(Trained(options.model, options.dtype, 4096, checkpointed=False), options.rounds)
+    name = f"checkpoint-{options.device}-{options.dtype}"
+    print(table(row), write_results(name, facts, [row], table(row)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "python": provenance["python"],
         "versions": provenance["versions"],
         "git": provenance["git"],
-        "dtype": trained["dtype"],
+        "dtype": trained.get("dtype", settings["train"]["dtype"]),  # older runs say it in the settings
         "settings": {name: settings[name] for name in SETTINGS_SHOWN},
         "seconds": report["seconds"],
         "results": report["results"],

@@ -1,6 +1,6 @@
 """Encoding a corpus: ours against sentence-transformers, the same checkpoint, passages of natural lengths.
 
-python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--dtype bfloat16]
+python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--dtype auto]
 
 Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default
 batch of 32 texts and with larger ones; its default is float32 and 32. A speed-up is printed only where the

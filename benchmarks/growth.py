@@ -1,6 +1,6 @@
 """Growth: time and memory of the loss, and of a training step, as the batch doubles.
 
-python benchmarks/growth.py [--model runs/quickstart/export] [--loss 1024 ... 32768] [--step 256 ... 2048] [--rounds 3]
+python benchmarks/growth.py [--loss 1024 ... 32768] [--step 256 ... 2048] [--dtype auto]
 
 The loss: B = N, dims 768, 512 and 256, given vectors; time grows with B², memory should grow with B.
 The step: B pairs of texts of 16 and 48 random tokens (all that matters here is how many there are), the

@@ -1,6 +1,6 @@
 """Cost by length of text: time and memory for each token, of a training step and of encoding.
 
-python benchmarks/lengths.py --data DIR [--model runs/quickstart/export] [--lengths 512 1024 2048 8192] [--rounds 5]
+python benchmarks/lengths.py --data DIR [--model runs/quickstart/export] [--lengths 512 1024 2048 8192] [--dtype auto]
 
 Every line has the same number of tokens, in texts of one length cut from TIME's articles end to end, so that only
 the length differs. In the step each text is the query and its successor the passage; layers are checkpointed

@@ -1,6 +1,6 @@
 """The loss alone, forward and backward: ours, dense PyTorch, and sentence-transformers' cached loss, on given vectors.
 
-python benchmarks/loss.py [--sizes 1024 4096 8192 16384] [--hard-sizes 1024] [--dtype bfloat16]
+python benchmarks/loss.py [--sizes 1024 4096 8192 16384] [--hard-sizes 1024] [--dtype auto]
     [--device cpu] [--rounds 5]
 
 Every side gets the same float tensors and gives the loss and both gradients. sentence-transformers runs its

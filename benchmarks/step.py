@@ -1,7 +1,7 @@
 """A whole training step: ours against sentence-transformers, on the same checkpoint and the same texts.
 
 python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--sets questions abstracts]
-    [--batches 256 1024] [--budgets 0 4] [--dtype bfloat16] [--dtypes bfloat16 float32] [--rounds 5] [--add]
+    [--batches 256 1024] [--budgets 0 4] [--dtype auto] [--dtypes bfloat16 float32] [--rounds 5] [--add]
 
 A step is everything from texts to updated weights: tokens, embeddings, the loss over all Matryoshka dims,
 gradients, clipping, AdamW. The learning rate is 0, so every round does the same work. Peers:

@@ -1,6 +1,6 @@
 """Where a training step's time goes, and what bounds it: PyTorch's profiler over our step of benchmarks/step.py.
 
-python benchmarks/step_profile.py --data DIR [--model runs/quickstart/export] [--batch 256] [--budgets 0 4] [--rounds 5]
+python benchmarks/step_profile.py --data DIR [--batch 256] [--budgets 0 4] [--dtype auto]
 
 Own time of each operation, by kind; of the matrix products their rate, beside the best rate of one large product
 here. bound: how much faster the step could be if nothing but the products took time.

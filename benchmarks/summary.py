@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS
+from measure import DTYPES, RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -23,9 +24,9 @@ def results(name: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
 
 
-def loss_lines(device: str) -> Iterator[list[str]]:
+def loss_lines(device: str, dtype: str) -> Iterator[list[str]]:
     """The loss alone, at the largest square batch that was measured."""
-    square = [row for row in results(f"loss-{device}-bfloat16")["rows"] if row["rows"] == row["columns"]]
+    square = [row for row in results(f"loss-{device}-{dtype}")["rows"] if row["rows"] == row["columns"]]
     for row in square:
         if row["rows"] == square[-1]["rows"] and row["agree"][row["best_peer"]]:
             own, peer = row["measured"]["ours"], row["measured"][row["best_peer"]]
@@ -34,17 +35,16 @@ def loss_lines(device: str) -> Iterator[list[str]]:
             yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], row["best_peer"])
 
 
-def step_lines(device: str) -> Iterator[list[str]]:
-    """The whole step, against the peer's best in bfloat16."""
-    for row in results(f"step-{device}-bfloat16")["rows"]:
+def step_lines(device: str, dtype: str) -> Iterator[list[str]]:
+    """The whole step, against the peer's best at the same precision."""
+    for row in results(f"step-{device}-{dtype}")["rows"]:
         if row["agree"]:
             name = row["best_peer"]
             peer = row["measured"][name]
             for side, own in row["measured"].items():
                 if side.startswith("ours"):
-                    what = (
-                        f"training step, {row['texts']}, batch {row['batch']}, {side.removeprefix('ours bfloat16, ')}"
-                    )
+                    setting = side.removeprefix(f"ours {dtype}, ")
+                    what = f"training step, {row['texts']}, batch {row['batch']}, {setting}"
                     share = row["distinct_tokens"] / row["tokens"]
                     if share < 1:
                         encoded = share * peer["seconds"] / own["seconds"]
@@ -53,36 +53,33 @@ def step_lines(device: str) -> Iterator[list[str]]:
                     yield _line(what, own["seconds"], peer["seconds"], *memory, name)
 
 
-def encode_lines(device: str) -> Iterator[list[str]]:
-    """Encoding, against the peer's best in bfloat16."""
-    for row in results(f"encode-{device}-bfloat16")["rows"]:
+def encode_lines(device: str, dtype: str) -> Iterator[list[str]]:
+    """Encoding, against the peer's best at the same precision."""
+    for row in results(f"encode-{device}-{dtype}")["rows"]:
         if row["agree"]:
-            peers = {name: one for name, one in row["measured"].items() if name.startswith("peer bfloat16")}
+            peers = {name: one for name, one in row["measured"].items() if name.startswith(f"peer {dtype}")}
             name = min(peers, key=lambda name: peers[name]["seconds"])
-            own, peer = row["measured"]["ours bfloat16"], peers[name]
+            own, peer = row["measured"][f"ours {dtype}"], peers[name]
             what = f"encoding {row['passages']} passages of {row['texts'].upper()}"
             yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], name)
 
 
 def _line(what: str, own: float, peer: float, own_mb: float, peer_mb: float, name: str) -> list[str]:
     times, memory = f"**{peer / own:.1f}×**", f"{own_mb / max(1.0, peer_mb):.2f}"
-    return [what, f"{own:.2f} s", f"{peer:.2f} s", times, memory, name.removeprefix("peer ").replace("bfloat16, ", "")]
+    return [what, f"{own:.2f} s", f"{peer:.2f} s", times, memory, re.sub(f"peer ({'|'.join(DTYPES)}), ", "", name)]
 
 
 def summary() -> str:
-    """The README's table, a block for each device that has results."""
+    """The README's table, a block for each device and dtype that has results."""
     parts = []
-    for device in ("cpu", "cuda"):
-        lines = [*loss_lines(device), *step_lines(device), *encode_lines(device)]
+    for device, dtype in product(("cpu", "cuda"), DTYPES):
+        lines = [*loss_lines(device, dtype), *step_lines(device, dtype), *encode_lines(device, dtype)]
         if not lines:
             continue
-        files = [
-            results(name)
-            for name in (f"loss-{device}-bfloat16", f"step-{device}-bfloat16", f"encode-{device}-bfloat16")
-        ]
+        files = [results(f"{kind}-{device}-{dtype}") for kind in ("loss", "step", "encode")]
         facts = next(found for found in files if found["rows"])
         versions = facts["versions"]
-        head = ["what, in bfloat16", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
+        head = [f"what, in {dtype}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
         parts.append(
             f"{facts['machine']['processor']}, {facts['machine']['threads']} threads, {facts['date'][:10]}, torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "

@@ -137,8 +137,9 @@ class Engine:
 def _map_large_blocks() -> None:
     """Let glibc give blocks of 1 MiB and more back to the system when they are freed; other systems are left alone.
 
-    With ZeRO 3 layers are not fused on the CPU, and the holes between their many blocks took half as much again as
-    what was in use (benchmarks/plan.py: a peak of 1,407 MB, 915 with this; a step took an eighth longer).
+    With ZeRO 3 layers are not fused on the CPU, and holes between their many blocks take half as much again as what is
+    in use (benchmarks/results/plan-cpu-bfloat16.md). Blocks with a chunk's rows are larger than 1 MiB. The heap's free
+    end would go back at every turn once a threshold is fixed: 256 MiB of it may stay.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from drama_dist.kernels.libraries import call, elements, library
 
-_WIDTH = 16  # components of a vector in layers.cpp
+_WIDTH = 16  # components of the widest vector in layers.cpp
 
 
 def extension() -> ctypes.CDLL | None:

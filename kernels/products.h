@@ -7,8 +7,10 @@
 
 namespace {
 
-constexpr int64_t STRIP = 64, ROWS = 6, DEPTH = 256;
-// Vectors of a row whose sums are in registers at once: 6 x 4 of the 32 that AVX-512 has, else 6 x 2 of 16.
+constexpr int64_t STRIP = 64, ROWS = 6;
+// Depth that all rows go through together: with it 64 KiB of a strip of floats are in use, an eighth of a small L2.
+constexpr int64_t DEPTH = 256;
+// Vectors of a row whose sums are in registers at once: 6 x 4 of the 32 that AVX-512 has, 6 x 2 of AVX2's 16.
 constexpr int64_t AT_ONCE = WIDTH == 16 ? 4 : 2;
 
 template <class E>
@@ -64,7 +66,7 @@ inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, fl
   }
 }
 
-// Sums go on from one part of the depth to the next, so that the part of a strip that all rows take stays in cache.
+// Sums go on from one part of the depth to the next.
 template <class E>
 void multiply(int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b, int64_t strip_stride,
               float* c, int64_t ldc) {

@@ -253,13 +253,15 @@ class Costs:
         return self.graph_bytes * (self.tokens - self.recomputed_tokens)
 
     @property
-    def _most_graphs(self) -> float:
-        """Autograd goes from the last chunk to the first: a chunk's own graph, and those kept of the chunks before."""
-        held, most = 0.0, 0.0
-        for tokens, kept in zip(self.chunks, self.kept, strict=True):
-            most = max(most, held + tokens * self.graph_bytes)
+    def _fullest(self) -> tuple[float, float]:
+        """Graphs and layers' gradients when both are most. The chunk encoded last goes back first, and has no gradients
+        yet; there are a chunk's own graph, and those kept of chunks encoded earlier.
+        """
+        gradients, held, found = self.way.size * self.shape.layer_parameters, 0.0, []
+        for number, (tokens, kept) in enumerate(zip(self.chunks, self.kept, strict=True), 1):
+            found.append((held + tokens * self.graph_bytes, gradients * float(number < len(self.chunks))))
             held += tokens * self.graph_bytes * kept
-        return most
+        return max(found, key=sum)
 
     def _working(self, streams: int) -> float:
         """A feed-forward part's operands, the widest: rows of hidden size, and three of inner size."""
@@ -307,14 +309,13 @@ class Costs:
 
     @property
     def _backward_parts(self) -> Memory:
-        """When the most graphs are there; the layers' gradients of chunks before are whole."""
+        graphs, gradients = self._fullest
         layer = self.layer_bytes * max(self.chunks) if self.way.checkpoint_layers else 0
         of_words = self.way.size * self.share.words * self.shape.hidden
         of_vectors = 2 * SINGLE * len(self.share.lengths) * self.shape.hidden
-        layers = self.way.size * self.shape.layer_parameters
         return {
-            "activations": self._most_graphs + layer + self._working(4),
-            "gradients": layers if len(self.chunks) > 1 else 0,
+            "activations": graphs + layer + self._working(4),
+            "gradients": gradients,
             "embeddings": of_words + of_vectors,
             "exchange": self._whole_weights,
         }
@@ -351,7 +352,7 @@ class Costs:
         """A phase after the backward pass, in which `blocks` are new.
 
         On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top;
-        not with ZeRO 3, where the engine has all but the smallest given back.
+        not with ZeRO 3, where the engine has blocks of 1 MiB and more given back.
         """
         if self.way.on_gpu or self.way.zero == 3:
             return memory

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.kernels import attention
 
-LENGTHS = [1, 2, 3, 47, 48, 49, 63, 64, 65, 130, 200]
+LENGTHS = [1, 2, 3, 47, 48, 49, 63, 64, 65, 130, 255, 257, 515]  # products go through 256 of the depth at once
 HEADS = 3
 
 

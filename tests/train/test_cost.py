@@ -118,3 +118,15 @@ def test_less_is_needed_with_no_kept_graphs_and_with_checkpoints() -> None:
 
     assert peak(budget=1e9) > peak(budget=0) > peak(budget=0, checkpoint_layers=True)
     assert peak(budget=0, chunk_tokens=8) < peak(budget=0)
+
+
+def test_graphs_go_back_from_the_last_chunk() -> None:
+    def graphs(tokens_kept: int) -> float:
+        """Chunks have 32, 32, 32 and 16 tokens."""
+        way = replace(WAY, budget=tokens_kept * COSTS.graph_bytes)
+        return replace(COSTS, way=way).phases["backward"]["activations"] - COSTS.phases["backward"]["activations"]
+
+    assert COSTS.chunks == [32, 32, 32, 16]
+    assert graphs(16) == 0  # the last chunk's is gone before the others come
+    assert graphs(32) == 32 * COSTS.graph_bytes
+    assert graphs(64) == 64 * COSTS.graph_bytes
