@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,7 +333,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {number} | {row['stage']} | {row['way']} | {row['launcher']} | {row['share']:.2f} | {row['status']} "
             f"| {row['starts']} | {'–' if row['step'] is None else row['step']} | {same} |"
         )
-    lines += ["", *sorted({f"{row['date']}: `{row['command']}`." for row in rows})]
+    starts = Counter((row["date"], row["machine"], row["torch"], row["command"], row["trials"]) for row in rows)
+    lines += ["", "Date, machine, torch, command, trials that ended and that were asked for:", ""]
+    lines += [f"- {', '.join(facts[:4])}: {ended} of {facts[4]}" for facts, ended in sorted(starts.items())]
     return "\n".join(lines)
 
 
@@ -347,11 +350,17 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="keep the results file's trials")
     options = parser.parse_args()
     facts, rows = circumstances(), earlier_rows("kills") if options.add else []
+    start = {
+        "date": facts["date"],
+        "machine": facts["machine"]["processor"],
+        "torch": facts["versions"]["torch"],
+        "command": facts["command"],
+        "trials": options.trials,
+    }
     possible = tuple(way for way in WAYS if can_fill() or way != "full disk")
     with ground() as place:
         for trial in tqdm(trials(options.trials, options.seed, possible), unit=" trials"):
-            when = {"date": facts["date"], "command": facts["command"]}
-            rows.append({**when, **vars(trial), **vars(place.take(trial))})
+            rows.append({**start, **vars(trial), **vars(place.take(trial))})
             path = write_results("kills", facts, rows, table(rows))
     print(table(rows), path, sep="\n")
 
