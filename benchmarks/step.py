@@ -137,10 +137,14 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     few = texts.first(TRIED)
-    dtypes = sorted({*options.dtypes, "float32"})
-    calls = {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in dtypes for peer in PEERS}
+    calls = {
+        _name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in options.dtypes for peer in PEERS
+    }
     tried = {name: _tried(make, few, options.device) for name, make in calls.items()}
-    best = {dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds) for dtype in dtypes}
+    best = {
+        dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds)
+        for dtype in options.dtypes
+    }
     own = {
         _own_name(options.dtype, budget): partial(
             ours, options.model, options.dtype, options.chunk_tokens, budget * 2**30
@@ -150,7 +154,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     makes = own | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
     results = {
         "ours float32": (exact := ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)),
-        best["float32"]: (peer := calls[best["float32"]]()(texts)),
+        "peer float32": (peer := theirs(options.model, "float32", PEERS[-1])(texts)),
     }
     sides, state = {}, {}
     for make in own.values():
@@ -158,9 +162,10 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     for name, make in makes.items():
         before = held_megabytes(options.device)
         sides[name] = make()
-        results[name] = sides[name](texts)
+        results[name] = sides[name](texts)  # the round that does not count
         state[name] = held_megabytes(options.device) - before
-    measured = in_turns({name: partial(step, texts) for name, step in sides.items()}, options.rounds, options.device)
+    steps = {name: partial(step, texts) for name, step in sides.items()}
+    measured = in_turns(steps, options.rounds, options.device, warm_up=0)
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
@@ -219,7 +224,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"| {' | '.join(ratios)} | {_all_megabytes(value) / _all_megabytes(peer):.2f} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
-    lines += ["", *sorted({f"{row['date']}: `{row['command']}`." for row in rows})]
+    lines += ["", *sorted({f"{row['date']}, {row['processor']}: `{row['command']}`." for row in rows})]
     return "\n".join(lines)
 
 
@@ -245,7 +250,12 @@ def main() -> None:
     for batch in options.batches:
         for choice in options.sets:
             texts = questions(options.data, batch) if choice == "questions" else abstracts(options.data, batch)
-            row = {"date": facts["date"], "command": facts["command"], **measure(texts, options)}
+            row = {
+                "date": facts["date"],
+                "command": facts["command"],
+                "processor": facts["machine"]["processor"],
+                **measure(texts, options),
+            }
             rows = [one for one in rows if (one["texts"], one["batch"]) != (row["texts"], row["batch"])] + [row]
             path = write_results(name, facts, rows, table(rows))
     print(table(rows), path, sep="\n")

@@ -11,6 +11,7 @@ import pytest
 
 from drama_dist import ranks
 from drama_dist.corpus.table import PassageTable
+from drama_dist.index import encode
 from drama_dist.index.encode import encode_corpus, load_embeddings
 from drama_dist.index.search import load_index, search_folder
 from drama_dist.records import Passage
@@ -23,12 +24,14 @@ class LetterCounts:
 
     def __init__(self, fail_after: int | None = None, spoil: str | None = None):
         self.seen: list[str] = []
+        self.calls: list[int] = []
         self.fail_after, self.spoil = fail_after, spoil
 
     def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
         if self.fail_after is not None and len(self.seen) >= self.fail_after:
             raise RuntimeError("power cut")
         self.seen += texts
+        self.calls.append(len(texts))
         rows = np.array([[1.0 + text.count(letter) for letter in "abcdefgh"] for text in texts], dtype=np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         for row, text in enumerate(texts):
@@ -103,6 +106,18 @@ def test_a_vector_that_is_not_finite_names_its_passage(tmp_path: Path, passages:
     with pytest.raises(ValueError, match="'p7'"):
         encode_corpus(open_encode(tmp_path), passages, LetterCounts(spoil=texts_of(10)[7]), shard_passages=4)
     assert not (tmp_path / "run" / "encode" / "letters").exists()
+
+
+def test_a_shard_is_encoded_in_pieces(tmp_path: Path, passages: PassageTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_AT_ONCE", 4)
+    encoder = LetterCounts()
+    folder = encode_corpus(open_encode(tmp_path), passages, encoder, shard_passages=7)
+    assert encoder.calls == [4, 3, 3]
+    np.testing.assert_array_equal(load_embeddings(folder), LetterCounts().encode_passages(texts_of(10)))
+    with pytest.raises(ValueError, match="'p5'"):
+        encode_corpus(
+            open_encode(tmp_path, "encode/bad"), passages, LetterCounts(spoil=texts_of(10)[5]), shard_passages=7
+        )
 
 
 def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypatch: pytest.MonkeyPatch) -> None:
