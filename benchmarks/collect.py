@@ -1,7 +1,8 @@
-"""Collect the result tables of finished runs into one file: python benchmarks/collect.py NAME RUN [RUN ...].
+"""Collect the result tables of finished runs into one file: python benchmarks/collect.py NAME RUN [RUN ...] [--add].
 
 Writes benchmarks/results/NAME.md, and NAME.json beside it. It measures nothing itself: numbers, dates and
 versions come from the runs' report.json and provenance.json, the machine from where the script runs.
+--add: runs of other names that the file has stay.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Collect the result tables of finished runs.")
     parser.add_argument("name", help="of the results file")
     parser.add_argument("runs", nargs="+", type=Path, help="folders with report.json")
+    parser.add_argument("--add", action="store_true", help="keep the results file's runs of other names")
     options = parser.parse_args()
     runs = [read_run(folder) for folder in options.runs]
     RESULTS.mkdir(exist_ok=True)
+    before = RESULTS / f"{options.name}.json"
+    if options.add and before.exists():
+        names = {run["run"] for run in runs}
+        runs += [run for run in json.loads(before.read_text("utf-8")) if run["run"] not in names]
     (RESULTS / f"{options.name}.json").write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
     path = RESULTS / f"{options.name}.md"
     path.write_text("\n".join([f"# {options.name}\n", *map(as_markdown, runs)]), "utf-8")

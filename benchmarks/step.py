@@ -8,10 +8,11 @@ gradients, clipping, AdamW. The learning rate is 0, so every round does the same
 CachedMultipleNegativesRankingLoss under MatryoshkaLoss, in float32 and under bfloat16 autocast, at the
 mini-batches of PEERS, of which one round over TRIED texts finds the fastest for each precision. Ours: with a budget of
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
-padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is all that
-a side adds to the process: weights, optimiser, and the peak of a step.
+padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is the peak
+of two steps with weights and optimiser, in a process of the side's own: what another side leaves of the heap, in holes,
+would count otherwise.
 --dtype: ours, and the peer's that it is held against; part of the results file's name. --dtypes: all of the peer's that
-are timed; in float32 both sides are compared once in any case.
+are timed. In float32 both sides are compared once in any case, over EXACT queries at most.
 --add: rows of the results file with other texts or batches stay.
 """
 
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +34,11 @@ from measure import (
     Measured,
     arguments,
     as_row,
+    begin,
     circumstances,
     earlier_rows,
-    held_megabytes,
     in_turns,
+    peak_megabytes,
     rate_of,
     use,
     write_results,
@@ -53,6 +57,7 @@ from drama_dist.train.objective import contrastive_objective
 TEMPERATURE = 0.05
 CLIPPING = 1.0
 TRIED = 64
+EXACT = 256
 LIMIT = 512  # tokens of a text
 PEERS = (
     {"mini_batch_size": 32},
@@ -136,7 +141,7 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    few = texts.first(TRIED)
+    few, exact = texts.first(TRIED), texts.first(EXACT)
     calls = {
         _name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in options.dtypes for peer in PEERS
     }
@@ -153,28 +158,23 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     }
     makes = own | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
     results = {
-        "ours float32": (exact := ours(options.model, "float32", options.chunk_tokens, 0.0)(texts)),
-        "peer float32": (peer := theirs(options.model, "float32", PEERS[-1])(texts)),
+        "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(exact),
+        "peer float32": theirs(options.model, "float32", PEERS[-1])(exact),
     }
-    sides, state = {}, {}
-    for make in own.values():
-        make()(few)  # what a first step takes once in a process, the tried peers have taken
-    for name, make in makes.items():
-        before = held_megabytes(options.device)
-        sides[name] = make()
-        results[name] = sides[name](texts)  # the round that does not count
-        state[name] = held_megabytes(options.device) - before
+    megabytes = {name: _alone(make, texts, options.device) for name, make in makes.items()}
+    sides = {name: make() for name, make in makes.items()}
+    results |= {name: step(texts) for name, step in sides.items()}  # the round that does not count
     steps = {name: partial(step, texts) for name, step in sides.items()}
     measured = in_turns(steps, options.rounds, options.device, warm_up=0)
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
-        "tokens": exact.tokens,
-        "distinct_tokens": exact.encoded,
+        "tokens": results[next(iter(own))].tokens,
+        "distinct_tokens": results[next(iter(own))].encoded,
         "tried": {name: as_row(value) for name, value in tried.items()},
-        "measured": {name: as_row(value) | {"state_megabytes": state[name]} for name, value in measured.items()},
+        "measured": {name: as_row(value) | {"megabytes": megabytes[name]} for name, value in measured.items()},
         "results": {name: asdict(one) for name, one in results.items()},
-        "agree": _agree(exact, peer, "float32")
+        "agree": _agree(results["ours float32"], results["peer float32"], "float32")
         and all(_agree(results[name], results[best[options.dtype]], options.dtype) for name in own),
         "best_peer": best[options.dtype],
     }
@@ -183,6 +183,20 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
 def _tried(make: Callable[[], Step], texts: Texts, device: str) -> Measured:
     step = make()
     return in_turns({"one": partial(step, texts)}, 1, device)["one"]
+
+
+def _alone(make: Callable[[], Step], texts: Texts, device: str) -> float:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_megabytes, make, texts, device).result()
+
+
+def _peak_megabytes(make: Callable[[], Step], texts: Texts, device: str) -> float:
+    make()(texts.first(1))  # what a first step takes once in a process: imports and the like
+    before = begin(device)
+    step = make()
+    for _ in range(2):
+        step(texts)
+    return peak_megabytes(device) - before
 
 
 def _own_name(dtype: str, budget: float) -> str:
@@ -202,9 +216,9 @@ def _agree(found: Result, other: Result, dtype: str) -> bool:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second, and peak memory."""
     lines = [
-        "Real tokens a second: median (slowest–fastest round). MB: state, and the peak of a step above it. times: the",
-        "side's rate over that of the peer's fastest setting at our precision; encoded: the same with the tokens that",
-        "each side encodes, texts that come twice counted once for ours; memory: all of the side's over that peer's.",
+        "Real tokens a second: median (slowest–fastest round). MB: peak of a process that does the side's steps alone.",
+        "times: the side's rate over that of the peer's fastest setting at our precision; encoded: the same with the",
+        "tokens that each side encodes, texts that come twice counted once for ours; memory: MB over that peer's.",
         "",
         "| texts | batch | real tokens (distinct) | side | tokens/s | MB | times | encoded | memory | loss "
         "| gradient norm |",
@@ -220,16 +234,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             result = row["results"][name]
             lines.append(
                 f"| {row['texts']} | {row['batch']} | {row['tokens']} ({row['distinct_tokens']}) | {name} "
-                f"| {rate_of(row['tokens'], one)} | {value['state_megabytes']:.0f} + {one.megabytes:.0f} "
-                f"| {' | '.join(ratios)} | {_all_megabytes(value) / _all_megabytes(peer):.2f} "
+                f"| {rate_of(row['tokens'], one)} | {one.megabytes:.0f} | {' | '.join(ratios)} "
+                f"| {one.megabytes / peer['megabytes']:.2f} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
     lines += ["", *sorted({f"{row['date']}, {row['processor']}: `{row['command']}`." for row in rows})]
     return "\n".join(lines)
-
-
-def _all_megabytes(value: dict[str, Any]) -> float:
-    return float(value["state_megabytes"] + value["megabytes"])
 
 
 def main() -> None:

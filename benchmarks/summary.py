@@ -16,6 +16,7 @@ from measure import DTYPES, RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+KINDS = {"loss": "loss", "step": "training step", "encode": "encoding"}
 
 
 def results(name: str) -> dict[str, Any]:
@@ -49,8 +50,7 @@ def step_lines(device: str, dtype: str) -> Iterator[list[str]]:
                     if share < 1:
                         encoded = share * peer["seconds"] / own["seconds"]
                         what += f"; texts repeat: {encoded:.1f}× for each token encoded"
-                    memory = (one["state_megabytes"] + one["megabytes"] for one in (own, peer))
-                    yield _line(what, own["seconds"], peer["seconds"], *memory, name)
+                    yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], name)
 
 
 def encode_lines(device: str, dtype: str) -> Iterator[list[str]]:
@@ -69,6 +69,13 @@ def _line(what: str, own: float, peer: float, own_mb: float, peer_mb: float, nam
     return [what, f"{own:.2f} s", f"{peer:.2f} s", times, memory, re.sub(f"peer ({'|'.join(DTYPES)}), ", "", name)]
 
 
+def _where(found: dict[str, Any]) -> str:
+    """Processors and dates of a results file; rows that were added on another machine say so themselves."""
+    machine, date = found["machine"], found["date"]
+    rows = {(row.get("processor", machine["processor"]), row.get("date", date)[:10]) for row in found["rows"]}
+    return ", ".join(f"{machine['threads']} threads of {processor} ({day})" for processor, day in sorted(rows))
+
+
 def summary() -> str:
     """The README's table, a block for each device and dtype that has results."""
     parts = []
@@ -76,15 +83,14 @@ def summary() -> str:
         lines = [*loss_lines(device, dtype), *step_lines(device, dtype), *encode_lines(device, dtype)]
         if not lines:
             continue
-        files = [results(f"{kind}-{device}-{dtype}") for kind in ("loss", "step", "encode")]
-        facts = next(found for found in files if found["rows"])
-        versions = facts["versions"]
+        files = {kind: found for kind in KINDS if (found := results(f"{kind}-{device}-{dtype}"))["rows"]}
+        versions = next(iter(files.values()))["versions"]
         head = [f"what, in {dtype}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
         parts.append(
-            f"{facts['machine']['processor']}, {facts['machine']['threads']} threads, {facts['date'][:10]}, torch "
+            f"{'; '.join(f'{KINDS[kind]} on {_where(found)}' for kind, found in files.items())}; torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
             "sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call adds at its "
-            "peak, in a training step with weights and optimiser. Ours encodes equal texts once; all figures in "
+            "peak; of training steps, with weights and optimiser, in a process each. Ours encodes equal texts once; all figures in "
             "[benchmarks/results](benchmarks/results).\n\n"
             + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
         )

@@ -23,7 +23,7 @@ from drama_dist.train.objective import Objective
 _SMALLEST_PRODUCT = 256  # rows of the square matrices whose product shows the peak
 _LARGEST_PRODUCT = {"cpu": 2048, "cuda": 8192}
 _LONG_ENOUGH = 0.05  # seconds
-_REPEATS = 4
+_REPEATS = 8
 _MARGIN_BINS = 20
 
 
@@ -92,14 +92,16 @@ def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
 
 @torch.no_grad()
 def matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large product; the best of a few.
+    """Operations a second of a large product; the best of a few, of several sizes.
 
     Large: a device that is slow in this dtype is asked for a smaller one, and not for minutes.
     """
-    size = _SMALLEST_PRODUCT
-    while (seconds := _product_seconds(size, dtype, device)) < _LONG_ENOUGH and size < _LARGEST_PRODUCT[device.type]:
+    size, peak, seconds = _SMALLEST_PRODUCT, 0.0, 0.0
+    while seconds < _LONG_ENOUGH and size <= _LARGEST_PRODUCT[device.type]:
+        seconds = _product_seconds(size, dtype, device)
+        peak = max(peak, 2 * size**3 / seconds)
         size *= 2
-    return 2 * size**3 / seconds
+    return peak
 
 
 def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
