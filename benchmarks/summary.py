@@ -90,8 +90,8 @@ def summary() -> str:
             f"{'; '.join(f'{KINDS[kind]} on {_where(found)}' for kind, found in files.items())}; torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
             "sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call adds at its "
-            "peak; in training steps, with weights and optimiser, alone in a process. Ours encodes equal texts once; all "
-            "figures in [benchmarks/results](benchmarks/results).\n\n"
+            "peak; in training steps, with weights and optimiser, alone in a process. Ours encodes equal texts once; "
+            "all figures in [benchmarks/results](benchmarks/results).\n\n"
             + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
         )
     return "\n\n".join(parts)
