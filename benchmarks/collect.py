@@ -30,14 +30,14 @@ def main() -> None:
     options = parser.parse_args()
     runs = [read_run(folder) for folder in options.runs]
     RESULTS.mkdir(exist_ok=True)
-    before = RESULTS / f"{options.name}.json"
-    if options.add and before.exists():
+    path = RESULTS / f"{options.name}.json"
+    if options.add and path.exists():
         names = {run["run"] for run in runs}
-        runs += [run for run in json.loads(before.read_text("utf-8")) if run["run"] not in names]
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
-    path = RESULTS / f"{options.name}.md"
-    path.write_text("\n".join([f"# {options.name}\n", *map(as_markdown, runs)]), "utf-8")
-    print(path)
+        runs += [run for run in json.loads(path.read_text("utf-8")) if run["run"] not in names]
+    markdown = "\n".join([f"# {options.name}\n", *map(as_markdown, runs)])
+    path.write_text(json.dumps(runs, indent=1) + "\n", "utf-8")
+    path.with_suffix(".md").write_text(markdown, "utf-8")
+    print(path.with_suffix(".md"))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -8,9 +8,9 @@ gradients, clipping, AdamW. The learning rate is 0, so every round does the same
 CachedMultipleNegativesRankingLoss under MatryoshkaLoss, in float32 and under bfloat16 autocast, at the
 mini-batches of PEERS, of which one round over TRIED texts finds the fastest for each precision. Ours: with a budget of
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
-padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is the peak
-of two steps with weights and optimiser, in a process of the side's own: what another side leaves of the heap, in holes,
-would count otherwise.
+padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is what
+a side adds at its peak, weights and optimiser included, in two steps in a process of its own: the heap that another
+side leaves is full of holes.
 --dtype: ours, and the peer's that it is held against; part of the results file's name. --dtypes: all of the peer's that
 are timed. In float32 both sides are compared once in any case, over EXACT queries at most.
 --add: rows of the results file with other texts or batches stay.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -141,66 +142,66 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    few, exact = texts.first(TRIED), texts.first(EXACT)
-    calls = {
-        _name(dtype, peer): partial(theirs, options.model, dtype, peer) for dtype in options.dtypes for peer in PEERS
-    }
-    tried = {name: _tried(make, few, options.device) for name, make in calls.items()}
-    best = {
-        dtype: min((name for name in calls if dtype in name), key=lambda n: tried[n].seconds)
-        for dtype in options.dtypes
-    }
     own = {
-        _own_name(options.dtype, budget): partial(
+        f"ours {options.dtype}, {budget:g} GiB kept": partial(
             ours, options.model, options.dtype, options.chunk_tokens, budget * 2**30
         )
         for budget in options.budgets
     }
-    makes = own | {best[dtype]: calls[best[dtype]] for dtype in options.dtypes}
-    results = {
-        "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(exact),
-        "peer float32": theirs(options.model, "float32", PEERS[-1])(exact),
+    tried = {dtype: _tried(texts.first(TRIED), dtype, options) for dtype in options.dtypes}
+    best = {dtype: min(found, key=lambda name: found[name].seconds) for dtype, found in tried.items()}
+    peers = {best[dtype]: _peers(dtype, options)[best[dtype]] for dtype in options.dtypes}
+    exact = {
+        "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(texts.first(EXACT)),
+        "peer float32": theirs(options.model, "float32", PEERS[-1])(texts.first(EXACT)),
     }
+    makes = own | peers
     megabytes = {name: _alone(make, texts, options.device) for name, make in makes.items()}
-    sides = {name: make() for name, make in makes.items()}
-    results |= {name: step(texts) for name, step in sides.items()}  # the round that does not count
-    steps = {name: partial(step, texts) for name, step in sides.items()}
+    steps = {name: partial(make(), texts) for name, make in makes.items()}
+    results = {name: step() for name, step in steps.items()}  # the round that does not count
     measured = in_turns(steps, options.rounds, options.device, warm_up=0)
+    first, peer = results[next(iter(own))], best[options.dtype]
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
-        "tokens": results[next(iter(own))].tokens,
-        "distinct_tokens": results[next(iter(own))].encoded,
-        "tried": {name: as_row(value) for name, value in tried.items()},
-        "measured": {name: as_row(value) | {"megabytes": megabytes[name]} for name, value in measured.items()},
-        "results": {name: asdict(one) for name, one in results.items()},
-        "agree": _agree(results["ours float32"], results["peer float32"], "float32")
-        and all(_agree(results[name], results[best[options.dtype]], options.dtype) for name in own),
-        "best_peer": best[options.dtype],
+        "tokens": first.tokens,
+        "distinct_tokens": first.encoded,
+        "tried": {name: as_row(value) for found in tried.values() for name, value in found.items()},
+        "measured": {name: as_row(value) | {"alone_megabytes": megabytes[name]} for name, value in measured.items()},
+        "results": {name: asdict(one) for name, one in (results | exact).items()},
+        "agree": _agree(*exact.values(), "float32")
+        and all(_agree(results[name], results[peer], options.dtype) for name in own),
+        "best_peer": peer,
     }
 
 
-def _tried(make: Callable[[], Step], texts: Texts, device: str) -> Measured:
-    step = make()
-    return in_turns({"one": partial(step, texts)}, 1, device)["one"]
+def _peers(dtype: str, options: argparse.Namespace) -> dict[str, Callable[[], Step]]:
+    return {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for peer in PEERS}
+
+
+def _tried(texts: Texts, dtype: str, options: argparse.Namespace) -> dict[str, Measured]:
+    """One round of each of the peer's settings, each with a model of its own."""
+    found = {}
+    for name, make in _peers(dtype, options).items():
+        found |= in_turns({name: partial(make(), texts)}, 1, options.device)
+    return found
 
 
 def _alone(make: Callable[[], Step], texts: Texts, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the other process needs the room
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_megabytes, make, texts, device).result()
 
 
 def _peak_megabytes(make: Callable[[], Step], texts: Texts, device: str) -> float:
+    os.environ.pop("MASTER_PORT", None)  # the first process listens there
     make()(texts.first(1))  # what a first step takes once in a process: imports and the like
     before = begin(device)
     step = make()
     for _ in range(2):
         step(texts)
     return peak_megabytes(device) - before
-
-
-def _own_name(dtype: str, budget: float) -> str:
-    return f"ours {dtype}, {budget:g} GiB kept"
 
 
 def _name(dtype: str, peer: dict[str, int]) -> str:
@@ -216,7 +217,7 @@ def _agree(found: Result, other: Result, dtype: str) -> bool:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second, and peak memory."""
     lines = [
-        "Real tokens a second: median (slowest–fastest round). MB: peak of a process that does the side's steps alone.",
+        "Real tokens a second: median (slowest–fastest round). MB: peak of all that the side adds, alone in a process.",
         "times: the side's rate over that of the peer's fastest setting at our precision; encoded: the same with the",
         "tokens that each side encodes, texts that come twice counted once for ours; memory: MB over that peer's.",
         "",
@@ -230,23 +231,26 @@ def table(rows: list[dict[str, Any]]) -> str:
             one = Measured(**{field.name: value[field.name] for field in fields(Measured)})
             times = peer["seconds"] / one.seconds
             encoded = times * row["distinct_tokens"] / row["tokens"] if name.startswith("ours") else times
-            ratios = [f"{ratio:.2f}" if row["agree"] else "no agreement" for ratio in (times, encoded)]
+            memory = value["alone_megabytes"] / peer["alone_megabytes"]
+            ratios = [f"{ratio:.2f}" if row["agree"] else "no agreement" for ratio in (times, encoded, memory)]
             result = row["results"][name]
             lines.append(
                 f"| {row['texts']} | {row['batch']} | {row['tokens']} ({row['distinct_tokens']}) | {name} "
-                f"| {rate_of(row['tokens'], one)} | {one.megabytes:.0f} | {' | '.join(ratios)} "
-                f"| {one.megabytes / peer['megabytes']:.2f} "
+                f"| {rate_of(row['tokens'], one)} | {value['alone_megabytes']:.0f} | {' | '.join(ratios)} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
-    lines += ["", *sorted({f"{row['date']}, {row['processor']}: `{row['command']}`." for row in rows})]
+    lines += [
+        "",
+        *(f"{row['texts']}, {row['batch']}: {row['date']}, {row['processor']}, `{row['command']}`." for row in rows),
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = arguments(__doc__, data="xquad-en/ and cisi/", model=True, dtype=True)
-    parser.add_argument("--sets", nargs="*", choices=["questions", "abstracts"], default=["questions", "abstracts"])
-    parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.0, 4.0], help="GiB of kept graphs")
+    parser.add_argument("--sets", nargs="+", choices=["questions", "abstracts"], default=["questions", "abstracts"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, help="of the peer, timed; default: ours and float32")
     parser.add_argument("--add", action="store_true", help="keep the results file's rows of other texts or batches")

@@ -2,7 +2,7 @@
 
 python benchmarks/step_profile.py --data DIR [--batch 256] [--budgets 0 4] [--dtype auto]
 
-Own time of each operation, by kind; of the matrix products their rate, beside the best rate of one large product
+Own time of each operation, by kind; of the matrix products their rate, beside the best rate of large products
 here. bound: how much faster the step could be if nothing but the products took time.
 """
 

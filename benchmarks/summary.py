@@ -50,7 +50,9 @@ def step_lines(device: str, dtype: str) -> Iterator[list[str]]:
                     if share < 1:
                         encoded = share * peer["seconds"] / own["seconds"]
                         what += f"; texts repeat: {encoded:.1f}× for each token encoded"
-                    yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], name)
+                    yield _line(
+                        what, own["seconds"], peer["seconds"], own["alone_megabytes"], peer["alone_megabytes"], name
+                    )
 
 
 def encode_lines(device: str, dtype: str) -> Iterator[list[str]]:

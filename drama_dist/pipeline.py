@@ -55,7 +55,7 @@ def augment(settings: Settings, share: Share = WHOLE) -> Path:
     folder = corpus(settings)
     ranked_by = encode(settings, "teacher")
     inputs = {"corpus": fingerprint(folder), "teacher": fingerprint(ranked_by), "llm": model_fingerprint(settings.llm)}
-    teacher = Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
+    teacher = Teacher(settings.teacher, settings.trust_remote_code)
     return write_examples(settings, open_corpus(folder), teacher, ranked_by, inputs, share)
 
 
@@ -174,7 +174,7 @@ def _encoding(settings: Settings, system: str) -> tuple[dict[str, object], dict[
 
 def _encoder(settings: Settings, system: str) -> TextEncoder:
     if system == "teacher":
-        return Teacher(settings.teacher, settings.trust_remote_code, quiet=True)
+        return Teacher(settings.teacher, settings.trust_remote_code)
     dtype = dtype_name(settings.encode.dtype)
     if system.startswith(OTHER_MODEL):
         encoder = load(system.removeprefix(OTHER_MODEL), dtype=dtype)

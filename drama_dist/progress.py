@@ -7,12 +7,16 @@ every ten seconds instead of a moving bar.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from drama_dist import ranks
 
 _LINE = "{desc}: {percentage:3.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+
+
+Progress = Callable[[int], object]  # told how many units are done since the last time
 
 
 def say(message: str) -> None:

@@ -1,7 +1,7 @@
 // Vectors as wide as the CPU's registers, at most 16 floats: exponentials, sums, bfloat16 in memory.
 //
 // A wider type than the registers lives in memory: in AVX2 training took 1.5 times as long with 16 floats
-// (benchmarks/results/quickstart-float32.md).
+// (benchmarks/results/quickstart-commits.md).
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -23,6 +23,7 @@ from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool, unit_vectors
 from drama_dist.encoder.sources import resolve
+from drama_dist.progress import Progress
 from drama_dist.settings import EncoderSettings
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
@@ -102,20 +103,25 @@ class Encoder(nn.Module):
         """
         return self._encode(self.tokenize_queries(texts), dim)
 
-    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
         """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
 
+        progress: told the number of texts of each batch when they are encoded.
         Raises ValueError where dim is larger than the hidden size.
         """
-        return self._encode(self.tokenize_passages(texts), dim)
+        return self._encode(self.tokenize_passages(texts), dim, progress)
 
     @torch.no_grad()
-    def _encode(self, sequences: list[list[int]], dim: int | None) -> np.ndarray:
+    def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
         vectors_ND = np.zeros((len(sequences), dim or self.hidden_size), dtype=np.float32)
         budget = self.tokens_per_batch or _TOKENS_PER_BATCH[self.device.type]
         for chunk in token_budget_chunks([len(ids) for ids in sequences], budget):
             packed = pack([sequences[position] for position in chunk], self.device)
             vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])
+            if progress is not None:
+                progress(len(chunk))
         return vectors_ND
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

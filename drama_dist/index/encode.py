@@ -13,25 +13,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from drama_dist import ranks
 from drama_dist.corpus.table import PassageTable
 from drama_dist.index.search import write_index
-from drama_dist.progress import progress_bar
+from drama_dist.progress import Progress, progress_bar
 from drama_dist.shares import WHOLE, Share
 from drama_dist.stages import Stage
 
 _NORM_TOLERANCE = 1e-3
-_AT_ONCE = 128  # passages between two movements of the progress bar
 
 
 class TextEncoder(Protocol):
-    """Turns texts into unit vectors, float32 (n, dim); dim None is the encoder's full size."""
+    """Turns texts into unit vectors, float32 (n, dim); dim None is the encoder's full size.
+
+    progress: told the number of texts of each batch when they are encoded.
+    """
 
     def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray: ...
 
-    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray: ...
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray: ...
 
 
 def encode_corpus(
@@ -55,7 +58,9 @@ def encode_corpus(
     total = sum(len(span) for span in spans.values())
     bar = progress_bar(total, stage.name, "passages", done=total - sum(len(spans[number]) for number in missing))
     for number in missing:
-        _write(_shard(stage.folder, number), _encode_shard(encoder, passages, spans[number], bar))
+        vectors_nK = encoder.encode_passages(passages.contents(spans[number]), progress=bar.update)
+        _check(vectors_nK, passages, spans[number])
+        _write(_shard(stage.folder, number), vectors_nK)
     bar.close()
     ranks.barrier()
     if not share.whole:
@@ -69,15 +74,6 @@ def encode_corpus(
     if ranks.rank() == 0:
         write_index(np.concatenate(shards), stage.folder)
     return stage.finish(passages=len(passages), dim=int(shards[0].shape[1]), **facts)
-
-
-def _encode_shard(encoder: TextEncoder, passages: PassageTable, span: range, bar: tqdm) -> np.ndarray:
-    parts = []
-    for piece in (span[begin : begin + _AT_ONCE] for begin in range(0, len(span), _AT_ONCE)):
-        parts.append(encoder.encode_passages(passages.contents(piece)))
-        _check(parts[-1], passages, piece)
-        bar.update(len(piece))
-    return np.concatenate(parts)
 
 
 def load_embeddings(folder: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from drama_dist import ranks
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.encoder.sources import resolve
 from drama_dist.precision import dtype_of
-from drama_dist.progress import progress_bar
+from drama_dist.progress import Progress
 from drama_dist.settings import TeacherSettings
 
 if TYPE_CHECKING:
@@ -29,13 +29,12 @@ class Teacher:
     """A sentence-transformers model that encodes texts to unit vectors; loaded at first use.
 
     Texts get the model's own query and document prompts, where it has them, and are cut at
-    `max_tokens` or the model's own limit, whichever is smaller. quiet: no progress bar.
+    `max_tokens` or the model's own limit, whichever is smaller.
     """
 
-    def __init__(self, settings: TeacherSettings, trust_remote_code: bool = False, quiet: bool = False):
+    def __init__(self, settings: TeacherSettings, trust_remote_code: bool = False):
         self.settings = settings
         self.trust_remote_code = trust_remote_code
-        self.quiet = quiet
 
     @cached_property
     def model(self) -> SentenceTransformer:
@@ -55,33 +54,38 @@ class Teacher:
 
         Raises ValueError where dim is larger than that.
         """
-        return self._encode(texts, dim, "queries", self.model.encode_query, ("query",))
+        return self._encode(texts, dim, self.model.encode_query, ("query",))
 
-    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
         """Unit vectors of passages, float32 (N, dim); dim None is the model's size.
 
+        progress: told the number of texts of each batch when they are encoded.
         Raises ValueError where dim is larger than that.
         """
-        return self._encode(texts, dim, "passages", self.model.encode_document, _PASSAGE_PROMPTS)
+        return self._encode(texts, dim, self.model.encode_document, _PASSAGE_PROMPTS, progress)
 
     def _encode(
-        self, texts: Sequence[str], dim: int | None, what: str, encode: Callable[..., Any], prompts: Sequence[str]
+        self,
+        texts: Sequence[str],
+        dim: int | None,
+        encode: Callable[..., Any],
+        prompts: Sequence[str],
+        progress: Progress | None = None,
     ) -> np.ndarray:
         size = self.model.get_embedding_dimension() or 0
         if not texts:
             return np.zeros((0, dim or size), dtype=np.float32)
         prompt = next((self.model.prompts[name] for name in prompts if self.model.prompts.get(name)), "")
         vectors_NK: np.ndarray | None = None
-        bar = None if self.quiet else progress_bar(len(texts), f"teacher: {what}", what)
         for batch in padded_batches(self._lengths([prompt + text for text in texts]), self.settings.batch_tokens):
             part = encode([texts[position] for position in batch], batch_size=len(batch), show_progress_bar=False)
             if vectors_NK is None:
                 vectors_NK = np.zeros((len(texts), part.shape[1]), dtype=np.float32)
             vectors_NK[batch] = part
-            if bar is not None:
-                bar.update(len(batch))
-        if bar is not None:
-            bar.close()
+            if progress is not None:
+                progress(len(batch))
         assert vectors_NK is not None
         return matryoshka_cut_array(vectors_NK, dim or vectors_NK.shape[1])
 

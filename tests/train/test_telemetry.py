@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
 from drama_dist.settings import EncoderSettings
-from drama_dist.train import memory
+from drama_dist.train import memory, telemetry
 from drama_dist.train.objective import Objective
 from drama_dist.train.telemetry import Telemetry, _operations
 
@@ -91,3 +91,10 @@ def test_a_control_groups_limit_counts_without_cached_files(tmp_path: Path, monk
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(memory, "_own_group", lambda: inner)
     assert memory.free_bytes(CPU) == 400.0
+
+
+def test_the_peak_of_products_is_the_best_size_and_ends_at_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {256: 1e-3, 512: 4e-3, 1024: 0.064}
+    monkeypatch.setattr(telemetry, "_product_seconds", lambda size, dtype, device: seconds[size])
+    found = telemetry.matrix_product_peak(torch.float32, torch.device("cpu"))
+    assert found == pytest.approx(2 * 512**3 / 4e-3)
