@@ -135,15 +135,15 @@ class Engine:
 
 
 def _map_large_blocks() -> None:
-    """Let glibc give blocks of 1 MiB and more back to the system when they are freed; other systems are left alone.
+    """Let glibc give blocks of 64 KiB and more back to the system when they are freed; other systems are left alone.
 
     With ZeRO 3 layers are not fused on the CPU, and holes between their many blocks take half as much again as what is
-    in use (benchmarks/results/plan-cpu-bfloat16.md). Blocks with a chunk's rows are larger than 1 MiB. The heap's free
-    end would go back at every turn once a threshold is fixed: 256 MiB of it may stay.
+    in use (benchmarks/results/plan-cpu-bfloat16.md). A chunk's rows, and the weights that are gathered and let go, are
+    larger than that. The heap's free end would go back at every turn once a threshold is fixed: 256 MiB of it may stay.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 2**20)
+        mallopt(_M_MMAP_THRESHOLD, 2**16)
         mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
