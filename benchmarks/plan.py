@@ -231,7 +231,7 @@ def main() -> None:
     facts, rows = circumstances(), []
     for count, choice in CASES:
         words = [f"batch_size={options.batch}", *choice]
-        overrides = [f"train.{word}" for word in words] + ["run=runs/none"]  # a run that is there has lengths of its own
+        overrides = ["run=runs/none", *(f"train.{word}" for word in words)]  # a finished run has lengths of its own
         measured = _in_ranks(options.settings, count, overrides, options.steps)
         plan = planned(options.settings, count, overrides)
         rows.append({"ranks": count, "settings": words, "planned": plan, "measured": measured})

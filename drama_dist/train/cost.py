@@ -352,7 +352,7 @@ class Costs:
         """A phase after the backward pass, in which `blocks` are new.
 
         On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top;
-        not with ZeRO 3, where the engine has blocks of 1 MiB and more given back.
+        not with ZeRO 3, where the engine has blocks of 64 KiB and more given back.
         """
         if self.way.on_gpu or self.way.zero == 3:
             return memory
