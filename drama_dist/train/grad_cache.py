@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,6 @@ class GradCache:
         self.chunk_tokens, self.activation_budget = chunk_tokens, activation_budget
         self.held_bytes = 0  # by the graphs of the last `encode`
         self._bytes_per_token = math.inf  # the most that was seen; not yet known
-        self._weights = {weight.untyped_storage().data_ptr() for weight in encoder.parameters()}
         self._row_of = self._times = torch.empty(0, dtype=torch.int64)  # of each text; how often a row's text comes
         self._encoded: list[tuple[list[int], torch.Tensor]] = []
 
@@ -109,9 +109,10 @@ class GradCache:
         storages: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+                return tensor  # with ZeRO 3 its storage comes and goes
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the tensor itself could hold the graph that holds it
 
         with saved_tensors_hooks(note, lambda tensor: tensor):

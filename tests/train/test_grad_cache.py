@@ -11,6 +11,7 @@ import torch
 
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
+from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.kernels import info_nce
 from drama_dist.settings import EncoderSettings
 from drama_dist.train.grad_cache import GradCache
@@ -166,6 +167,18 @@ def test_what_is_measured_is_what_autograd_keeps(encoder: Encoder) -> None:
     cache._bytes_per_token = math.inf
     cache.encode(sequences)
     assert 4 * 48 * 4 < cache._bytes_per_token < whole / 3  # at least an input of every layer
+
+
+def test_weights_that_zero_3_gathers_are_no_part_of_the_graph(llm: Path) -> None:
+    plain, split = (load(llm, contract=CONTRACT).train() for _ in range(2))
+    sequences = plain.tokenize_passages(TEXTS)
+    engines = (PlainEngine(), Engine(split, OptimiserSettings("float32", 3, 0.01, 1.0)))
+    held = []
+    for encoder, engine in zip((plain, split), engines, strict=True):
+        cache = GradCache(encoder, engine, 16, ALL)  # type: ignore[arg-type]
+        cache.encode(sequences)
+        held.append(cache.held_bytes)
+    assert held[1] == held[0]
 
 
 def test_the_comparison_notices_a_missing_chunk(encoder: Encoder) -> None:
