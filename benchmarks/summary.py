@@ -89,7 +89,7 @@ def summary() -> str:
         versions = next(iter(files.values()))["versions"]
         head = [f"what, in {dtype}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
         parts.append(
-            f"{'; '.join(f'{KINDS[kind]} on {_where(found)}' for kind, found in files.items())}; torch "
+            f"Measured: {'; '.join(f'{KINDS[kind]} on {_where(found)}' for kind, found in files.items())}; torch "
             f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
             "sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call adds at its "
             "peak; in training steps, with weights and optimiser, alone in a process. Ours encodes equal texts once; "
