@@ -12,7 +12,9 @@
 
 namespace {
 
-constexpr int64_t SIZE = STRIP, BLOCK = 8 * ROWS;
+constexpr int64_t SIZE = STRIP;
+// Rows of scores at once: whole steps of a product's depth.
+constexpr int64_t BLOCK = Operand<Bfloat16>::step == 32 ? 64 : 8 * ROWS;
 
 inline int64_t up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
@@ -23,10 +25,11 @@ T* scratch(std::vector<T>& memory, int64_t count) {
   return memory.data();
 }
 
-// Rows become the depth of a right operand, their components its columns.
+// Rows become the depth of a right operand, zeros up to `depth`, their components its columns.
 template <class E>
-void pack_by_depth(int64_t count, const E* rows, int64_t stride, E* packed) {
+void pack_by_depth(int64_t count, int64_t depth, const E* rows, int64_t stride, E* packed) {
   constexpr int64_t lane = Operand<E>::lane;
+  std::memset(packed + count * SIZE, 0, sizeof(E) * (depth - count) * SIZE);
   for (int64_t r = 0; r < count; r += lane)
     for (int64_t d = 0; d < SIZE; d += WIDTH) {
       Floats second = r + 1 < count ? load(rows + (r + 1) * stride + d) : Floats{};
@@ -76,23 +79,23 @@ void attend_head(int64_t length, int64_t stride, int64_t out_stride, float scali
                  const E* values, E* attended, float* normalisers) {
   static thread_local std::vector<E> of_keys, of_values, of_weights;
   static thread_local std::vector<float> of_scores;
-  const int64_t width = up_to(length, STRIP), depth = up_to(length, Operand<E>::lane);
+  const int64_t width = up_to(length, STRIP), depth = up_to(length, Operand<E>::step);
   E* packed_keys = scratch(of_keys, width * SIZE);
   E* packed_values = scratch(of_values, depth * SIZE);
   E* weights = scratch(of_weights, BLOCK * width);
   float* scores = scratch(of_scores, BLOCK * width);
   pack_by_column(length, keys, stride, packed_keys);
-  pack_by_depth(length, values, stride, packed_values);
+  pack_by_depth(length, depth, values, stride, packed_values);
   for (int64_t begin = 0; begin < length; begin += BLOCK) {
     const int64_t count = length - begin < BLOCK ? length - begin : BLOCK;
-    std::memset(scores, 0, sizeof(float) * count * width);
-    multiply<E>(count, width / STRIP, SIZE, queries + begin * stride, stride, packed_keys, SIZE * STRIP, scores, width);
-    float totals[BLOCK], sums[BLOCK * SIZE] = {};
+    multiply<E>(From::zero, count, width / STRIP, SIZE, queries + begin * stride, stride, packed_keys, SIZE * STRIP,
+                scores, width);
+    float totals[BLOCK], sums[BLOCK * SIZE];
     for (int64_t r = 0; r < count; ++r) {
       float most = weigh(length, width, scaling, scores + r * width, weights + r * width, totals + r);
       normalisers[begin + r] = most + std::log(totals[r]);
     }
-    multiply<E>(count, 1, depth, weights, width, packed_values, 0, sums, SIZE);
+    multiply<E>(From::zero, count, 1, depth, weights, width, packed_values, 0, sums, SIZE);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < SIZE; d += WIDTH)
         store(attended + (begin + r) * out_stride + d, load(sums + r * SIZE + d) / totals[r]);
@@ -109,15 +112,15 @@ struct Backward {
 
   void begin(int64_t tokens, int64_t stride, int64_t out_stride, const E* queries, const E* keys, const E* attended,
              const E* upstream, const float* of_rows) {
-    length = tokens, width = up_to(length, STRIP), depth = up_to(length, Operand<E>::lane);
+    length = tokens, width = up_to(length, STRIP), depth = up_to(length, Operand<E>::step);
     pack_by_column(length, queries, stride, scratch(query_columns, width * SIZE));
-    pack_by_depth(length, queries, stride, scratch(query_depth, depth * SIZE));
+    pack_by_depth(length, depth, queries, stride, scratch(query_depth, depth * SIZE));
     pack_by_column(length, upstream, out_stride, scratch(upstream_columns, width * SIZE));
-    pack_by_depth(length, upstream, out_stride, scratch(upstream_depth, depth * SIZE));
+    pack_by_depth(length, depth, upstream, out_stride, scratch(upstream_depth, depth * SIZE));
     transpose(length, depth, keys, stride, scratch(keys_transposed, depth * SIZE));
     for (auto memory : {&weights, &gradients, &packed_gradients}) scratch(*memory, BLOCK * width);
     for (auto memory : {&scores, &products}) scratch(*memory, BLOCK * width);
-    std::memset(scratch(query_gradient, SIZE * width), 0, sizeof(float) * SIZE * width);
+    scratch(query_gradient, SIZE * width);
     float *normaliser = scratch(normalisers, width), *share = scratch(shares, width);
     for (int64_t t = 0; t < width; ++t) {
       normaliser[t] = t < length ? of_rows[t] : INFINITY;  // the weight of what is not there is 0
@@ -131,7 +134,7 @@ struct Backward {
   // Softmax weights and the scores' gradients of `count` keys from their scores and products with the upstream.
   void weigh(int64_t count, float scaling) {
     constexpr int64_t lane = Operand<E>::lane;
-    const int64_t rows = up_to(count, lane);
+    const int64_t rows = up_to(count, Operand<E>::step);
     for (int64_t r = 0; r < rows; r += lane)
       for (int64_t c = 0; c < width; c += WIDTH) {
         Floats both[2] = {};
@@ -162,21 +165,20 @@ void attend_head_backward(int64_t length, int64_t stride, int64_t out_stride, fl
   b.begin(length, stride, out_stride, queries, keys, attended, upstream, normalisers);
   const int64_t strips = b.width / STRIP;
   for (int64_t begin = 0; begin < length; begin += BLOCK) {
-    const int64_t count = length - begin < BLOCK ? length - begin : BLOCK, rows = up_to(count, Operand<E>::lane);
-    std::memset(b.scores.data(), 0, sizeof(float) * count * b.width);
-    std::memset(b.products.data(), 0, sizeof(float) * count * b.width);
-    multiply<E>(count, strips, SIZE, keys + begin * stride, stride, b.query_columns.data(), SIZE * STRIP,
+    const int64_t count = length - begin < BLOCK ? length - begin : BLOCK, rows = up_to(count, Operand<E>::step);
+    multiply<E>(From::zero, count, strips, SIZE, keys + begin * stride, stride, b.query_columns.data(), SIZE * STRIP,
                 b.scores.data(), b.width);
-    multiply<E>(count, strips, SIZE, values + begin * stride, stride, b.upstream_columns.data(), SIZE * STRIP,
-                b.products.data(), b.width);
+    multiply<E>(From::zero, count, strips, SIZE, values + begin * stride, stride, b.upstream_columns.data(),
+                SIZE * STRIP, b.products.data(), b.width);
     b.weigh(count, scaling);
-    float of_block[2][BLOCK * SIZE] = {};
-    multiply<E>(count, 1, b.depth, b.weights.data(), b.width, b.upstream_depth.data(), 0, of_block[0], SIZE);
-    multiply<E>(count, 1, b.depth, b.gradients.data(), b.width, b.query_depth.data(), 0, of_block[1], SIZE);
+    float of_block[2][BLOCK * SIZE];
+    multiply<E>(From::zero, count, 1, b.depth, b.weights.data(), b.width, b.upstream_depth.data(), 0, of_block[0],
+                SIZE);
+    multiply<E>(From::zero, count, 1, b.depth, b.gradients.data(), b.width, b.query_depth.data(), 0, of_block[1], SIZE);
     store_rows(count, of_block[0], of_values + begin * stride, stride);
     store_rows(count, of_block[1], of_keys + begin * stride, stride);
-    multiply<E>(SIZE, strips, rows, b.keys_transposed.data() + begin, b.depth, b.packed_gradients.data(), rows * STRIP,
-                b.query_gradient.data(), b.width);
+    multiply<E>(begin ? From::sums : From::zero, SIZE, strips, rows, b.keys_transposed.data() + begin, b.depth,
+                b.packed_gradients.data(), rows * STRIP, b.query_gradient.data(), b.width);
   }
   for (int64_t t = 0; t < length; ++t)
     for (int64_t d = 0; d < SIZE; d += WIDTH) {

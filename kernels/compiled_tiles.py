@@ -32,7 +32,8 @@ from drama_dist.kernels.tiles import (
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
 _MOST_ROWS = 384
-_ROW_STEP = 12  # whole register tiles, and pairs
+_ROW_STEP = 48  # whole register tiles, of 6 rows or of 16
+_DEPTH_STEP = 32  # of products over a chunk's rows
 _INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
 _FLOATS = ("exponent", "symmetric")
 _ORDER = (  # as in tiles.cpp
@@ -155,7 +156,7 @@ class CompiledTiles:
         masked_RN = self._problem.masked(rows, self._columns)
         self._rows = rows
         dims, count = len(self._problem.dims), rows.stop - rows.start
-        padded = count + count % 2
+        padded = -(-count // _DEPTH_STEP) * _DEPTH_STEP
         tiles = -(-self._columns // self._tile)
         if self._scores.numel() < dims * tiles * count * self._tile:
             self._scores = torch.empty(dims * tiles * count * self._tile)

@@ -1,9 +1,15 @@
 // Matrix products of small operands in cache, sums in float.
 //
 // E is an operand's element: bfloat16 bits, two to a lane, or float. The right operand is packed in strips of 64
-// columns: [columns / 64][depth / lane][64][lane].
+// columns: [columns / 64][depth / lane][64][lane]. Depths are multiples of Operand<E>::step.
 #pragma once
 #include "vectors.h"
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define DRAMA_AMX 1
+#endif
 
 namespace {
 
@@ -18,7 +24,7 @@ struct Operand;
 
 template <>
 struct Operand<float> {
-  static constexpr int64_t lane = 1;
+  static constexpr int64_t lane = 1, step = 1;
   static Floats multiply_add(Floats sum, const float* a, const float* b) { return sum + *a * load(b); }
   static void write_packed(float* to, Floats first, Floats) { store(to, first); }
 };
@@ -26,6 +32,11 @@ struct Operand<float> {
 template <>
 struct Operand<Bfloat16> {
   static constexpr int64_t lane = 2;
+#if defined(DRAMA_AMX)
+  static constexpr int64_t step = 32;
+#else
+  static constexpr int64_t step = lane;
+#endif
   static Floats multiply_add(Floats sum, const Bfloat16* a, const Bfloat16* b) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof pair);
@@ -45,14 +56,18 @@ struct Operand<Bfloat16> {
   }
 };
 
+// Sums begin at zero, or go on from what C holds.
+enum class From { zero, sums };
+
 // C (R x 64, row stride ldc) += A (R x depth, row stride lda) * B (one packed strip), R at most ROWS.
 template <class E, int R>
-inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
+inline void multiply_rows(From from, int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
   constexpr int64_t lane = Operand<E>::lane;
   for (int64_t begin = 0; begin < STRIP; begin += AT_ONCE * WIDTH) {
     Floats total[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < AT_ONCE; ++v) total[r][v] = load(c + r * ldc + begin + v * WIDTH);
+      for (int v = 0; v < AT_ONCE; ++v)
+        total[r][v] = from == From::zero ? Floats{} : load(c + r * ldc + begin + v * WIDTH);
     for (int64_t k = 0; k < depth; k += lane) {
       const E* row = b + k * STRIP + begin * lane;
 #pragma GCC unroll 6
@@ -66,27 +81,114 @@ inline void multiply_rows(int64_t depth, const E* a, int64_t lda, const E* b, fl
   }
 }
 
-// Sums go on from one part of the depth to the next.
-template <class E>
-void multiply(int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b, int64_t strip_stride,
-              float* c, int64_t ldc) {
-  for (int64_t s = 0; s < strips; ++s)
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-      const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
-      const E* strip = b + s * strip_stride + k * STRIP;
-      float* to = c + s * STRIP;
-      int64_t r = 0;
-      for (; r + ROWS <= rows; r += ROWS) multiply_rows<E, ROWS>(part, a + r * lda + k, lda, strip, to + r * ldc, ldc);
-      const E* rest = a + r * lda + k;
-      float* last = to + r * ldc;
-      switch (rows - r) {
-        case 5: multiply_rows<E, 5>(part, rest, lda, strip, last, ldc); break;
-        case 4: multiply_rows<E, 4>(part, rest, lda, strip, last, ldc); break;
-        case 3: multiply_rows<E, 3>(part, rest, lda, strip, last, ldc); break;
-        case 2: multiply_rows<E, 2>(part, rest, lda, strip, last, ldc); break;
-        case 1: multiply_rows<E, 1>(part, rest, lda, strip, last, ldc); break;
+// As many rows as there are, at most ROWS.
+template <class E, int R = ROWS>
+inline void multiply_up_to(int64_t rows, From from, int64_t depth, const E* a, int64_t lda, const E* b, float* c,
+                           int64_t ldc) {
+  if (rows >= R)
+    multiply_rows<E, R>(from, depth, a, lda, b, c, ldc);
+  else if constexpr (R > 1)
+    multiply_up_to<E, R - 1>(rows, from, depth, a, lda, b, c, ldc);
+}
+
+#if defined(DRAMA_AMX)
+// AMX: registers are tiles of up to 16 rows of 64 bytes. Sums are 16 x 16; operands go 32 of the depth at a time.
+constexpr int64_t TILE_ROWS = 16;
+
+// What LDTILECFG reads. Tiles 0 to 3 are sums, 4 and 5 of the left operand, 6 and 7 of the right.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, reserved[15] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {0, 0, 0, 0, 0, 0, TILE_ROWS, TILE_ROWS};
+
+  explicit TileShapes(int64_t count) { std::memset(rows, (int)count, 6); }
+};
+
+// Linux gives a process room for tiles in its saved state when it asks, or refuses.
+inline bool tiles_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+}
+
+// As multiply_rows, for R tiles of rows.
+template <int R>
+inline void multiply_tiles(From from, int64_t depth, const Bfloat16* a, int64_t lda, const Bfloat16* b, float* c,
+                           int64_t ldc) {
+  constexpr int64_t b_bytes = STRIP * 2 * sizeof(Bfloat16);
+  const int64_t a_bytes = lda * sizeof(Bfloat16), c_bytes = ldc * sizeof(float);
+  for (int64_t column = 0; column < STRIP; column += 32, b += 64) {
+    float *first = c + column, *second = first + TILE_ROWS * ldc;
+    if (from == From::zero) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, first, c_bytes);
+      _tile_loadd(1, first + 16, c_bytes);
+      if constexpr (R == 2) {
+        _tile_loadd(2, second, c_bytes);
+        _tile_loadd(3, second + 16, c_bytes);
       }
     }
+    for (int64_t k = 0; k < depth; k += Operand<Bfloat16>::step) {
+      _tile_loadd(4, a + k, a_bytes);
+      _tile_loadd(6, b + k * STRIP, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + k * STRIP + 32, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (R == 2) {
+        _tile_loadd(5, a + TILE_ROWS * lda + k, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, first, c_bytes);
+    _tile_stored(1, first + 16, c_bytes);
+    if constexpr (R == 2) {
+      _tile_stored(2, second, c_bytes);
+      _tile_stored(3, second + 16, c_bytes);
+    }
+  }
+}
+
+// Rows up to the last whole tile, then the rest with tiles of as many rows.
+inline void multiply_in_tiles(From from, int64_t rows, int64_t strips, int64_t depth, const Bfloat16* a, int64_t lda,
+                              const Bfloat16* b, int64_t strip_stride, float* c, int64_t ldc) {
+  const int64_t whole = rows / TILE_ROWS * TILE_ROWS;
+  for (int64_t begin = 0, end; begin < rows; begin = end) {
+    end = begin < whole ? whole : rows;
+    const TileShapes shapes(begin < whole ? TILE_ROWS : rows - whole);
+    asm volatile("" : : "r"(&shapes) : "memory");  // compilers are not told that what follows reads memory
+    _tile_loadconfig(&shapes);
+    for (int64_t s = 0; s < strips; ++s)
+      for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
+        const Bfloat16* strip = b + s * strip_stride + k * STRIP;
+        int64_t r = begin;
+        for (; r + 2 * TILE_ROWS <= end; r += 2 * TILE_ROWS)
+          multiply_tiles<2>(k ? From::sums : from, part, a + r * lda + k, lda, strip, c + r * ldc + s * STRIP, ldc);
+        if (r < end)
+          multiply_tiles<1>(k ? From::sums : from, part, a + r * lda + k, lda, strip, c + r * ldc + s * STRIP, ldc);
+      }
+  }
+  _tile_release();
+}
+#endif
+
+// C (rows x 64 · strips) from A * B, `strip_stride` elements from one packed strip to the next.
+template <class E>
+void multiply(From from, int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b,
+              int64_t strip_stride, float* c, int64_t ldc) {
+#if defined(DRAMA_AMX)
+  if constexpr (sizeof(E) == sizeof(Bfloat16))
+    if (tiles_allowed()) return multiply_in_tiles(from, rows, strips, depth, a, lda, b, strip_stride, c, ldc);
+#endif
+  for (int64_t s = 0; s < strips; ++s)
+    for (int64_t k = 0; k < depth; k += DEPTH)
+      for (int64_t r = 0; r < rows; r += ROWS)
+        multiply_up_to<E>(rows - r, k ? From::sums : from, depth - k < DEPTH ? depth - k : DEPTH, a + r * lda + k, lda,
+                          b + s * strip_stride + k * STRIP, c + r * ldc + s * STRIP, ldc);
 }
 
 }  // namespace

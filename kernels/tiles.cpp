@@ -90,11 +90,10 @@ void scores(const Chunk& c, int64_t begin, int64_t end) {
   const int64_t tiles = tiles_of(c);
   for (int64_t tile = begin; tile < end; ++tile) {
     float* product = c.suffix;
-    std::memset(product, 0, sizeof(float) * c.rows * TILE);
     const E* strips = passages + tile * STRIPS * c.components * STRIP;
     for (int64_t d = 0, from = 0; d < c.dims; from = c.ends[d++]) {
-      multiply<E>(c.rows, STRIPS, c.ends[d] - from, queries + from, c.components, strips + from * STRIP,
-                  c.components * STRIP, product, TILE);
+      multiply<E>(d ? From::sums : From::zero, c.rows, STRIPS, c.ends[d] - from, queries + from, c.components,
+                  strips + from * STRIP, c.components * STRIP, product, TILE);
       float* to = c.scores + (d * tiles + tile) * c.rows * TILE;
       for (int64_t r = 0; r < c.rows; ++r) score_row(c, d, tile, r, product + r * TILE, to + r * TILE);
     }
@@ -176,10 +175,10 @@ void add_gradients(const Chunk& c, int64_t begin, int64_t end) {
       const int64_t from = d ? c.ends[d - 1] : 0, width = c.ends[d] - from;
       add_gradients_of_dim(c, d, tile);
       write_upstream<E>(c);
-      multiply<E>(c.rows, width / STRIP, TILE, static_cast<const E*>(c.upstream), TILE,
+      multiply<E>(From::sums, c.rows, width / STRIP, TILE, static_cast<const E*>(c.upstream), TILE,
                   passages + (tile * c.components + from) * TILE, TILE * STRIP, c.query_products + from,
                   c.components);
-      multiply<E>(width, STRIPS, c.padded_rows, queries + from * c.padded_rows, c.padded_rows,
+      multiply<E>(From::sums, width, STRIPS, c.padded_rows, queries + from * c.padded_rows, c.padded_rows,
                   static_cast<const E*>(c.upstream_packed), c.padded_rows * STRIP,
                   c.passage_products + (tile * c.components + from) * TILE, TILE);
     }

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -59,8 +59,12 @@ inline Floats exponential(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
+#if defined(__AVX512F__)
+  Floats result = (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   Ints power = ((Ints)rounded << 23) + (127 << 23);
   Floats result = p * (Floats)power;
+#endif
   return x <= all(-87.f) ? Floats{} : result;
 }
 
@@ -75,7 +79,11 @@ inline Floats load(const Bfloat16* from) {
   return (Floats)(__builtin_convertvector(narrow, Bits) << 16);
 }
 inline void store(Bfloat16* to, Floats value) {
+#if defined(__AVX512BF16__)
+  Halves narrow = (Halves)_mm512_cvtneps_pbh((__m512)value);
+#else
   Halves narrow = __builtin_convertvector(rounded_to_bfloat16(value), Halves);
+#endif
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
