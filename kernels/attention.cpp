@@ -6,6 +6,7 @@
 // Shapes: T tokens, H heads, S sequences, L tokens of one. Rows of queries, keys and values: T x 3 · H · 64, each
 // part with its heads side by side. Attended and upstream: T x H · 64. Normalisers: H x T, log-sum-exp of the scores.
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "products.h"
@@ -13,14 +14,32 @@
 namespace {
 
 constexpr int64_t SIZE = STRIP;
-// Rows of scores at once: whole steps of a product's depth.
+// Rows of scores at once: whole rows of register tiles, with AMX whole steps of a product's depth.
 constexpr int64_t BLOCK = Operand<Bfloat16>::step == 32 ? 64 : 8 * ROWS;
+static_assert(BLOCK % Operand<Bfloat16>::step == 0 && STRIP % Operand<Bfloat16>::step == 0);
 
 inline int64_t up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
+// A row of an AMX tile that crosses a cache line takes two loads.
+template <class T>
+struct OfCacheLines {
+  typedef T value_type;
+  static constexpr std::align_val_t line{64};
+  OfCacheLines() = default;
+  template <class U>
+  OfCacheLines(const OfCacheLines<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, line); }
+  bool operator==(const OfCacheLines&) const { return true; }
+  bool operator!=(const OfCacheLines&) const { return false; }
+};
+
+template <class T>
+using Scratch = std::vector<T, OfCacheLines<T>>;
+
 // A thread's memory for one use, kept from call to call.
 template <class T>
-T* scratch(std::vector<T>& memory, int64_t count) {
+T* scratch(Scratch<T>& memory, int64_t count) {
   if ((int64_t)memory.size() < count) memory.resize(count);
   return memory.data();
 }
@@ -77,8 +96,8 @@ float weigh(int64_t length, int64_t width, float scaling, float* scores, E* weig
 template <class E>
 void attend_head(int64_t length, int64_t stride, int64_t out_stride, float scaling, const E* queries, const E* keys,
                  const E* values, E* attended, float* normalisers) {
-  static thread_local std::vector<E> of_keys, of_values, of_weights;
-  static thread_local std::vector<float> of_scores;
+  static thread_local Scratch<E> of_keys, of_values, of_weights;
+  static thread_local Scratch<float> of_scores;
   const int64_t width = up_to(length, STRIP), depth = up_to(length, Operand<E>::step);
   E* packed_keys = scratch(of_keys, width * SIZE);
   E* packed_values = scratch(of_values, depth * SIZE);
@@ -88,14 +107,15 @@ void attend_head(int64_t length, int64_t stride, int64_t out_stride, float scali
   pack_by_depth(length, depth, values, stride, packed_values);
   for (int64_t begin = 0; begin < length; begin += BLOCK) {
     const int64_t count = length - begin < BLOCK ? length - begin : BLOCK;
-    multiply<E>(From::zero, count, width / STRIP, SIZE, queries + begin * stride, stride, packed_keys, SIZE * STRIP,
+    multiply<E>(Sums::fresh, count, width / STRIP, SIZE, queries + begin * stride, stride, packed_keys, SIZE * STRIP,
                 scores, width);
-    float totals[BLOCK], sums[BLOCK * SIZE];
+    float totals[BLOCK];
+    alignas(64) float sums[BLOCK * SIZE];
     for (int64_t r = 0; r < count; ++r) {
       float most = weigh(length, width, scaling, scores + r * width, weights + r * width, totals + r);
       normalisers[begin + r] = most + std::log(totals[r]);
     }
-    multiply<E>(From::zero, count, 1, depth, weights, width, packed_values, 0, sums, SIZE);
+    multiply<E>(Sums::fresh, count, 1, depth, weights, width, packed_values, 0, sums, SIZE);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < SIZE; d += WIDTH)
         store(attended + (begin + r) * out_stride + d, load(sums + r * SIZE + d) / totals[r]);
@@ -106,9 +126,9 @@ void attend_head(int64_t length, int64_t stride, int64_t out_stride, float scali
 template <class E>
 struct Backward {
   int64_t length, width, depth;
-  std::vector<E> query_columns, query_depth, upstream_columns, upstream_depth, keys_transposed;
-  std::vector<E> weights, gradients, packed_gradients;
-  std::vector<float> scores, products, normalisers, shares, query_gradient;
+  Scratch<E> query_columns, query_depth, upstream_columns, upstream_depth, keys_transposed;
+  Scratch<E> weights, gradients, packed_gradients;
+  Scratch<float> scores, products, normalisers, shares, query_gradient;
 
   void begin(int64_t tokens, int64_t stride, int64_t out_stride, const E* queries, const E* keys, const E* attended,
              const E* upstream, const float* of_rows) {
@@ -166,18 +186,19 @@ void attend_head_backward(int64_t length, int64_t stride, int64_t out_stride, fl
   const int64_t strips = b.width / STRIP;
   for (int64_t begin = 0; begin < length; begin += BLOCK) {
     const int64_t count = length - begin < BLOCK ? length - begin : BLOCK, rows = up_to(count, Operand<E>::step);
-    multiply<E>(From::zero, count, strips, SIZE, keys + begin * stride, stride, b.query_columns.data(), SIZE * STRIP,
+    multiply<E>(Sums::fresh, count, strips, SIZE, keys + begin * stride, stride, b.query_columns.data(), SIZE * STRIP,
                 b.scores.data(), b.width);
-    multiply<E>(From::zero, count, strips, SIZE, values + begin * stride, stride, b.upstream_columns.data(),
+    multiply<E>(Sums::fresh, count, strips, SIZE, values + begin * stride, stride, b.upstream_columns.data(),
                 SIZE * STRIP, b.products.data(), b.width);
     b.weigh(count, scaling);
-    float of_block[2][BLOCK * SIZE];
-    multiply<E>(From::zero, count, 1, b.depth, b.weights.data(), b.width, b.upstream_depth.data(), 0, of_block[0],
+    alignas(64) float of_block[2][BLOCK * SIZE];
+    multiply<E>(Sums::fresh, count, 1, b.depth, b.weights.data(), b.width, b.upstream_depth.data(), 0, of_block[0],
                 SIZE);
-    multiply<E>(From::zero, count, 1, b.depth, b.gradients.data(), b.width, b.query_depth.data(), 0, of_block[1], SIZE);
+    multiply<E>(Sums::fresh, count, 1, b.depth, b.gradients.data(), b.width, b.query_depth.data(), 0, of_block[1],
+                SIZE);
     store_rows(count, of_block[0], of_values + begin * stride, stride);
     store_rows(count, of_block[1], of_keys + begin * stride, stride);
-    multiply<E>(begin ? From::sums : From::zero, SIZE, strips, rows, b.keys_transposed.data() + begin, b.depth,
+    multiply<E>(begin ? Sums::continued : Sums::fresh, SIZE, strips, rows, b.keys_transposed.data() + begin, b.depth,
                 b.packed_gradients.data(), rows * STRIP, b.query_gradient.data(), b.width);
   }
   for (int64_t t = 0; t < length; ++t)

@@ -32,8 +32,7 @@ from drama_dist.kernels.tiles import (
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
 _MOST_ROWS = 384
-_ROW_STEP = 48  # whole register tiles, of 6 rows or of 16
-_DEPTH_STEP = 32  # of products over a chunk's rows
+_ROW_STEP = 96  # whole register tiles of 6 rows or of 16, and whole steps of a product's depth
 _INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
 _FLOATS = ("exponent", "symmetric")
 _ORDER = (  # as in tiles.cpp
@@ -91,10 +90,10 @@ def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> in
     """What a call holds at most beside its float32 inputs, masks of one document included."""
     tile = 2 * _STRIP
     padded, width = -(-columns // tile) * tile, block_ends(dims, _STRIP)[-1]
-    count = chunk_rows(rows, columns, dims)[0]
+    count = -(-chunk_rows(rows, columns, dims)[0] // 32) * 32  # padded to a product's depth
     passages = (4 if columns % tile else 3) * padded * width  # padded, in both layouts, and products
     norms = 4 * len(dims) * padded
-    scratch = threads * count * (width + 3 * tile)
+    scratch = threads * count * (width + 3 * tile) + count * width
     return 4 * (passages + norms + len(dims) * count * padded + scratch + rows * width) + 2 * count * columns
 
 
@@ -107,7 +106,8 @@ class CompiledTiles:
         self._inputs = queries_BK, passages_NK
         self._problem, self._columns = problem, len(passages_NK)
         self._norms = Norms(queries_BK, passages_NK, temperature, problem.dims)
-        self._tile = _tile_columns()
+        self._tile = _number("tile_columns")
+        self._depth_step = _number(f"depth_step{suffix(self._dtype)}")
         self._threads = torch.get_num_threads()
         self._ends = block_ends(problem.dims, _STRIP)
         self._queries = pad_blocks(queries_BK.to(self._dtype), problem.dims, _STRIP)
@@ -156,7 +156,7 @@ class CompiledTiles:
         masked_RN = self._problem.masked(rows, self._columns)
         self._rows = rows
         dims, count = len(self._problem.dims), rows.stop - rows.start
-        padded = -(-count // _DEPTH_STEP) * _DEPTH_STEP
+        padded = -(-count // self._depth_step) * self._depth_step
         tiles = -(-self._columns // self._tile)
         if self._scores.numel() < dims * tiles * count * self._tile:
             self._scores = torch.empty(dims * tiles * count * self._tile)
@@ -250,10 +250,10 @@ class CompiledTiles:
         list(_pool(self._threads).map(share, range(self._threads)))
 
 
-def _tile_columns() -> int:
+def _number(name: str) -> int:
     compiled = extension()
     assert compiled is not None  # info_nce chooses this backend only where there is a library
-    return int(compiled.drama_tile_columns())
+    return int(getattr(compiled, f"drama_{name}")())
 
 
 @lru_cache(maxsize=1)

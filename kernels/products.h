@@ -3,6 +3,8 @@
 // E is an operand's element: bfloat16 bits, two to a lane, or float. The right operand is packed in strips of 64
 // columns: [columns / 64][depth / lane][64][lane]. Depths are multiples of Operand<E>::step.
 #pragma once
+#include <type_traits>
+
 #include "vectors.h"
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <immintrin.h>
@@ -56,18 +58,18 @@ struct Operand<Bfloat16> {
   }
 };
 
-// Sums begin at zero, or go on from what C holds.
-enum class From { zero, sums };
+// C = A * B, or C += A * B.
+enum class Sums { fresh, continued };
 
-// C (R x 64, row stride ldc) += A (R x depth, row stride lda) * B (one packed strip), R at most ROWS.
+// C (R x 64, row stride ldc) from A (R x depth, row stride lda) * B (one packed strip), R at most ROWS.
 template <class E, int R>
-inline void multiply_rows(From from, int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
+inline void multiply_rows(Sums sums, int64_t depth, const E* a, int64_t lda, const E* b, float* c, int64_t ldc) {
   constexpr int64_t lane = Operand<E>::lane;
   for (int64_t begin = 0; begin < STRIP; begin += AT_ONCE * WIDTH) {
     Floats total[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < AT_ONCE; ++v)
-        total[r][v] = from == From::zero ? Floats{} : load(c + r * ldc + begin + v * WIDTH);
+        total[r][v] = sums == Sums::fresh ? Floats{} : load(c + r * ldc + begin + v * WIDTH);
     for (int64_t k = 0; k < depth; k += lane) {
       const E* row = b + k * STRIP + begin * lane;
 #pragma GCC unroll 6
@@ -83,42 +85,43 @@ inline void multiply_rows(From from, int64_t depth, const E* a, int64_t lda, con
 
 // As many rows as there are, at most ROWS.
 template <class E, int R = ROWS>
-inline void multiply_up_to(int64_t rows, From from, int64_t depth, const E* a, int64_t lda, const E* b, float* c,
+inline void multiply_up_to(int64_t rows, Sums sums, int64_t depth, const E* a, int64_t lda, const E* b, float* c,
                            int64_t ldc) {
   if (rows >= R)
-    multiply_rows<E, R>(from, depth, a, lda, b, c, ldc);
+    multiply_rows<E, R>(sums, depth, a, lda, b, c, ldc);
   else if constexpr (R > 1)
-    multiply_up_to<E, R - 1>(rows, from, depth, a, lda, b, c, ldc);
+    multiply_up_to<E, R - 1>(rows, sums, depth, a, lda, b, c, ldc);
 }
 
 #if defined(DRAMA_AMX)
 // AMX: registers are tiles of up to 16 rows of 64 bytes. Sums are 16 x 16; operands go 32 of the depth at a time.
-constexpr int64_t TILE_ROWS = 16;
+constexpr int64_t AMX_ROWS = 16;
 
 // What LDTILECFG reads. Tiles 0 to 3 are sums, 4 and 5 of the left operand, 6 and 7 of the right.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, reserved[15] = {};
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {0, 0, 0, 0, 0, 0, TILE_ROWS, TILE_ROWS};
+  uint8_t rows[16] = {0, 0, 0, 0, 0, 0, AMX_ROWS, AMX_ROWS};
 
-  explicit TileShapes(int64_t count) { std::memset(rows, (int)count, 6); }
+  explicit TileConfig(int64_t count) { std::memset(rows, (int)count, 6); }
 };
+static_assert(sizeof(TileConfig) == 64 && STRIP % Operand<Bfloat16>::step == 0 && DEPTH % Operand<Bfloat16>::step == 0);
 
 // Linux gives a process room for tiles in its saved state when it asks, or refuses.
-inline bool tiles_allowed() {
+inline bool amx_allowed() {
   static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
   return allowed;
 }
 
-// As multiply_rows, for R tiles of rows.
-template <int R>
-inline void multiply_tiles(From from, int64_t depth, const Bfloat16* a, int64_t lda, const Bfloat16* b, float* c,
-                           int64_t ldc) {
+// As multiply_rows, for as many rows as TILES tiles have.
+template <int TILES>
+inline void multiply_amx_rows(Sums sums, int64_t depth, const Bfloat16* a, int64_t lda, const Bfloat16* b, float* c,
+                              int64_t ldc) {
   constexpr int64_t b_bytes = STRIP * 2 * sizeof(Bfloat16);
   const int64_t a_bytes = lda * sizeof(Bfloat16), c_bytes = ldc * sizeof(float);
   for (int64_t column = 0; column < STRIP; column += 32, b += 64) {
-    float *first = c + column, *second = first + TILE_ROWS * ldc;
-    if (from == From::zero) {
+    float *first = c + column, *second = TILES == 2 ? first + AMX_ROWS * ldc : nullptr;
+    if (sums == Sums::fresh) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -126,7 +129,7 @@ inline void multiply_tiles(From from, int64_t depth, const Bfloat16* a, int64_t 
     } else {
       _tile_loadd(0, first, c_bytes);
       _tile_loadd(1, first + 16, c_bytes);
-      if constexpr (R == 2) {
+      if constexpr (TILES == 2) {
         _tile_loadd(2, second, c_bytes);
         _tile_loadd(3, second + 16, c_bytes);
       }
@@ -137,15 +140,15 @@ inline void multiply_tiles(From from, int64_t depth, const Bfloat16* a, int64_t 
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b + k * STRIP + 32, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
-      if constexpr (R == 2) {
-        _tile_loadd(5, a + TILE_ROWS * lda + k, a_bytes);
+      if constexpr (TILES == 2) {
+        _tile_loadd(5, a + AMX_ROWS * lda + k, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
     }
     _tile_stored(0, first, c_bytes);
     _tile_stored(1, first + 16, c_bytes);
-    if constexpr (R == 2) {
+    if constexpr (TILES == 2) {
       _tile_stored(2, second, c_bytes);
       _tile_stored(3, second + 16, c_bytes);
     }
@@ -153,42 +156,46 @@ inline void multiply_tiles(From from, int64_t depth, const Bfloat16* a, int64_t 
 }
 
 // Rows up to the last whole tile, then the rest with tiles of as many rows.
-inline void multiply_in_tiles(From from, int64_t rows, int64_t strips, int64_t depth, const Bfloat16* a, int64_t lda,
-                              const Bfloat16* b, int64_t strip_stride, float* c, int64_t ldc) {
-  const int64_t whole = rows / TILE_ROWS * TILE_ROWS;
+inline void multiply_amx(Sums sums, int64_t rows, int64_t strips, int64_t depth, const Bfloat16* a, int64_t lda,
+                         const Bfloat16* b, int64_t strip_stride, float* c, int64_t ldc) {
+  const int64_t whole = rows / AMX_ROWS * AMX_ROWS;
   for (int64_t begin = 0, end; begin < rows; begin = end) {
     end = begin < whole ? whole : rows;
-    const TileShapes shapes(begin < whole ? TILE_ROWS : rows - whole);
-    asm volatile("" : : "r"(&shapes) : "memory");  // compilers are not told that what follows reads memory
-    _tile_loadconfig(&shapes);
+    const TileConfig config(begin < whole ? AMX_ROWS : rows - whole);
+    asm volatile("" : : "r"(&config) : "memory");  // compilers are not told that what follows reads memory
+    _tile_loadconfig(&config);
     for (int64_t s = 0; s < strips; ++s)
       for (int64_t k = 0; k < depth; k += DEPTH) {
+        const Sums so_far = k ? Sums::continued : sums;
         const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
         const Bfloat16* strip = b + s * strip_stride + k * STRIP;
+        float* to = c + s * STRIP;
         int64_t r = begin;
-        for (; r + 2 * TILE_ROWS <= end; r += 2 * TILE_ROWS)
-          multiply_tiles<2>(k ? From::sums : from, part, a + r * lda + k, lda, strip, c + r * ldc + s * STRIP, ldc);
-        if (r < end)
-          multiply_tiles<1>(k ? From::sums : from, part, a + r * lda + k, lda, strip, c + r * ldc + s * STRIP, ldc);
+        for (; r + 2 * AMX_ROWS <= end; r += 2 * AMX_ROWS)
+          multiply_amx_rows<2>(so_far, part, a + r * lda + k, lda, strip, to + r * ldc, ldc);
+        if (r < end) multiply_amx_rows<1>(so_far, part, a + r * lda + k, lda, strip, to + r * ldc, ldc);
       }
   }
   _tile_release();
 }
 #endif
 
-// C (rows x 64 · strips) from A * B, `strip_stride` elements from one packed strip to the next.
+// C (rows x 64 · strips) from A * B; `strip_stride` elements from one packed strip to the next.
 template <class E>
-void multiply(From from, int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b,
+void multiply(Sums sums, int64_t rows, int64_t strips, int64_t depth, const E* a, int64_t lda, const E* b,
               int64_t strip_stride, float* c, int64_t ldc) {
 #if defined(DRAMA_AMX)
-  if constexpr (sizeof(E) == sizeof(Bfloat16))
-    if (tiles_allowed()) return multiply_in_tiles(from, rows, strips, depth, a, lda, b, strip_stride, c, ldc);
+  if constexpr (std::is_same_v<E, Bfloat16>)
+    if (amx_allowed()) return multiply_amx(sums, rows, strips, depth, a, lda, b, strip_stride, c, ldc);
 #endif
   for (int64_t s = 0; s < strips; ++s)
-    for (int64_t k = 0; k < depth; k += DEPTH)
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const Sums so_far = k ? Sums::continued : sums;
+      const int64_t part = depth - k < DEPTH ? depth - k : DEPTH;
       for (int64_t r = 0; r < rows; r += ROWS)
-        multiply_up_to<E>(rows - r, k ? From::sums : from, depth - k < DEPTH ? depth - k : DEPTH, a + r * lda + k, lda,
-                          b + s * strip_stride + k * STRIP, c + r * ldc + s * STRIP, ldc);
+        multiply_up_to<E>(rows - r, so_far, part, a + r * lda + k, lda, b + s * strip_stride + k * STRIP,
+                          c + r * ldc + s * STRIP, ldc);
+    }
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ void scores(const Chunk& c, int64_t begin, int64_t end) {
     float* product = c.suffix;
     const E* strips = passages + tile * STRIPS * c.components * STRIP;
     for (int64_t d = 0, from = 0; d < c.dims; from = c.ends[d++]) {
-      multiply<E>(d ? From::sums : From::zero, c.rows, STRIPS, c.ends[d] - from, queries + from, c.components,
+      multiply<E>(d ? Sums::continued : Sums::fresh, c.rows, STRIPS, c.ends[d] - from, queries + from, c.components,
                   strips + from * STRIP, c.components * STRIP, product, TILE);
       float* to = c.scores + (d * tiles + tile) * c.rows * TILE;
       for (int64_t r = 0; r < c.rows; ++r) score_row(c, d, tile, r, product + r * TILE, to + r * TILE);
@@ -175,10 +175,10 @@ void add_gradients(const Chunk& c, int64_t begin, int64_t end) {
       const int64_t from = d ? c.ends[d - 1] : 0, width = c.ends[d] - from;
       add_gradients_of_dim(c, d, tile);
       write_upstream<E>(c);
-      multiply<E>(From::sums, c.rows, width / STRIP, TILE, static_cast<const E*>(c.upstream), TILE,
+      multiply<E>(Sums::continued, c.rows, width / STRIP, TILE, static_cast<const E*>(c.upstream), TILE,
                   passages + (tile * c.components + from) * TILE, TILE * STRIP, c.query_products + from,
                   c.components);
-      multiply<E>(From::sums, width, STRIPS, c.padded_rows, queries + from * c.padded_rows, c.padded_rows,
+      multiply<E>(Sums::continued, width, STRIPS, c.padded_rows, queries + from * c.padded_rows, c.padded_rows,
                   static_cast<const E*>(c.upstream_packed), c.padded_rows * STRIP,
                   c.passage_products + (tile * c.components + from) * TILE, TILE);
     }
@@ -189,6 +189,8 @@ void add_gradients(const Chunk& c, int64_t begin, int64_t end) {
 
 extern "C" {
 int64_t drama_tile_columns() { return TILE; }
+int64_t drama_depth_step_float32() { return Operand<float>::step; }
+int64_t drama_depth_step_bfloat16() { return Operand<Bfloat16>::step; }
 void drama_scores_float32(const Chunk* c, int64_t begin, int64_t end) { scores<float>(*c, begin, end); }
 void drama_scores_bfloat16(const Chunk* c, int64_t begin, int64_t end) { scores<Bfloat16>(*c, begin, end); }
 void drama_fold_columns(const Chunk* c, int64_t begin, int64_t end) { fold_columns(*c, begin, end); }

@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.kernels import attention
 
-LENGTHS = [1, 2, 3, 47, 48, 49, 63, 64, 65, 130, 255, 257, 515]  # products go through 256 of the depth at once
+# Around whole register tiles and strips; products go through 256 of the depth at once.
+LENGTHS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 130, 255, 257, 515]
 HEADS = 3
 
 
@@ -65,11 +66,12 @@ def test_errs_no_more_than_pytorch_and_a_wrong_scaling_does(dtype: torch.dtype, 
     assert scale == 0.3 or len(exceeding(wrong, expected, rows.detach())) >= len(LENGTHS) - 1  # a token alone is right
 
 
-def test_what_one_call_left_behind_does_not_reach_the_next() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_one_call_left_behind_does_not_reach_the_next(dtype: torch.dtype) -> None:
     """Scratch memory is kept: a long sequence's NaN, then a short one."""
-    long, upstream_long = inputs([200])
+    long, upstream_long = (each.to(dtype) for each in inputs([200]))
     attention.attend((long * torch.nan).requires_grad_(), boundaries([200]), 0.125).backward(upstream_long)
-    rows, upstream = inputs([5, 70])
+    rows, upstream = (each.to(dtype) for each in inputs([5, 70]))
     first, second = (rows.clone().requires_grad_() for _ in range(2))
     ends = boundaries([5, 70])
     results = [with_gradient(attention.attend(each, ends, 0.125), each, upstream) for each in (first, second)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +37,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(compiled_tiles, "extension", lambda: None)
         monkeypatch.setattr("drama_dist.kernels.eager_tiles._SCORE_BYTES", 4 * 3 * 70 * 5)  # several chunks
     monkeypatch.setattr(compiled_tiles, "_SCORE_BYTES", 4 * 3 * 70 * 12)
+    monkeypatch.setattr(compiled_tiles, "_ROW_STEP", 12)
+    assert compiled_tiles.chunk_rows(33, 70, DIMS) == [12, 12, 9]
     return BACKENDS[request.param][0]
 
 
@@ -173,14 +175,6 @@ def test_gradients_are_those_of_finite_differences(option: str) -> None:
         return info_nce(leaves[0], leaves[1], positives, temperature=leaves[2], dims=DIMS, **given).loss
 
     assert torch.autograd.gradcheck(loss, (queries, passages, temperature))
-
-
-@pytest.fixture
-def nan_in_new_memory() -> Iterator[None]:
-    """torch.empty gives NaN (PyTorch's fill_uninitialized_memory)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")
