@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t SIZE = STRIP;
 // Rows of scores at once: whole rows of register tiles, with AMX whole steps of a product's depth.
 constexpr int64_t BLOCK = Operand<Bfloat16>::step == 32 ? 64 : 8 * ROWS;
-static_assert(BLOCK % Operand<Bfloat16>::step == 0 && STRIP % Operand<Bfloat16>::step == 0);
+static_assert(BLOCK % Operand<Bfloat16>::step == 0);
 
 inline int64_t up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 

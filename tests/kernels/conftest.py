@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
+
+from drama_dist.kernels import attention, compiled_tiles, libraries
+
+NARROWER = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}  # builds for lesser CPUs, and the flag they need
 
 
 @pytest.fixture
@@ -14,3 +22,23 @@ def nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["native", *NARROWER])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels as they come, and as CPUs without AMX or AVX-512 would have them."""
+    if request.param != "native":
+        if NARROWER[request.param] not in Path("/proc/cpuinfo").read_text("utf-8").split():
+            pytest.skip(f"this CPU has no {NARROWER[request.param]}")
+        for module, name in ((compiled_tiles, "tiles"), (attention, "attention")):
+            narrower = _build(name, request.param, request.getfixturevalue("tmp_path_factory").getbasetemp())
+            monkeypatch.setattr(module, "extension", lambda narrower=narrower: narrower)
+
+
+@lru_cache
+def _build(name: str, architecture: str, folder: Path) -> ctypes.CDLL:
+    source, target = Path(libraries.__file__).parent / f"{name}.cpp", folder / f"{name}-{architecture}.so"
+    subprocess.run(
+        ["g++", "-O3", f"-march={architecture}", "-shared", "-fPIC", str(source), "-o", str(target)], check=True
+    )
+    return ctypes.CDLL(str(target))

@@ -52,6 +52,7 @@ def with_gradient(output: torch.Tensor, rows: torch.Tensor, upstream: torch.Tens
     return output.detach(), *torch.autograd.grad(output, rows, upstream.to(output.dtype))
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("scale", [0.3, 3.0], ids=["even", "peaked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errs_no_more_than_pytorch_and_a_wrong_scaling_does(dtype: torch.dtype, scale: float) -> None:
