@@ -2,8 +2,8 @@
 
 python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--dtype auto]
 
-Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default
-batch of 32 texts, with smaller and with larger ones; its default is float32 and 32. A speed-up is printed only where the
+Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default batch of
+32 texts, a smaller and a larger one; its default is float32 and 32. A speed-up is printed only where the
 vectors agree.
 """
 
