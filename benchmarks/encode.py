@@ -3,8 +3,7 @@
 python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets cisi npl time] [--dtype auto]
 
 Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default batch of
-32 texts, a smaller and a larger one; its default is float32 and 32. A speed-up is printed only where the
-vectors agree.
+32 texts, a smaller and a larger one; its default is float32 and 32. A speed-up is printed only where the vectors agree.
 """
 
 from __future__ import annotations
