@@ -4,6 +4,7 @@ python benchmarks/encode.py --data DIR [--model runs/quickstart/export] [--sets 
 
 Sides: ours in `dtype` (what `drama encode` does) and float32, sentence-transformers in both, with its default batch of
 32 texts, a smaller and a larger one; its default is float32 and 32. A speed-up is printed only where the vectors agree.
+Rows of the results file that are of other collections or processors stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import DTYPES, Measured, arguments, as_row, circumstances, in_turns, rate_of, use, write_results
+from measure import (
+    DTYPES,
+    Measured,
+    add_row,
+    arguments,
+    as_row,
+    by_machine,
+    circumstances,
+    earlier_rows,
+    in_turns,
+    rate_of,
+    use,
+    write_results,
+)
 from sentence_transformers import SentenceTransformer
 from texts import corpus
 
@@ -70,12 +84,13 @@ def _dtype(side: str) -> str:
     return next(dtype for dtype in DTYPES if dtype in side)
 
 
+LEGEND = """Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: our rate over the
+peer's best batch at the same precision; and over the peer's default."""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second of each side, and what is gained at each precision and over the default."""
     lines = [
-        "Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: our rate over the",
-        "peer's best batch at the same precision; and over the peer's default.",
-        "",
         "| texts | passages | tokens | side | tokens/s | MB | difference | gain, same precision | over default |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
@@ -101,11 +116,12 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1000, help="of each collection, from its beginning")
     options = parser.parse_args()
     use(options)
-    facts, rows = circumstances(options.device), []
-    for name in options.sets:
-        rows.append(measure(name, options))
-        path = write_results(f"encode-{options.device}-{options.dtype}", facts, rows, table(rows))
-    print(table(rows), path, sep="\n")
+    name, facts = f"encode-{options.device}-{options.dtype}", circumstances(options.device)
+    rows = earlier_rows(name)
+    for collection in options.sets:
+        add_row(rows, measure(collection, options), facts, "texts")
+        path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
+    print(by_machine(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Every side gets the same float tensors and gives the loss and both gradients. se
 MatryoshkaLoss over CachedMultipleNegativesRankingLoss without its encoder: once with each of several mini-batches,
 32 (its default) among them, and with the fastest of these in every round. On CUDA inf-cl and Liger's fused
 cross-entropy join, once for every dim, where they are installed. A speed-up is printed only where the sides agree.
+Memory is what two calls of a side add at their peak, vectors aside, in a process of its own. Rows of the results file
+that are of other sizes or processors stay.
 """
 
 from __future__ import annotations
@@ -15,10 +17,25 @@ import argparse
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
+from measure import (
+    Measured,
+    add_row,
+    alone_megabytes,
+    arguments,
+    as_row,
+    by_machine,
+    circumstances,
+    earlier_rows,
+    in_turns,
+    seconds_of,
+    use,
+    write_results,
+)
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
@@ -29,6 +46,7 @@ TEMPERATURE = 0.05
 DIMS = ((768,), (768, 512, 256), (768, 512, 256, 128, 64))
 MINI_BATCHES = (32, 128, 512, 2048)
 HARD_NEGATIVES = 7
+FEW = 64
 # Of the loss, and of the gradients' norm. In bfloat16 the peers also round scores.
 AGREEMENT = {torch.bfloat16: (0.02, 0.1), torch.float32: (1e-4, 1e-3)}
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -127,17 +145,42 @@ def disagreement(found: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...
     return loss, max(float((own - theirs).norm() / own.norm()) for own, theirs in pairs)
 
 
+def vectors(rows: int, columns: int, size: int, options: argparse.Namespace) -> list[torch.Tensor]:
+    """Queries and passages, the same for the same shape."""
+    generator = torch.Generator().manual_seed(rows)
+    queries, passages = (torch.randn(count, size, generator=generator) for count in (rows, columns))
+    passages[:rows] += queries / 3  # positives that can be told from the rest, if not with ease: losses of 1 to 5
+    return [side.to(options.device, getattr(torch, options.dtype)).requires_grad_() for side in (queries, passages)]
+
+
+def sides_of(leaves: list[torch.Tensor], dims: tuple[int, ...], device: str) -> dict[str, Step]:
+    """Every side but the cached ones."""
+    sides = {"ours": ours(*leaves, dims), "dense": dense(*leaves, dims)}
+    if device == "cuda":
+        sides |= {name: per_dim(*leaves, dims, one) for name, one in fused_peers().items()}
+    return sides
+
+
+def cached_sides(leaves: list[torch.Tensor], dims: tuple[int, ...]) -> dict[str, Step]:
+    """sentence-transformers, by its mini-batch."""
+    return {f"cached {size}": cached(*leaves, dims, size) for size in MINI_BATCHES}
+
+
+def _prepared(name: str, shape: tuple[int, int], dims: tuple[int, ...], options: argparse.Namespace) -> Step:
+    """One side, for its memory; imports and builds are done, on a few rows."""
+    few, all_of_them = (
+        (sides_of(leaves, dims, options.device) | cached_sides(leaves, dims))[name]
+        for leaves in (vectors(count, count * shape[1] // shape[0], max(dims), options) for count in (FEW, shape[0]))
+    )
+    few()
+    return all_of_them
+
+
 def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    generator = torch.Generator().manual_seed(rows)
     dtype = getattr(torch, options.dtype)
-    queries, passages = (torch.randn(count, max(dims), generator=generator) for count in (rows, columns))
-    passages[:rows] += queries / 3  # positives that can be told from the rest, if not with ease: losses of 1 to 5
-    leaves = [side.to(options.device, dtype).requires_grad_() for side in (queries, passages)]
-    sides = {"ours": ours(*leaves, dims), "dense": dense(*leaves, dims)}
-    if options.device == "cuda":
-        sides |= {name: per_dim(*leaves, dims, one) for name, one in fused_peers().items()}
-    mini_batches = {f"cached {size}": cached(*leaves, dims, size) for size in MINI_BATCHES}
+    leaves = vectors(rows, columns, max(dims), options)
+    sides, mini_batches = sides_of(leaves, dims, options.device), cached_sides(leaves, dims)
     cached(*(side[: max(MINI_BATCHES)] for side in leaves), dims, max(MINI_BATCHES))()  # a first call takes longer
     tried = {name: in_turns({name: side}, 1, options.device, warm_up=0)[name] for name, side in mini_batches.items()}
     best = min(tried, key=lambda name: tried[name].seconds)
@@ -145,7 +188,12 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
     results = {name: side() for name, side in sides.items()}
     differences = {name: disagreement(results["ours"], result) for name, result in results.items()}
     del results
-    measured = in_turns(sides, options.rounds, options.device)
+    measured = {
+        name: replace(
+            value, megabytes=alone_megabytes(partial(_prepared, name, (rows, columns), dims, options), options.device)
+        )
+        for name, value in in_turns(sides, options.rounds, options.device).items()
+    }
     return {
         "rows": rows,
         "columns": columns,
@@ -162,15 +210,16 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
     }
 
 
+LEGEND = f"""Seconds (median; fastest to slowest) and extra peak MB, alone in a process. cached: sentence-transformers
+at the fastest of the mini-batches {", ".join(map(str, MINI_BATCHES))}; and at {MINI_BATCHES[0]}, its default, in one
+round. time: ours over the best of all others; over cached: ours over cached; memory: ours over dense. 1 dim: our time
+over that with one dim."""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: seconds and megabytes of each side, and the ratios."""
     first = [name for name in rows[0]["measured"] if name != rows[0]["best_cached"]]
     lines = [
-        "Seconds (median; fastest to slowest) and extra peak MB. cached: sentence-transformers at the fastest of the",
-        f"mini-batches {', '.join(map(str, MINI_BATCHES))}, and at {MINI_BATCHES[0]} as it comes (one round). time:",
-        "ours over the best of all others; over cached: ours over cached; memory: ours over dense. 1 dim: our time",
-        "over that with one dim.",
-        "",
         f"| B × N | dims | {' | '.join(first)} | cached | mini-batch | cached {MINI_BATCHES[0]} | time | over cached "
         "| memory | 1 dim | largest difference (loss, gradients) |",
         "|---" * (10 + len(first)) + "|",
@@ -210,12 +259,12 @@ def main() -> None:
     use(options)
     shapes = [(size, (1 + HARD_NEGATIVES) * size) for size in options.hard_sizes]
     shapes += [(size, size) for size in options.sizes]
-    facts, rows = circumstances(options.device), []
-    for (count, columns), dims in tqdm([(shape, dims) for shape in shapes for dims in DIMS], unit=" lines"):
-        rows.append(measure(count, columns, dims, options))
-        name = f"loss-{options.device}-{options.dtype}"
-        path = write_results(name, facts, rows, table(rows))
-    print(table(rows), path, sep="\n")
+    name, facts = f"loss-{options.device}-{options.dtype}", circumstances(options.device)
+    rows = earlier_rows(name)
+    for shape, dims in tqdm([(shape, dims) for shape in shapes for dims in DIMS], unit=" lines"):
+        add_row(rows, measure(*shape, dims, options), facts, "rows", "columns", "dims")
+        path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
+    print(by_machine(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import ctypes
 import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,10 +31,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from drama_dist.precision import AUTO, dtype_name
+from drama_dist.precision import AUTO, bfloat16_instructions, cpuinfo, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("bfloat16", "float32")
+NOTES = "## Notes"  # in a results file: what a person wrote below stays when the file is written again
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "inf-cl", "liger-kernel")
 
 
@@ -69,6 +72,26 @@ def in_turns(
         name: Measured(statistics.median(taken), min(taken), max(taken), statistics.median(memory[name]), rounds)
         for name, taken in times.items()
     }
+
+
+def alone_megabytes(prepare: Callable[[], Callable[[], Any]], device: str) -> float:
+    """Extra peak memory of two calls of what `prepare` gives, in a process of their own.
+
+    `prepare` (one that can be pickled) makes what is not counted: inputs, and what a first call takes once. In a
+    process that runs other sides too, the heap that they leave is full of holes.
+    """
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the other process needs the room
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of, prepare, device).result()
+
+
+def _peak_of(prepare: Callable[[], Callable[[], Any]], device: str) -> float:
+    call = prepare()
+    held = begin(device)
+    for _ in range(2):
+        call()
+    return peak_megabytes(device) - held
 
 
 def arguments(
@@ -153,10 +176,9 @@ def _status(field: str) -> float:
 
 
 def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    """The processor's name, and its bfloat16 instructions."""
+    name = cpuinfo("model name") or platform.processor()
+    return f"{name} ({', '.join(bfloat16_instructions()) or 'no bfloat16 instructions'})"
 
 
 def circumstances(device: str = "cpu") -> dict[str, Any]:
@@ -198,12 +220,35 @@ def earlier_rows(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def add_row(rows: list[dict[str, Any]], row: dict[str, Any], facts: dict[str, Any], *keys: str) -> None:
+    """Put a row, stamped with when, where and how it was measured, in place of the same machine's of equal `keys`."""
+    stamp = {"date": facts["date"], "command": facts["command"], "processor": facts["machine"]["processor"]}
+    row = stamp | json.loads(json.dumps(row))  # as it is when read again: lists for tuples
+    keys = (*keys, "processor")
+    for place, one in enumerate(rows):
+        if all(one[key] == row[key] for key in keys):
+            rows[place] = row
+            return
+    rows.append(row)
+
+
+def by_machine(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Markdown: a table for each processor, under its name and the runs that its rows are of."""
+    parts = []
+    for name in dict.fromkeys(row["processor"] for row in rows):
+        own = [row for row in rows if row["processor"] == name]
+        runs = "; ".join(dict.fromkeys(f"{row['date']}, `{row['command']}`" for row in own))
+        parts.append(f"## {name}\n\n{runs}.\n\n{table(own)}")
+    return "\n\n".join(parts)
+
+
 def write_results(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> Path:
-    """Write results/NAME.json and results/NAME.md, under a heading that says where and when."""
+    """Write results/NAME.json and results/NAME.md, under a heading that says where and when; its notes stay."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", "utf-8")
     machine, versions = facts["machine"], ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
     path = RESULTS / f"{name}.md"
+    _, heading, notes = path.read_text("utf-8").partition(NOTES) if path.exists() else ("", "", "")
     path.write_text(
         f"""# {name}
 
@@ -211,7 +256,8 @@ def write_results(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], 
 {versions}. Command: `{facts["command"]}`.
 
 {markdown}
-""",
+"""
+        + (f"\n{heading}{notes}" if heading else ""),
         "utf-8",
     )
     return path

@@ -1,7 +1,7 @@
 """A whole training step: ours against sentence-transformers, on the same checkpoint and the same texts.
 
 python benchmarks/step.py --data DIR [--model runs/quickstart/export] [--sets questions abstracts]
-    [--batches 256 1024] [--budgets 0 4] [--dtype auto] [--dtypes bfloat16 float32] [--rounds 5] [--add]
+    [--batches 256 1024] [--budgets 0 4] [--dtype auto] [--dtypes bfloat16 float32] [--rounds 5]
 
 A step is everything from texts to updated weights: tokens, embeddings, the loss over all Matryoshka dims,
 gradients, clipping, AdamW. The learning rate is 0, so every round does the same work. Peers:
@@ -9,23 +9,20 @@ CachedMultipleNegativesRankingLoss under MatryoshkaLoss, in float32 and under bf
 mini-batches of PEERS, of which one round over TRIED texts finds the fastest for each precision. Ours: with a budget of
 so many GiB for kept graphs; with 0 every chunk is encoded twice, as the peer does. Tokens are those of the texts,
 padding not counted. Ours encodes a text once that a batch holds twice; the table counts both ways. Memory is what
-a side adds at its peak, weights and optimiser included, in two steps in a process of its own: the heap that another
-side leaves is full of holes.
+a side adds at its peak, weights and optimiser included, in two steps in a process of its own.
 --dtype: ours, and the peer's that it is held against; part of the results file's name. --dtypes: all of the peer's that
 are timed. In float32 both sides are compared once in any case, over EXACT queries at most.
---add: rows of the results file with other texts or batches stay.
+Rows of the results file that are of other texts, batches or processors stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +30,14 @@ import torch
 from measure import (
     DTYPES,
     Measured,
+    add_row,
+    alone_megabytes,
     arguments,
     as_row,
-    begin,
+    by_machine,
     circumstances,
     earlier_rows,
     in_turns,
-    peak_megabytes,
     rate_of,
     use,
     write_results,
@@ -87,12 +85,12 @@ def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
     encoder = load(model)
     encoder.contract = replace(encoder.contract, max_query_tokens=LIMIT, max_passage_tokens=LIMIT)
     engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.01, CLIPPING))
-    cache = GradCache(encoder, engine, chunk_tokens, budget)
+    chunks = GradCache(encoder, engine, chunk_tokens, budget)
     train = TrainSettings(temperature=TEMPERATURE)
 
     def step(texts: Texts) -> Result:
         sequences = encoder.tokenize_queries(texts.queries) + encoder.tokenize_passages(texts.passages)
-        encoded = cache.encode(sequences)
+        encoded = chunks.encode(sequences)
         count, device = len(texts.queries), encoder.device
         objective = contrastive_objective(
             encoded.embeddings_NK[:count],
@@ -102,7 +100,7 @@ def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
             encoder.contract,
             train,
         )
-        cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
+        chunks.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
         return Result(objective.loss, engine.step(0.0), sum(map(len, sequences)), sum(encoded.lengths))
 
     return step
@@ -156,7 +154,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "peer float32": theirs(options.model, "float32", PEERS[-1])(texts.first(EXACT)),
     }
     makes = own | peers
-    megabytes = {name: _alone(make, texts, options.device) for name, make in makes.items()}
+    megabytes = {name: alone_megabytes(partial(_prepared, make, texts), options.device) for name, make in makes.items()}
     steps = {name: partial(make(), texts) for name, make in makes.items()}
     results = {name: step() for name, step in steps.items()}  # the round that does not count
     measured = in_turns(steps, options.rounds, options.device, warm_up=0)
@@ -167,7 +165,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": first.tokens,
         "distinct_tokens": first.encoded,
         "tried": {name: as_row(value) for found in tried.values() for name, value in found.items()},
-        "measured": {name: as_row(value) | {"alone_megabytes": megabytes[name]} for name, value in measured.items()},
+        "measured": {name: as_row(replace(value, megabytes=megabytes[name])) for name, value in measured.items()},
         "results": {name: asdict(one) for name, one in (results | exact).items()},
         "agree": _agree(*exact.values(), "float32")
         and all(_agree(results[name], results[peer], options.dtype) for name in own),
@@ -187,21 +185,12 @@ def _tried(texts: Texts, dtype: str, options: argparse.Namespace) -> dict[str, M
     return found
 
 
-def _alone(make: Callable[[], Step], texts: Texts, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the other process needs the room
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_megabytes, make, texts, device).result()
-
-
-def _peak_megabytes(make: Callable[[], Step], texts: Texts, device: str) -> float:
+def _prepared(make: Callable[[], Step], texts: Texts) -> Callable[[], object]:
+    """Steps that make the model in the first of them."""
     os.environ.pop("MASTER_PORT", None)  # the first process listens there
     make()(texts.first(1))  # what a first step takes once in a process: imports and the like
-    before = begin(device)
-    step = make()
-    for _ in range(2):
-        step(texts)
-    return peak_megabytes(device) - before
+    made = cache(make)
+    return lambda: made()(texts)
 
 
 def _name(dtype: str, peer: dict[str, int]) -> str:
@@ -214,13 +203,14 @@ def _agree(found: Result, other: Result, dtype: str) -> bool:
     return found.tokens == other.tokens and all(abs(one - two) <= AGREEMENT[dtype] * abs(two) for one, two in pairs)
 
 
+LEGEND = """Real tokens a second: median (slowest–fastest round). MB: peak of all that the side adds, alone in a
+process. times: the side's rate over that of the peer's fastest setting at our precision; encoded: the same with the
+tokens that each side encodes, texts that come twice counted once for ours; memory: MB over that peer's."""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: real tokens a second, and peak memory."""
     lines = [
-        "Real tokens a second: median (slowest–fastest round). MB: peak of all that the side adds, alone in a process.",
-        "times: the side's rate over that of the peer's fastest setting at our precision; encoded: the same with the",
-        "tokens that each side encodes, texts that come twice counted once for ours; memory: MB over that peer's.",
-        "",
         "| texts | batch | real tokens (distinct) | side | tokens/s | MB | times | encoded | memory | loss "
         "| gradient norm |",
         "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -228,21 +218,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         peer = row["measured"][row["best_peer"]]
         for name, value in row["measured"].items():
-            one = Measured(**{field.name: value[field.name] for field in fields(Measured)})
+            one = Measured(**value)
             times = peer["seconds"] / one.seconds
             encoded = times * row["distinct_tokens"] / row["tokens"] if name.startswith("ours") else times
-            memory = value["alone_megabytes"] / peer["alone_megabytes"]
+            memory = one.megabytes / peer["megabytes"]
             ratios = [f"{ratio:.2f}" if row["agree"] else "no agreement" for ratio in (times, encoded, memory)]
             result = row["results"][name]
             lines.append(
                 f"| {row['texts']} | {row['batch']} | {row['tokens']} ({row['distinct_tokens']}) | {name} "
-                f"| {rate_of(row['tokens'], one)} | {value['alone_megabytes']:.0f} | {' | '.join(ratios)} "
+                f"| {rate_of(row['tokens'], one)} | {one.megabytes:.0f} | {' | '.join(ratios)} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
-    lines += [
-        "",
-        *(f"{row['texts']}, {row['batch']}: {row['date']}, {row['processor']}, `{row['command']}`." for row in rows),
-    ]
     return "\n".join(lines)
 
 
@@ -253,26 +239,19 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.0, 4.0], help="GiB of kept graphs")
     parser.add_argument("--chunk-tokens", type=int, default=2048)
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, help="of the peer, timed; default: ours and float32")
-    parser.add_argument("--add", action="store_true", help="keep the results file's rows of other texts or batches")
     options = parser.parse_args()
     use(options)
     options.dtypes = options.dtypes or list(dict.fromkeys([options.dtype, "float32"]))
     if options.dtype not in options.dtypes:
         parser.error(f"--dtypes: expected {options.dtype} among them, which the table compares with")
     name, facts = f"step-{options.device}-{options.dtype}", circumstances(options.device)
-    rows = earlier_rows(name) if options.add else []
+    rows = earlier_rows(name)
     for batch in options.batches:
         for choice in options.sets:
             texts = questions(options.data, batch) if choice == "questions" else abstracts(options.data, batch)
-            row = {
-                "date": facts["date"],
-                "command": facts["command"],
-                "processor": facts["machine"]["processor"],
-                **measure(texts, options),
-            }
-            rows = [one for one in rows if (one["texts"], one["batch"]) != (row["texts"], row["batch"])] + [row]
-            path = write_results(name, facts, rows, table(rows))
-    print(table(rows), path, sep="\n")
+            add_row(rows, measure(texts, options), facts, "texts", "batch")
+            path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
+    print(by_machine(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from measure import DTYPES, RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-KINDS = {"loss": "loss", "step": "training step", "encode": "encoding"}
+KINDS = ("loss", "step", "encode")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -26,56 +26,56 @@ def results(name: str) -> dict[str, Any]:
 
 
 def loss_lines(device: str, dtype: str) -> Iterator[list[str]]:
-    """The loss alone, at the largest square batch that was measured."""
+    """The loss alone, at the largest square batch that was measured on each machine."""
     square = [row for row in results(f"loss-{device}-{dtype}")["rows"] if row["rows"] == row["columns"]]
+    largest = {row["processor"]: row["rows"] for row in sorted(square, key=lambda row: row["rows"])}
     for row in square:
-        if row["rows"] == square[-1]["rows"] and row["agree"][row["best_peer"]]:
-            own, peer = row["measured"]["ours"], row["measured"][row["best_peer"]]
+        if row["rows"] == largest[row["processor"]] and row["agree"][row["best_peer"]]:
             dims = f"{len(row['dims'])} dim{'s' if len(row['dims']) > 1 else ''}"
             what = f"loss and gradients, {row['rows']} × {row['columns']}, {dims}"
-            yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], row["best_peer"])
+            yield _line(what, row, "ours", row["best_peer"])
 
 
 def step_lines(device: str, dtype: str) -> Iterator[list[str]]:
     """The whole step, against the peer's best at the same precision."""
     for row in results(f"step-{device}-{dtype}")["rows"]:
         if row["agree"]:
-            name = row["best_peer"]
-            peer = row["measured"][name]
-            for side, own in row["measured"].items():
+            for side in row["measured"]:
                 if side.startswith("ours"):
                     setting = side.removeprefix(f"ours {dtype}, ")
                     what = f"training step, {row['texts']}, batch {row['batch']}, {setting}"
                     share = row["distinct_tokens"] / row["tokens"]
                     if share < 1:
-                        encoded = share * peer["seconds"] / own["seconds"]
-                        what += f"; texts repeat: {encoded:.1f}× for each token encoded"
-                    yield _line(
-                        what, own["seconds"], peer["seconds"], own["alone_megabytes"], peer["alone_megabytes"], name
-                    )
+                        times = row["measured"][row["best_peer"]]["seconds"] / row["measured"][side]["seconds"]
+                        what += f"; texts repeat: {share * times:.1f}× for each token encoded"
+                    yield _line(what, row, side, row["best_peer"])
 
 
 def encode_lines(device: str, dtype: str) -> Iterator[list[str]]:
     """Encoding, against the peer's best at the same precision."""
     for row in results(f"encode-{device}-{dtype}")["rows"]:
         if row["agree"]:
-            peers = {name: one for name, one in row["measured"].items() if name.startswith(f"peer {dtype}")}
-            name = min(peers, key=lambda name: peers[name]["seconds"])
-            own, peer = row["measured"][f"ours {dtype}"], peers[name]
+            peers = [name for name in row["measured"] if name.startswith(f"peer {dtype}")]
+            best = min(peers, key=lambda name: row["measured"][name]["seconds"])
             what = f"encoding {row['passages']} passages of {row['texts'].upper()}"
-            yield _line(what, own["seconds"], peer["seconds"], own["megabytes"], peer["megabytes"], name)
+            yield _line(what, row, f"ours {dtype}", best)
 
 
-def _line(what: str, own: float, peer: float, own_mb: float, peer_mb: float, name: str) -> list[str]:
-    times, memory = f"**{peer / own:.1f}×**", f"{own_mb / max(1.0, peer_mb):.2f}"
-    return [what, f"{own:.2f} s", f"{peer:.2f} s", times, memory, re.sub(f"peer ({'|'.join(DTYPES)}), ", "", name)]
+def _line(what: str, row: dict[str, Any], side: str, best: str) -> list[str]:
+    own, peer = row["measured"][side], row["measured"][best]
+    return [
+        what,
+        f"{own['seconds']:.2f} s",
+        f"{peer['seconds']:.2f} s",
+        f"**{peer['seconds'] / own['seconds']:.1f}×**",
+        f"{own['megabytes'] / max(1.0, peer['megabytes']):.2f}",
+        re.sub(f"peer ({'|'.join(DTYPES)}), ", "", best),
+        f"{row['processor']}, {row['date'][:10]}",
+    ]
 
 
-def _where(found: dict[str, Any]) -> str:
-    """Processors and dates of a results file; rows that were added on another machine say so themselves."""
-    machine, date = found["machine"], found["date"]
-    rows = {(row.get("processor", machine["processor"]), row.get("date", date)[:10]) for row in found["rows"]}
-    return ", ".join(f"{machine['threads']} threads of {processor} ({day})" for processor, day in sorted(rows))
+HEAD = ["what, in {}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting", "measured on"]
+RULE = ["---"] * len(HEAD)
 
 
 def summary() -> str:
@@ -85,16 +85,13 @@ def summary() -> str:
         lines = [*loss_lines(device, dtype), *step_lines(device, dtype), *encode_lines(device, dtype)]
         if not lines:
             continue
-        files = {kind: found for kind in KINDS if (found := results(f"{kind}-{device}-{dtype}"))["rows"]}
-        versions = next(iter(files.values()))["versions"]
-        head = [f"what, in {dtype}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting"]
+        last = next(found for kind in KINDS if (found := results(f"{kind}-{device}-{dtype}"))["rows"])
         parts.append(
-            f"Measured: {'; '.join(f'{KINDS[kind]} on {_where(found)}' for kind, found in files.items())}; torch "
-            f"{versions['torch']}, sentence-transformers {versions['sentence-transformers']}; medians, both "
-            "sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call adds at its "
-            "peak; in training steps, with weights and optimiser, alone in a process. Ours encodes equal texts once; "
-            "all figures in [benchmarks/results](benchmarks/results).\n\n"
-            + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+            f"{last['machine']['threads']} threads, torch {last['versions']['torch']}, sentence-transformers "
+            f"{last['versions']['sentence-transformers']}; medians, both sides in one run on the same vectors, or the "
+            "same checkpoint and texts. Memory: what a call adds at its peak; in training steps, with weights and "
+            "optimiser. Ours encodes equal texts once; all figures in [benchmarks/results](benchmarks/results).\n\n"
+            + "\n".join(f"| {' | '.join(cells)} |" for cells in [[HEAD[0].format(dtype), *HEAD[1:]], RULE, *lines])
         )
     return "\n\n".join(parts)
 
