@@ -23,13 +23,13 @@ from measure import (
     add_row,
     arguments,
     as_row,
-    by_machine,
+    by_run,
     circumstances,
     earlier_rows,
     in_turns,
     rate_of,
     use,
-    write_results,
+    write_rows,
 )
 from sentence_transformers import SentenceTransformer
 from texts import corpus
@@ -120,8 +120,8 @@ def main() -> None:
     rows = earlier_rows(name)
     for collection in options.sets:
         add_row(rows, measure(collection, options), facts, "texts")
-        path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
-    print(by_machine(rows, table), path, sep="\n")
+        path = write_rows(name, rows, LEGEND, table)
+    print(by_run(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

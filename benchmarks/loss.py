@@ -28,13 +28,13 @@ from measure import (
     alone_megabytes,
     arguments,
     as_row,
-    by_machine,
+    by_run,
     circumstances,
     earlier_rows,
     in_turns,
     seconds_of,
     use,
-    write_results,
+    write_rows,
 )
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from torch.nn.functional import cross_entropy, normalize
@@ -168,12 +168,13 @@ def cached_sides(leaves: list[torch.Tensor], dims: tuple[int, ...]) -> dict[str,
 
 def _prepared(name: str, shape: tuple[int, int], dims: tuple[int, ...], options: argparse.Namespace) -> Step:
     """One side, for its memory; imports and builds are done, on a few rows."""
-    few, all_of_them = (
-        (sides_of(leaves, dims, options.device) | cached_sides(leaves, dims))[name]
-        for leaves in (vectors(count, count * shape[1] // shape[0], max(dims), options) for count in (FEW, shape[0]))
-    )
-    few()
-    return all_of_them
+
+    def side(rows: int, columns: int) -> Step:
+        leaves = vectors(rows, columns, max(dims), options)
+        return (sides_of(leaves, dims, options.device) | cached_sides(leaves, dims))[name]
+
+    side(FEW, FEW * shape[1] // shape[0])()
+    return side(*shape)
 
 
 def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
@@ -218,7 +219,7 @@ over that with one dim."""
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: seconds and megabytes of each side, and the ratios."""
-    first = [name for name in rows[0]["measured"] if name != rows[0]["best_cached"]]
+    first = list(dict.fromkeys(name for row in rows for name in row["measured"] if name != row["best_cached"]))
     lines = [
         f"| B × N | dims | {' | '.join(first)} | cached | mini-batch | cached {MINI_BATCHES[0]} | time | over cached "
         "| memory | 1 dim | largest difference (loss, gradients) |",
@@ -234,8 +235,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['rows']} × {row['columns']}",
             "/".join(map(str, row["dims"])),
             *(
-                f"{seconds_of(one)}, {one.megabytes:.0f}"
-                for one in (measured[name] for name in [*first, row["best_cached"]])
+                f"{seconds_of(measured[name])}, {measured[name].megabytes:.0f}" if name in measured else "–"
+                for name in [*first, row["best_cached"]]
             ),
             row["best_cached"].removeprefix("cached "),
             f"{row['tried'][f'cached {MINI_BATCHES[0]}']['seconds']:.2f}",
@@ -244,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for name in (row["best_peer"], row["best_cached"])
             ),
             f"{own.megabytes / measured['dense'].megabytes:.2f}",
-            f"{own.seconds / one_dim[row['rows'], row['columns']]:.2f}",
+            f"{own.seconds / one_dim.get((row['rows'], row['columns']), math.nan):.2f}",
             ", ".join(f"{max(one):.1e}" for one in zip(*row["disagreement"].values(), strict=True)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -263,8 +264,8 @@ def main() -> None:
     rows = earlier_rows(name)
     for shape, dims in tqdm([(shape, dims) for shape in shapes for dims in DIMS], unit=" lines"):
         add_row(rows, measure(*shape, dims, options), facts, "rows", "columns", "dims")
-        path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
-    print(by_machine(rows, table), path, sep="\n")
+        path = write_rows(name, rows, LEGEND, table)
+    print(by_run(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,12 +37,13 @@ from drama_dist.precision import AUTO, bfloat16_instructions, cpuinfo, dtype_nam
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("bfloat16", "float32")
 NOTES = "## Notes"  # in a results file: what a person wrote below stays when the file is written again
+MACHINE = ("processor", "threads")  # what tells machines apart
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "inf-cl", "liger-kernel")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the rounds: seconds, the median; fastest and slowest; megabytes, the median of the extra peak memory."""
+    """Of the rounds: median, fastest and slowest seconds. megabytes: extra peak memory, the rounds' median or alone."""
 
     seconds: float
     fastest: float
@@ -80,8 +82,7 @@ def alone_megabytes(prepare: Callable[[], Callable[[], Any]], device: str) -> fl
     `prepare` (one that can be pickled) makes what is not counted: inputs, and what a first call takes once. In a
     process that runs other sides too, the heap that they leave is full of holes.
     """
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the other process needs the room
+    held_megabytes(device)  # gives freed memory back, which the other process needs
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of, prepare, device).result()
 
@@ -89,7 +90,7 @@ def alone_megabytes(prepare: Callable[[], Callable[[], Any]], device: str) -> fl
 def _peak_of(prepare: Callable[[], Callable[[], Any]], device: str) -> float:
     call = prepare()
     held = begin(device)
-    for _ in range(2):
+    for _ in range(2):  # the first may leave something for later ones, as an optimiser's state
         call()
     return peak_megabytes(device) - held
 
@@ -145,6 +146,7 @@ def held_megabytes(device: str) -> float:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         return torch.cuda.memory_allocated() / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS") / 1e6
@@ -191,6 +193,7 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
             "system": platform.system(),
         },
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: found for name in PACKAGES if (found := _of(name))}},
         "command": f"python {' '.join(map(_without_folders, sys.argv))}",
     }
@@ -199,6 +202,17 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
 def _without_folders(word: str) -> str:
     """An absolute path's last part: where this machine keeps it is nobody's business."""
     return Path(word).name if Path(word).is_absolute() else word
+
+
+def _commit() -> str:
+    """Of this clone, without regard to its results; empty outside of one."""
+    here, changed = RESULTS.parent.parent, ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changes = subprocess.run(changed, cwd=here, capture_output=True).returncode == 1
+    except OSError:
+        return ""
+    return found.stdout.strip() + (" with changes" if changes else "")
 
 
 def _of(package: str) -> str | None:
@@ -222,42 +236,52 @@ def earlier_rows(name: str) -> list[dict[str, Any]]:
 
 def add_row(rows: list[dict[str, Any]], row: dict[str, Any], facts: dict[str, Any], *keys: str) -> None:
     """Put a row, stamped with when, where and how it was measured, in place of the same machine's of equal `keys`."""
-    stamp = {"date": facts["date"], "command": facts["command"], "processor": facts["machine"]["processor"]}
+    stamp = {name: facts[name] for name in ("date", "commit", "command", "versions")}
+    stamp |= {name: facts["machine"][name] for name in MACHINE}
     row = stamp | json.loads(json.dumps(row))  # as it is when read again: lists for tuples
-    keys = (*keys, "processor")
     for place, one in enumerate(rows):
-        if all(one[key] == row[key] for key in keys):
+        if all(one[key] == row[key] for key in (*keys, *MACHINE)):
             rows[place] = row
             return
     rows.append(row)
 
 
-def by_machine(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str]) -> str:
-    """Markdown: a table for each processor, under its name and the runs that its rows are of."""
-    parts = []
-    for name in dict.fromkeys(row["processor"] for row in rows):
-        own = [row for row in rows if row["processor"] == name]
-        runs = "; ".join(dict.fromkeys(f"{row['date']}, `{row['command']}`" for row in own))
-        parts.append(f"## {name}\n\n{runs}.\n\n{table(own)}")
-    return "\n\n".join(parts)
+def by_run(rows: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Markdown: a table for each run, under its machine, versions and command."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault(_run(row), []).append(row)
+    return "\n\n".join(f"{heading}\n\n{table(own)}" for heading, own in runs.items())
+
+
+def _run(row: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return f"""## {row["processor"]}, {row["threads"]} threads, {row["date"]}
+
+Commit {row["commit"] or "unknown"}, {versions}. Command: `{row["command"]}`."""
+
+
+def write_rows(
+    name: str, rows: list[dict[str, Any]], legend: str, table: Callable[[list[dict[str, Any]]], str]
+) -> Path:
+    """Write results/NAME.json and results/NAME.md of rows that `add_row` stamped."""
+    return _write(name, {"rows": rows}, f"{legend}\n\n{by_run(rows, table)}")
 
 
 def write_results(name: str, facts: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> Path:
-    """Write results/NAME.json and results/NAME.md, under a heading that says where and when; its notes stay."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", "utf-8")
+    """Write results/NAME.json and results/NAME.md of one run, under a heading that says where and when."""
     machine, versions = facts["machine"], ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+    heading = f"""{facts["date"]}, {machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} threads, \
+{machine["system"]};
+commit {facts["commit"] or "unknown"}, {versions}. Command: `{facts["command"]}`."""
+    return _write(name, {**facts, "rows": rows}, f"{heading}\n\n{markdown}")
+
+
+def _write(name: str, content: dict[str, Any], markdown: str) -> Path:
+    """The notes that the file has stay below."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     path = RESULTS / f"{name}.md"
     _, heading, notes = path.read_text("utf-8").partition(NOTES) if path.exists() else ("", "", "")
-    path.write_text(
-        f"""# {name}
-
-{facts["date"]}, {machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} threads, {machine["system"]};
-{versions}. Command: `{facts["command"]}`.
-
-{markdown}
-"""
-        + (f"\n{heading}{notes}" if heading else ""),
-        "utf-8",
-    )
+    path.write_text(f"# {name}\n\n{markdown}\n" + (f"\n{heading}{notes}" if heading else ""), "utf-8")
     return path

@@ -34,13 +34,13 @@ from measure import (
     alone_megabytes,
     arguments,
     as_row,
-    by_machine,
+    by_run,
     circumstances,
     earlier_rows,
     in_turns,
     rate_of,
     use,
-    write_results,
+    write_rows,
 )
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
@@ -250,8 +250,8 @@ def main() -> None:
         for choice in options.sets:
             texts = questions(options.data, batch) if choice == "questions" else abstracts(options.data, batch)
             add_row(rows, measure(texts, options), facts, "texts", "batch")
-            path = write_results(name, facts, rows, f"{LEGEND}\n\n{by_machine(rows, table)}")
-    print(by_machine(rows, table), path, sep="\n")
+            path = write_rows(name, rows, LEGEND, table)
+    print(by_run(rows, table), path, sep="\n")
 
 
 if __name__ == "__main__":

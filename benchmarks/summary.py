@@ -16,7 +16,6 @@ from measure import DTYPES, RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-KINDS = ("loss", "step", "encode")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -67,15 +66,14 @@ def _line(what: str, row: dict[str, Any], side: str, best: str) -> list[str]:
         what,
         f"{own['seconds']:.2f} s",
         f"{peer['seconds']:.2f} s",
-        f"**{peer['seconds'] / own['seconds']:.1f}×**",
+        f"**{peer['seconds'] / own['seconds']:.2f}×**",
         f"{own['megabytes'] / max(1.0, peer['megabytes']):.2f}",
         re.sub(f"peer ({'|'.join(DTYPES)}), ", "", best),
-        f"{row['processor']}, {row['date'][:10]}",
+        f"{row['processor']}, {row['threads']} threads, {row['date'][:10]}",
     ]
 
 
-HEAD = ["what, in {}", "ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting", "measured on"]
-RULE = ["---"] * len(HEAD)
+HEAD = ["ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting", "measured on"]
 
 
 def summary() -> str:
@@ -85,13 +83,13 @@ def summary() -> str:
         lines = [*loss_lines(device, dtype), *step_lines(device, dtype), *encode_lines(device, dtype)]
         if not lines:
             continue
-        last = next(found for kind in KINDS if (found := results(f"{kind}-{device}-{dtype}"))["rows"])
+        head = [f"what, in {dtype}", *HEAD]
         parts.append(
-            f"{last['machine']['threads']} threads, torch {last['versions']['torch']}, sentence-transformers "
-            f"{last['versions']['sentence-transformers']}; medians, both sides in one run on the same vectors, or the "
-            "same checkpoint and texts. Memory: what a call adds at its peak; in training steps, with weights and "
-            "optimiser. Ours encodes equal texts once; all figures in [benchmarks/results](benchmarks/results).\n\n"
-            + "\n".join(f"| {' | '.join(cells)} |" for cells in [[HEAD[0].format(dtype), *HEAD[1:]], RULE, *lines])
+            "Medians, both sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call "
+            "adds at its peak; of losses and steps alone in a process, of steps with weights and optimiser. Ours "
+            "encodes equal texts once. All figures, with versions and commands, in "
+            "[benchmarks/results](benchmarks/results).\n\n"
+            + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
         )
     return "\n\n".join(parts)
 

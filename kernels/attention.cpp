@@ -60,7 +60,8 @@ void pack_by_depth(int64_t count, int64_t depth, const E* rows, int64_t stride, 
 template <class E>
 void pack_by_column(int64_t count, const E* rows, int64_t stride, E* packed) {
   constexpr int64_t lane = Operand<E>::lane;
-  std::memset(packed + count / STRIP * STRIP * SIZE, 0, sizeof(E) * (up_to(count, STRIP) - count / STRIP * STRIP) * SIZE);
+  const int64_t whole = count / STRIP * STRIP;
+  std::memset(packed + whole * SIZE, 0, sizeof(E) * (up_to(count, STRIP) - whole) * SIZE);
   for (int64_t r = 0; r < count; ++r) {
     E* column = packed + r / STRIP * STRIP * SIZE + r % STRIP * lane;
     for (int64_t d = 0; d < SIZE; d += lane)

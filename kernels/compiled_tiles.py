@@ -32,6 +32,7 @@ from drama_dist.kernels.tiles import (
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
 _MOST_ROWS = 384
+_DEPTH_STEP = 32  # the largest of any build
 _ROW_STEP = 96  # whole register tiles of 6 rows or of 16, and whole steps of a product's depth
 _INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
 _FLOATS = ("exponent", "symmetric")
@@ -90,7 +91,7 @@ def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> in
     """What a call holds at most beside its float32 inputs, masks of one document included."""
     tile = 2 * _STRIP
     padded, width = -(-columns // tile) * tile, block_ends(dims, _STRIP)[-1]
-    count = -(-chunk_rows(rows, columns, dims)[0] // 32) * 32  # padded to a product's depth
+    count = -(-chunk_rows(rows, columns, dims)[0] // _DEPTH_STEP) * _DEPTH_STEP
     passages = (4 if columns % tile else 3) * padded * width  # padded, in both layouts, and products
     norms = 4 * len(dims) * padded
     scratch = threads * count * (width + 3 * tile) + count * width

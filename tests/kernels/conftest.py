@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from drama_dist.kernels import attention, compiled_tiles, libraries
+from drama_dist.precision import cpuinfo
 
-NARROWER = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}  # builds for lesser CPUs, and the flag they need
+# Builds for lesser CPUs, and the flag they need.
+NARROWER = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl", "cooperlake": "avx512_bf16"}
 
 
 @pytest.fixture
@@ -25,14 +27,15 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 @pytest.fixture(params=["native", *NARROWER])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def instructions(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The compiled kernels as they come, and as CPUs without AMX or AVX-512 would have them."""
     if request.param != "native":
-        cpu = Path("/proc/cpuinfo")
-        if not cpu.exists() or NARROWER[request.param] not in cpu.read_text("utf-8").split():
+        if NARROWER[request.param] not in cpuinfo("flags").split():
             pytest.skip(f"this CPU cannot run a build for {request.param}: no {NARROWER[request.param]}")
         for module, name in ((compiled_tiles, "tiles"), (attention, "attention")):
-            narrower = _build(name, request.param, request.getfixturevalue("tmp_path_factory").getbasetemp())
+            narrower = _build(name, request.param, tmp_path_factory.getbasetemp())
             monkeypatch.setattr(module, "extension", lambda narrower=narrower: narrower)
 
 
