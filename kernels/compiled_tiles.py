@@ -31,7 +31,7 @@ from drama_dist.kernels.tiles import (
 
 _STRIP = 64
 _SCORE_BYTES = 1 << 27
-_MOST_ROWS = 384
+_MOST_ROWS = 576
 _DEPTH_STEP = 32  # the largest of any build
 _ROW_STEP = 96  # whole register tiles of 6 rows or of 16, and whole steps of a product's depth
 _INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
