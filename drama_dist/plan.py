@@ -27,7 +27,7 @@ from drama_dist.train.objective import queries_travel
 from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
-# 31,842 different tokens of four passes in 11.1 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
+# 31,842 different tokens of four passes in 5.7 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
 SHARES_OF_PEAK = {True: 0.6, False: 0.4}
 _MOST_RANKS = 4096
 
