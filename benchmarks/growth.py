@@ -1,9 +1,9 @@
 """Growth: time and memory of the loss, and of a training step, as the batch doubles.
 
-python benchmarks/growth.py [--loss 1024 ... 32768] [--step 256 ... 2048] [--dtype auto]
+python benchmarks/growth.py [--loss 1024 ... 32768] [--step 1024 ... 32768] [--dtype auto]
 
 The loss: B = N, dims 768, 512 and 256, given vectors; time grows with B², memory should grow with B.
-The step: B pairs of texts of 16 and 48 random tokens (all that matters here is how many there are), the
+The step: B pairs of texts of 8 and 24 random tokens (all that matters here is how many there are), the
 quickstart's encoder, nothing kept: memory should hardly grow.
 """
 
@@ -18,7 +18,7 @@ from loss import ours
 from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 
 DIMS = (768, 512, 256)
-TOKENS = (16, 48)  # of a query and of a passage
+TOKENS = (8, 24)  # of a query and of a passage
 CHUNK_TOKENS = 4096
 
 
@@ -81,7 +81,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = arguments(__doc__, rounds=3, model=True, dtype=True)
     parser.add_argument("--loss", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--step", type=int, nargs="*", default=[256, 512, 1024, 2048])
+    parser.add_argument("--step", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384, 32768])
     options = parser.parse_args()
     use(options)
     where = options.rounds, options.device, options.dtype
