@@ -103,9 +103,9 @@ def _dtype(side: str) -> str:
     return next(dtype for dtype in DTYPES if dtype in side)
 
 
-LEGEND = """Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: the side's rate over
+LEGEND = f"""Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: the side's rate over
 the peer's best batch at the same precision; and over the peer's default. Those of the linear layers alone, in PyTorch's
-products, are what a side could gain that needs no time for anything else."""
+products of {ROWS} tokens on all threads, are what a side could gain that needs no time for anything else."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -230,7 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     for row in rows:
         measured = {name: Measured(**value) for name, value in row["measured"].items()}
-        own = measured["ours"]
+        own, alone = measured["ours"], one_dim.get((row["rows"], row["columns"]))
         cells = [
             f"{row['rows']} × {row['columns']}",
             "/".join(map(str, row["dims"])),
@@ -245,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for name in (row["best_peer"], row["best_cached"])
             ),
             f"{own.megabytes / measured['dense'].megabytes:.2f}",
-            f"{own.seconds / one_dim.get((row['rows'], row['columns']), math.nan):.2f}",
+            "–" if alone is None else f"{own.seconds / alone:.2f}",
             ", ".join(f"{max(one):.1e}" for one in zip(*row["disagreement"].values(), strict=True)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
