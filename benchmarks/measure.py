@@ -83,6 +83,8 @@ def alone_megabytes(prepare: Callable[[], Callable[[], Any]], device: str) -> fl
     process that runs other sides too, the heap that they leave is full of holes.
     """
     held_megabytes(device)  # gives freed memory back, which the other process needs
+    if device == "cuda":
+        torch.cuda.empty_cache()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of, prepare, device).result()
 
@@ -146,7 +148,6 @@ def held_megabytes(device: str) -> float:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         return torch.cuda.memory_allocated() / 1e6
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS") / 1e6
@@ -206,13 +207,16 @@ def _without_folders(word: str) -> str:
 
 def _commit() -> str:
     """Of this clone, without regard to its results; empty outside of one."""
-    here, changed = RESULTS.parent.parent, ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    of_head = ["git", "rev-parse", "--short", "HEAD"]
+    of_files = ["git", "status", "--porcelain", "--untracked-files=no", ":!benchmarks/results"]
     try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        changes = subprocess.run(changed, cwd=here, capture_output=True).returncode == 1
+        commit, changes = (
+            subprocess.run(command, cwd=RESULTS.parent.parent, capture_output=True, text=True).stdout
+            for command in (of_head, of_files)
+        )
     except OSError:
         return ""
-    return found.stdout.strip() + (" with changes" if changes else "")
+    return commit.strip() + (" with changes" if changes else "")
 
 
 def _of(package: str) -> str | None:

@@ -27,9 +27,9 @@ def results(name: str) -> dict[str, Any]:
 def loss_lines(device: str, dtype: str) -> Iterator[list[str]]:
     """The loss alone, at the largest square batch that was measured on each machine."""
     square = [row for row in results(f"loss-{device}-{dtype}")["rows"] if row["rows"] == row["columns"]]
-    largest = {row["processor"]: row["rows"] for row in sorted(square, key=lambda row: row["rows"])}
+    largest = {_machine(row): row["rows"] for row in sorted(square, key=lambda row: row["rows"])}
     for row in square:
-        if row["rows"] == largest[row["processor"]] and row["agree"][row["best_peer"]]:
+        if row["rows"] == largest[_machine(row)] and row["agree"][row["best_peer"]]:
             dims = f"{len(row['dims'])} dim{'s' if len(row['dims']) > 1 else ''}"
             what = f"loss and gradients, {row['rows']} × {row['columns']}, {dims}"
             yield _line(what, row, "ours", row["best_peer"])
@@ -69,8 +69,12 @@ def _line(what: str, row: dict[str, Any], side: str, best: str) -> list[str]:
         f"**{peer['seconds'] / own['seconds']:.2f}×**",
         f"{own['megabytes'] / max(1.0, peer['megabytes']):.2f}",
         re.sub(f"peer ({'|'.join(DTYPES)}), ", "", best),
-        f"{row['processor']}, {row['threads']} threads, {row['date'][:10]}",
+        f"{_machine(row)}, {row['date'][:10]}",
     ]
+
+
+def _machine(row: dict[str, Any]) -> str:
+    return f"{row['processor']}, {row['threads']} threads"
 
 
 HEAD = ["ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting", "measured on"]

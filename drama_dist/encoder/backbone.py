@@ -23,11 +23,10 @@ from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool, unit_vectors
 from drama_dist.encoder.sources import resolve
-from drama_dist.encoder.threads import side_by_side
 from drama_dist.progress import Progress
 from drama_dist.settings import EncoderSettings
 
-_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
 
 
 class LeakError(RuntimeError):
@@ -114,19 +113,13 @@ class Encoder(nn.Module):
         """
         return self._encode(self.tokenize_passages(texts), dim, progress)
 
+    @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
-        dim = dim or self.hidden_size
-        vectors_ND = np.zeros((len(sequences), dim), dtype=np.float32)
+        vectors_ND = np.zeros((len(sequences), dim or self.hidden_size), dtype=np.float32)
         budget = self.tokens_per_batch or _TOKENS_PER_BATCH[self.device.type]
-        chunks = token_budget_chunks([len(ids) for ids in sequences], budget)[::-1]  # no long one is left for the end
-
-        def vectors(chunk: list[int]) -> np.ndarray:
+        for chunk in token_budget_chunks([len(ids) for ids in sequences], budget):
             packed = pack([sequences[position] for position in chunk], self.device)
-            return unit_vectors(self.hidden_states(packed), packed, dim)
-
-        results = side_by_side(vectors, chunks) if self.device.type == "cpu" else map(torch.no_grad()(vectors), chunks)
-        for chunk, result in zip(chunks, results, strict=True):
-            vectors_ND[chunk] = result
+            vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])
             if progress is not None:
                 progress(len(chunk))
         return vectors_ND

@@ -54,22 +54,14 @@ def test_packed_vectors_equal_those_of_a_padded_model(encoder: Encoder, folder: 
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_texts_vector_does_not_depend_on_its_neighbours(
-    encoder: Encoder, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encoder, "tokens_per_batch", None)
+def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder: Encoder) -> None:
     alone = np.concatenate([encoder.encode_passages([text]) for text in TEXTS])
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), alone, atol=1e-5)
     encoder.tokens_per_batch = 7
     batches: list[int] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        np.testing.assert_allclose(encoder.encode_passages(TEXTS, progress=batches.append), alone, atol=1e-5)
-    finally:
-        torch.set_num_threads(before)
-    assert len(batches) >= 4 and sum(batches) == len(TEXTS)  # two for each of two threads, which work side by side
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS, progress=batches.append), alone, atol=1e-5)
+    encoder.tokens_per_batch = None
+    assert len(batches) > 1 and sum(batches) == len(TEXTS)
 
 
 def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encoder) -> None:
