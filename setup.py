@@ -70,5 +70,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["drama = drama_dist.cli:main"]},
+    entry_points={"console_scripts": ["drama = drama_dist.cli:launch"]},
 )

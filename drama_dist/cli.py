@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from drama_dist import interrupts
 from drama_dist.settings import Settings, read_settings
@@ -63,9 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def launch(verb: str) -> None:
-    """Entry of launcher/VERB.py: the same verb under deepspeed, torchrun, srun, mpirun or plain python."""
-    sys.exit(main([verb, *sys.argv[1:]]))
+def launch(*verb: str) -> NoReturn:
+    """Entry of `drama`; with a verb that of launcher/VERB.py, for deepspeed, torchrun, srun, mpirun or plain python."""
+    status = main([*verb, *sys.argv[1:]])
+    if "drama_dist.ranks" in sys.modules:  # importing PyTorch takes seconds
+        from drama_dist import ranks
+
+        ranks.end(status)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,4 +211,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch()

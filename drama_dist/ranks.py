@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -139,6 +139,19 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """End this process with an exit status; among several ranks at once, without what Python does at its end.
+
+    DeepSpeed's engine outlives `stop` and with it gloo's threads, which need the interpreter to free what a collective
+    has sent: one that asks for it too late aborts the process (pytorch/pytorch#190489).
+    """
+    if world_size() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _free_port() -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,35 @@ def test_without_a_launcher_that_says_where_the_message_names_some(monkeypatch: 
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
     with pytest.raises(ValueError, match="start several ranks with deepspeed, torchrun, srun or mpirun"):
         ranks._meet()
+
+
+ENDS_WHILE_GLOO_ASKS = """
+import sys, time
+import torch
+import torch.distributed as dist
+from drama_dist import ranks
+
+ranks.start()
+group = dist.group.WORLD  # something outlives stop
+sys.setswitchinterval(1000)  # whoever asks for the interpreter waits
+both = [torch.zeros(1), torch.zeros(1)]
+dist.all_gather(both, torch.ones(1), async_op=True)
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    pass
+{end}(3)
+"""
+
+
+@pytest.mark.parametrize("end, status", [("ranks.end", 3), ("sys.exit", -signal.SIGABRT)])
+def test_a_rank_ends_with_its_status_while_gloo_still_frees_tensors(end: str, status: int) -> None:
+    """The second case shows that the first needs care: where it fails, PyTorch has mended its part."""
+    program = [sys.executable, "-c", ENDS_WHILE_GLOO_ASKS.replace("{end}", end)]
+    meet = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks._free_port())}
+    started = [subprocess.Popen(program, env={**meet, "RANK": number}) for number in ("0", "1")]
+    try:
+        assert started[0].wait(timeout=120) == status
+    finally:
+        for rank in started:
+            rank.kill()
+            rank.wait()

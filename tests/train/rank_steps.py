@@ -133,6 +133,7 @@ def main() -> None:
         if ranks.rank() == 0:
             torch.save(found, Path(out) / f"{name}.pt")
     ranks.stop()
+    ranks.end(0)
 
 
 if __name__ == "__main__":
