@@ -36,9 +36,10 @@ from sentence_transformers import SentenceTransformer
 from texts import corpus
 
 from drama_dist.encoder.backbone import load
+from drama_dist.encoder.threads import side_by_side
 
 LIMIT = 512  # tokens of a passage
-ROWS = 2048  # tokens of a product
+ROWS = 1024  # tokens of a product, on one thread
 BATCHES = (8, 32, 128)
 LINEAR = "linear layers alone,"
 DEFAULT = "peer float32, batch 32"
@@ -51,10 +52,12 @@ def linear_layers(model: Path, tokens: int, dtype: str) -> Callable[[], None]:
     weights = [layer.weight.detach() for layer in encoder.backbone.modules() if isinstance(layer, torch.nn.Linear)]
     rows = {weight.shape[1]: torch.randn(ROWS, weight.shape[1]).to(weight) for weight in weights}
 
+    def products(start: int) -> None:
+        for weight in weights:
+            torch.nn.functional.linear(rows[weight.shape[1]][: tokens - start], weight)
+
     def call() -> None:
-        for start in range(0, tokens, ROWS):
-            for weight in weights:
-                torch.nn.functional.linear(rows[weight.shape[1]][: tokens - start], weight)
+        list(side_by_side(products, range(0, tokens, ROWS)))
 
     return call
 
@@ -105,7 +108,7 @@ def _dtype(side: str) -> str:
 
 LEGEND = f"""Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: the side's rate over
 the peer's best batch at the same precision; and over the peer's default. Those of the linear layers alone, in PyTorch's
-products of {ROWS} tokens on all threads, are what a side could gain that needs no time for anything else."""
+products of {ROWS} tokens, a thread for each, are what a side could gain that needs no time for anything else."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:

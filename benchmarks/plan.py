@@ -227,7 +227,7 @@ def main() -> None:
         found = worker(options.settings, *json.loads(options.worker))
         if ranks.rank() == 0:
             print(json.dumps(found))
-        return
+        ranks.end(0)
     facts, rows = circumstances(), []
     for count, choice in CASES:
         words = [f"batch_size={options.batch}", *choice]

@@ -142,13 +142,14 @@ def stop() -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this process with an exit status; among several ranks at once, without what Python does at its end.
+    """End this process with an exit status; after a failure and among several ranks at once, with no more of Python's.
 
-    DeepSpeed's engine outlives `stop` and with it gloo's threads, which need the interpreter to free what a collective
-    has sent: one that asks for it too late aborts the process (pytorch/pytorch#190489).
+    Python would wait for threads that encode. And DeepSpeed's engine outlives `stop`, with gloo's threads, which need
+    the interpreter to free what a collective has sent: one that asks for it too late aborts the process
+    (pytorch/pytorch#190489).
     """
-    if world_size() == 1:
-        sys.exit(status)
+    if world_size() == 1 and status == 0:
+        sys.exit()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -8,6 +8,8 @@ B sequences, K hidden components.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,16 @@ from drama_dist import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
-from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
+from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool, unit_vectors
 from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.threads import side_by_side
 from drama_dist.progress import Progress
 from drama_dist.settings import EncoderSettings
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
+_TOKENS_PER_THREAD = 1024  # the same, of a CPU thread with chunks of its own
+_LEAST_PER_THREAD = 256  # with fewer every thread reads all weights for too little
 
 
 class LeakError(RuntimeError):
@@ -113,16 +118,57 @@ class Encoder(nn.Module):
         """
         return self._encode(self.tokenize_passages(texts), dim, progress)
 
+    def pack(self, sequences: Sequence[Sequence[int]]) -> Packed:
+        """Pack token id lists for this encoder, perhaps with one sequence more at the end, of which to take nothing.
+
+        In bfloat16 on the CPU oneDNN compiles its products for each number of tokens, which takes time, and keeps a
+        thousand of them, which took 0.8 GB in a training step.
+        """
+        compiles = self.device.type == "cpu" and self.backbone.dtype == torch.bfloat16
+        return pack(filled(sequences) if compiles else sequences, self.device)
+
     @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
         vectors_ND = np.zeros((len(sequences), dim or self.hidden_size), dtype=np.float32)
-        budget = self.tokens_per_batch or _TOKENS_PER_BATCH[self.device.type]
-        for chunk in token_budget_chunks([len(ids) for ids in sequences], budget):
-            packed = pack([sequences[position] for position in chunk], self.device)
-            vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])
-            if progress is not None:
-                progress(len(chunk))
+
+        def encode(chunk: list[int]) -> int:
+            packed = self.pack([sequences[position] for position in chunk])
+            vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])[: len(chunk)]
+            return len(chunk)
+
+        own, shared = self._cut([len(ids) for ids in sequences])
+        with closing(side_by_side(encode, own)) as counts:
+            for count in chain(counts, map(encode, shared)):
+                if progress is not None:
+                    progress(count)
         return vectors_ND
+
+    def _cut(self, lengths: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Chunks of which each CPU thread takes its own, where there are enough, and chunks that all threads share.
+
+        A set number of tokens is what all threads hold together; longer sequences than a thread's part are shared.
+        """
+        budget = self.tokens_per_batch or _TOKENS_PER_BATCH[self.device.type]
+        threads = torch.get_num_threads() if self._thread_safe() else 1
+        part = min(_TOKENS_PER_THREAD, (self.tokens_per_batch or threads * _TOKENS_PER_THREAD) // threads)
+        if threads > 1 and part >= _LEAST_PER_THREAD:
+            chunks = token_budget_chunks(lengths, part)
+            own = [chunk for chunk in chunks if lengths[chunk[-1]] <= part]
+            if len(own) >= 2 * threads:
+                long = [position for (position,) in chunks[len(own) :]]
+                shared = token_budget_chunks([lengths[position] for position in long], budget)
+                return own[::-1], [[long[place] for place in chunk] for chunk in shared]  # the longest first
+        return [], token_budget_chunks(lengths, budget)
+
+    def _thread_safe(self) -> bool:
+        """Whether calls from several threads at once do the same as one call after another from the caller's."""
+        rope = self.backbone.rotary_emb.rope_type
+        return (
+            self.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")  # a thread's own
+            and not ("dynamic" in rope or rope == "longrope")  # these keep the longest length seen
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        )
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back.

@@ -37,6 +37,16 @@ class Packed:
         return [(len(list(members)), length) for length, members in groupby(self.lengths)]
 
 
+def filled(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """With one more sequence at the end, where that makes the number of tokens rounder: by 1/16 of it at most, or 8.
+
+    For products whose code is compiled for each number of tokens, and kept.
+    """
+    tokens = sum(map(len, sequences))
+    missing = -tokens % max(8, 1 << max(0, tokens.bit_length() - 5))
+    return [*sequences, [0] * missing] if missing else list(sequences)
+
+
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
     """Pack token id lists; raises ValueError where one is empty or there is none."""
     lengths = tuple(len(sequence) for sequence in sequences)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from drama_dist import ranks
 from drama_dist.encoder.backbone import Encoder
-from drama_dist.encoder.packing import Packed, pack, token_budget_chunks
+from drama_dist.encoder.packing import Packed, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool
 from drama_dist.engine import Engine
 from drama_dist.train.memory import free_bytes
@@ -58,11 +58,11 @@ class GradCache:
         embeddings = torch.empty(len(distinct), self.encoder.hidden_size, device=self.encoder.device)
         words = self._look_up(distinct)
         chunks = token_budget_chunks(lengths, self.chunk_tokens)
-        packs = [pack([distinct[row] for row in chunk], self.encoder.device) for chunk in chunks]
+        packs = [self.encoder.pack([distinct[row] for row in chunk]) for chunk in chunks]
         self._try_longest(packs[-1], words)
         for _ in range(self._missing(len(chunks))):  # the shortest text again, of which nothing is taken
             chunks.insert(0, [])
-            packs.insert(0, pack([min(distinct, key=len)], self.encoder.device))
+            packs.insert(0, self.encoder.pack([min(distinct, key=len)]))
         self.held_bytes, repeated = 0, 0
         for chunk, packed in zip(chunks, packs, strict=True):
             tokens = sum(packed.lengths)
@@ -72,7 +72,7 @@ class GradCache:
                 self._bytes_per_token = max(self._bytes_per_token, held / tokens)
             else:
                 pooled = self._forward(packed, words, keep=False)
-                repeated += tokens
+                repeated += sum(lengths[row] for row in chunk)
             self._encoded.append((chunk, pooled[: len(chunk)]))
             embeddings[chunk] = pooled[: len(chunk)].detach()
         return Encoded(embeddings[self._row_of], lengths, repeated / sum(lengths))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -90,25 +91,25 @@ def _steps(
     bar = progress_bar(choice.steps, stage.name, "steps", done=first)
     losses: list[float] = []  # since the last checkpoint
     stopping = False
-    for step in range(first, choice.steps):
-        began = time.monotonic()
-        objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
-        rate = learning_rate_at(step, choice.steps, choice.learning_rate, choice.warmup_share)
-        norm = engine.step(rate)
-        cost = telemetry.figures(encoded.lengths, objective, time.monotonic() - began, encoded.recomputed)
-        _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
-        bar.set_postfix_str(_postfix(objective, cost), refresh=False)
-        bar.update(1)
-        losses.append(objective.loss)
-        stopping = interrupts.wanted() and step + 1 < choice.steps
-        if stopping or ((step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps):
-            engine.save(saved, step + 1, loss=mean(losses), activation_budget=cache.activation_budget)
-            losses = []
-        if stopping:
-            break
+    with closing(telemetry):
+        for step in range(first, choice.steps):
+            began = time.monotonic()
+            objective, encoded = _batch_step(settings, next(order), encoder, cache, table)
+            rate = learning_rate_at(step, choice.steps, choice.learning_rate, choice.warmup_share)
+            norm = engine.step(rate)
+            cost = telemetry.figures(encoded.lengths, objective, time.monotonic() - began, encoded.recomputed)
+            _report_step(stage, telemetry, step + 1, objective, {"learning_rate": rate, "gradient_norm": norm, **cost})
+            bar.set_postfix_str(_postfix(objective, cost), refresh=False)
+            bar.update(1)
+            losses.append(objective.loss)
+            stopping = interrupts.wanted() and step + 1 < choice.steps
+            if stopping or ((step + 1) % choice.checkpoint_every == 0 and step + 1 < choice.steps):
+                engine.save(saved, step + 1, loss=mean(losses), activation_budget=cache.activation_budget)
+                losses = []
+            if stopping:
+                break
     bar.close()
     saved.wait()
-    telemetry.close()
     if stopping:
         raise interrupts.Stopped(f"{stage.name}: saved after step {step + 1}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import drama_dist
 from drama_dist.encoder import attention, backbone
 from drama_dist.encoder.backbone import Encoder, LeakError, from_config, load
 from drama_dist.encoder.fused_layers import FusedLayer
+from drama_dist.encoder.threads import side_by_side
 from drama_dist.kernels import attention as attention_kernel
 from drama_dist.settings import EncoderSettings, SettingsError
 
@@ -62,6 +65,118 @@ def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder: Encoder) -> N
     np.testing.assert_allclose(encoder.encode_passages(TEXTS, progress=batches.append), alone, atol=1e-5)
     encoder.tokens_per_batch = None
     assert len(batches) > 1 and sum(batches) == len(TEXTS)
+
+
+def many_texts() -> list[str]:
+    """For three threads two chunks each of 50 tokens and more, at most 24 tokens a text."""
+    return [f"The river number {number} flows to the delta with water." for number in range(60)] + TEXTS
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Three threads of PyTorch's; how many chunks each call of `side_by_side` gets."""
+    calls: list[int] = []
+
+    def spy(call: Callable[[list[int]], int], jobs: Sequence[list[int]]) -> Iterator[int]:
+        if jobs:
+            calls.append(len(jobs))
+        return side_by_side(call, jobs)
+
+    monkeypatch.setattr(backbone, "side_by_side", spy)
+    monkeypatch.setattr(backbone, "_LEAST_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield calls
+    torch.set_num_threads(before)
+
+
+def test_threads_encode_chunks_side_by_side_to_the_same_vectors(
+    encoder: Encoder, spied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, told = many_texts(), []
+    alone = np.concatenate([encoder.encode_passages([text]) for text in texts])
+    assert not spied
+    monkeypatch.setattr(encoder, "tokens_per_batch", 150)
+    vectors = encoder.encode_passages(texts, progress=told.append)
+    assert len(spied) == 1 and spied[0] >= 6
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+    assert sum(told) == len(texts)
+
+
+def test_a_text_longer_than_a_threads_share_is_encoded_by_all_threads(
+    encoder: Encoder, spied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["The bread"] * 60 + ["matrix " * 60] * 7
+    alone = np.concatenate([encoder.encode_passages([text]) for text in texts])
+    monkeypatch.setattr(encoder, "tokens_per_batch", 3 * 23)
+    told: list[int] = []
+    vectors = encoder.encode_passages(texts, progress=told.append)
+    assert spied == [len(told) - 4] and told[-4:] == [2, 2, 2, 1]  # of 24 tokens, 69 at a time
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_few_chunks_are_encoded_one_after_another(
+    encoder: Encoder, spied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "tokens_per_batch", 150)
+    encoder.encode_passages(many_texts()[:10])
+    monkeypatch.setattr(backbone, "_LEAST_PER_THREAD", 51)
+    encoder.encode_passages(many_texts())
+    assert not spied
+
+
+def test_a_progress_bar_that_fails_ends_the_encoding(
+    encoder: Encoder, spied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "tokens_per_batch", 150)
+    packed: list[int] = []
+    pack = encoder.pack
+    monkeypatch.setattr(encoder, "pack", lambda sequences: packed.append(len(sequences)) or pack(sequences))
+
+    def fail(count: int) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        encoder.encode_passages(many_texts() * 50, progress=fail)
+    assert list(side_by_side(abs, range(9))) == list(range(9))  # behind all that was not taken back
+    assert len(packed) < spied[0]
+
+
+def test_in_bfloat16_numbers_of_tokens_are_round_and_what_fills_them_is_dropped(
+    folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = load(folder, dtype="bfloat16", contract=CONTRACT)
+    tokens: list[int] = []
+    states = rounded.hidden_states
+    monkeypatch.setattr(
+        rounded, "hidden_states", lambda packed: tokens.append(len(packed.token_ids_T)) or states(packed)
+    )
+    for count in range(1, len(TEXTS) + 1):
+        np.testing.assert_allclose(
+            rounded.encode_passages(TEXTS[:count]), encoder.encode_passages(TEXTS[:count]), atol=0.05
+        )
+    assert all(number % 8 == 0 for number in tokens)
+    assert len(encoder.pack([[5] * 9]).token_ids_T) == 9  # float32 is as it comes
+
+
+@pytest.mark.parametrize("why", ["autocast", "rope", "hook"])
+def test_what_threads_do_not_bear_is_encoded_by_the_caller(
+    encoder: Encoder, spied: list[int], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(encoder, "tokens_per_batch", 150)
+    with contextlib.ExitStack() as stack:
+        if why == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        elif why == "rope":
+            monkeypatch.setattr(encoder.backbone.rotary_emb, "rope_type", "longrope")
+            monkeypatch.setattr(
+                encoder, "hidden_states", lambda packed: torch.ones(len(packed.token_ids_T), encoder.hidden_size)
+            )
+        else:
+            handle = encoder.backbone.norm.register_forward_hook(lambda *_: None)
+            stack.callback(handle.remove)
+        encoder.encode_passages(many_texts())
+    assert not spied
 
 
 def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encoder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drama_dist.encoder.packing import pack, token_budget_chunks
+from drama_dist.encoder.packing import filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool
 
 
@@ -25,6 +25,20 @@ def test_neighbours_of_equal_length_are_one_run() -> None:
 def test_nothing_to_pack_is_an_error(sequences: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="cannot pack"):
         pack(sequences)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "round_number"), [(1, 8), (8, 8), (9, 16), (250, 256), (257, 272), (1500, 1536), (2048, 2048)]
+)
+def test_filled_sequences_have_a_round_number_of_tokens(tokens: int, round_number: int) -> None:
+    for sequences in ([[7] * tokens], [[7], [5] * (tokens - 1)] if tokens > 1 else [[7]]):
+        found = filled(sequences)
+        assert found[: len(sequences)] == sequences and len(found) <= len(sequences) + 1
+        assert len(pack(found).token_ids_T) == round_number
+
+
+def test_there_are_few_round_numbers() -> None:
+    assert len({len(pack(filled([[7] * tokens])).token_ids_T) for tokens in range(1025, 2049)}) == 16
 
 
 def test_chunks_hold_every_sequence_once_within_the_budget() -> None:

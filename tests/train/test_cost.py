@@ -52,14 +52,14 @@ def test_parameters_and_kept_bytes_are_those_of_a_real_encoder(
     encoder.train()
     if checkpointed:
         encoder.checkpoint_layers()
-    cache = GradCache(encoder, engine, 600, 1e12)
-    texts = [torch.randint(2, shape.vocabulary, (300,)).tolist() for _ in range(2)]
+    cache = GradCache(encoder, engine, 608, 1e12)
+    texts = [torch.randint(2, shape.vocabulary, (304,)).tolist() for _ in range(2)]
     cache.encode(texts)
     way = replace(WAY, size=4 if dtype == "float32" else 2, checkpoint_layers=checkpointed, fused=layers_fuse(shape))
-    planned = Costs(shape, replace(SHARE, lengths=(300, 300)), way).graph_bytes
-    assert cache.held_bytes / 600 == pytest.approx(planned, rel=1e-4)
+    planned = Costs(shape, replace(SHARE, lengths=(304, 304)), way).graph_bytes
+    assert cache.held_bytes / 608 == pytest.approx(planned, rel=1e-4)
     other = Costs(replace(shape, layers=shape.layers + 1), SHARE, way).graph_bytes
-    assert cache.held_bytes / 600 != pytest.approx(other, rel=0.05)
+    assert cache.held_bytes / 608 != pytest.approx(other, rel=0.05)
 
 
 def test_chunks_are_kept_as_far_as_the_budget_goes() -> None:

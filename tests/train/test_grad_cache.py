@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.packing import pack
+from drama_dist.encoder.packing import Packed, filled, pack
 from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.kernels import info_nce
 from drama_dist.settings import EncoderSettings
@@ -105,6 +105,29 @@ def test_gradients_equal_those_of_the_whole_batch(
     for name, gradient in found.items():
         scale = float(expected[name].abs().max())
         assert float((gradient - expected[name]).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("budget", [ALL, NOTHING])
+def test_what_fills_a_chunk_has_no_part_in_the_gradients(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, budget: float
+) -> None:
+    """As in bfloat16, where only float32 shows that they are the same."""
+    sequences = encoder.tokenize_passages(TEXTS)
+    expected = plain(encoder, sequences)
+    made: list[int] = []
+
+    def pack_filled(texts: list[list[int]]) -> Packed:
+        made.append(len(filled(texts)) - len(texts))
+        return pack(filled(texts))
+
+    monkeypatch.setattr(encoder, "pack", pack_filled)
+    cache = GradCache(encoder, PlainEngine(), 16, budget)  # type: ignore[arg-type]
+    encoder.zero_grad()
+    encoded = cache.encode(sequences)
+    cache.backward(upstream_of(encoded.embeddings_NK))
+    assert any(made) and encoded.recomputed == (budget == NOTHING)
+    for name, gradient in gradients(encoder).items():
+        assert float((gradient - expected[name]).abs().max()) <= 1e-5 * float(expected[name].abs().max()), name
 
 
 def test_packed_and_padded_texts_have_the_same_gradients(encoder: Encoder) -> None:
