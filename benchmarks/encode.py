@@ -39,7 +39,7 @@ from drama_dist.encoder.backbone import load
 from drama_dist.encoder.threads import side_by_side
 
 LIMIT = 512  # tokens of a passage
-ROWS = 1024  # tokens of a product, on one thread
+ROWS = {"cpu": 1024, "cuda": 8192}  # tokens of a product; on the CPU, on one thread
 BATCHES = (8, 32, 128)
 LINEAR = "linear layers alone,"
 DEFAULT = "peer float32, batch 32"
@@ -50,14 +50,15 @@ def linear_layers(model: Path, tokens: int, dtype: str) -> Callable[[], None]:
     """The products of all linear layers, of so many tokens, and nothing else."""
     encoder = load(model, dtype=dtype)
     weights = [layer.weight.detach() for layer in encoder.backbone.modules() if isinstance(layer, torch.nn.Linear)]
-    rows = {weight.shape[1]: torch.randn(ROWS, weight.shape[1]).to(weight) for weight in weights}
+    most = ROWS[encoder.device.type]
+    rows = {weight.shape[1]: torch.randn(most, weight.shape[1]).to(weight) for weight in weights}
 
     def products(start: int) -> None:
         for weight in weights:
             torch.nn.functional.linear(rows[weight.shape[1]][: tokens - start], weight)
 
     def call() -> None:
-        list(side_by_side(products, range(0, tokens, ROWS)))
+        list(side_by_side(products, range(0, tokens, most)))
 
     return call
 
@@ -108,7 +109,7 @@ def _dtype(side: str) -> str:
 
 LEGEND = f"""Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: the side's rate over
 the peer's best batch at the same precision; and over the peer's default. Those of the linear layers alone, in PyTorch's
-products of {ROWS} tokens, a thread for each, are what a side could gain that needs no time for anything else."""
+products of {ROWS['cpu']} tokens, a thread for each (on CUDA {ROWS['cuda']}), are what a side could gain that needs no time for anything else."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -77,14 +77,14 @@ def in_turns(
 
 
 def alone_megabytes(prepare: Callable[[], Callable[[], Any]], device: str) -> float:
-    """Extra peak memory of two calls of what `prepare` gives, in a process of their own.
+    """Extra peak memory of two calls of what `prepare` gives, on CPUs in a process of their own.
 
     `prepare` (one that can be pickled) makes what is not counted: inputs, and what a first call takes once. In a
-    process that runs other sides too, the heap that they leave is full of holes.
+    process that runs other sides too, the heap that they leave is full of holes; CUDA's count is of what is in use.
     """
-    held_megabytes(device)  # gives freed memory back, which the other process needs
     if device == "cuda":
-        torch.cuda.empty_cache()
+        return _peak_of(prepare, device)
+    held_megabytes(device)  # gives freed memory back, which the other process needs
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of, prepare, device).result()
 

@@ -58,12 +58,20 @@ CLIPPING = 1.0
 TRIED = 64
 EXACT = 256
 LIMIT = 512  # tokens of a text
-PEERS = (
-    {"mini_batch_size": 32},
-    {"mini_batch_size": 8},
-    {"mini_batch_size": 128, "mini_batch_num_tokens": 1024},
-    {"mini_batch_size": 128, "mini_batch_num_tokens": 4096},
-)
+PEERS = {
+    "cpu": (
+        {"mini_batch_size": 32},
+        {"mini_batch_size": 8},
+        {"mini_batch_size": 128, "mini_batch_num_tokens": 1024},
+        {"mini_batch_size": 128, "mini_batch_num_tokens": 4096},
+    ),
+    "cuda": (
+        {"mini_batch_size": 32},
+        {"mini_batch_size": 128},
+        {"mini_batch_size": 512, "mini_batch_num_tokens": 4096},
+        {"mini_batch_size": 512, "mini_batch_num_tokens": 16384},
+    ),
+}
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.1}  # of the loss and of the gradient's norm, relative
 
 
@@ -151,7 +159,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     peers = {best[dtype]: _peers(dtype, options)[best[dtype]] for dtype in options.dtypes}
     exact = {
         "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(texts.first(EXACT)),
-        "peer float32": theirs(options.model, "float32", PEERS[-1])(texts.first(EXACT)),
+        "peer float32": theirs(options.model, "float32", PEERS[options.device][-1])(texts.first(EXACT)),
     }
     makes = own | peers
     megabytes = {name: alone_megabytes(partial(_prepared, make, texts), options.device) for name, make in makes.items()}
@@ -174,7 +182,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peers(dtype: str, options: argparse.Namespace) -> dict[str, Callable[[], Step]]:
-    return {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for peer in PEERS}
+    return {_name(dtype, peer): partial(theirs, options.model, dtype, peer) for peer in PEERS[options.device]}
 
 
 def _tried(texts: Texts, dtype: str, options: argparse.Namespace) -> dict[str, Measured]:

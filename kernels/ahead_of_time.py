@@ -19,7 +19,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from drama_dist.kernels import info_nce_backward, info_nce_forward, pooling, triton_tiles
+from drama_dist.kernels import (
+    info_nce_backward,
+    info_nce_forward,
+    info_nce_streaming,
+    pooling,
+    streaming_tiles,
+    triton_tiles,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,11 +38,16 @@ TARGETS = {
 # Blackwell (section "Shared Memory"); 64 KiB of LDS for each workgroup on CDNA 3 (AMD's ISA guide).
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DIMS = (256, 512, 768)
-_ALIGNED = {"x_stride", "y_stride", "stride", "padded_rows", "padded_columns", "teacher_size", "columns_per_split"}
-_INTEGERS = {*_ALIGNED, "dims", "row_count", "column_count", "excluded_count", "dim"}
-_INPUTS = {"x_ptr", "y_ptr", "teacher_x_ptr", "teacher_y_ptr", "hidden_ptr", "hidden_gradient_ptr"}
+_ALIGNED = {"x_stride", "y_stride", "stride", "padded_rows", "padded_columns", "teacher_size", "columns_per_split"} | {
+    "dim_stride",
+    "rows_per_split",
+}
+_INTEGERS = {*_ALIGNED, "dims", "row_count", "column_count", "excluded_count", "dim", "rows", "columns"}
+_INPUTS = {"x_ptr", "y_ptr", "teacher_x_ptr", "teacher_y_ptr", "hidden_ptr", "hidden_gradient_ptr", "upstream_ptr"}
 _POINTERS = {"positives_ptr": "*i32", "passage_ids_ptr": "*i32", "own_ids_ptr": "*i32", "excluded_ptr": "*i32"}
-_SMALL_POINTERS = {"left_out_ptr": "*i32", "segments_ptr": "*i32", "bounds_ptr": "*i32", "boundaries_ptr": "*i32"}
+_SMALL_POINTERS = {"left_out_ptr": "*i32", "segments_ptr": "*i32", "bounds_ptr": "*i32", "boundaries_ptr": "*i32"} | {
+    "above_ptr": "*i8",
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,20 @@ def _variants(hip: bool) -> Iterator[Variant]:
             for symmetric in (False, True):
                 chosen = {"HAS_TEACHER": teacher, "HAS_SYMMETRIC": symmetric, "ENDS": DIMS}
                 yield from _shaped("shared", precision, table.shared, chosen)
+        yield from _streaming(precision)
         for kernel in ("pool_forward", "pool_backward"):
             yield Variant(kernel, precision, (("BLOCK_K", pooling.BLOCK_K), ("BLOCK_T", pooling.BLOCK_T)), 4, 2)
+
+
+def _streaming(precision: str) -> Iterator[Variant]:
+    """These take float32 products, whatever the inputs; only the gradients' operands are in their precision."""
+    tiles = {"rows": streaming_tiles.BY_ROWS, "columns": streaming_tiles.BY_COLUMNS}
+    tiles["gradients"] = tiles["columns"]
+    for kernel in tiles if precision == "fp32" else ("gradients",):
+        for dims, flag in ((len(DIMS), False), (len(DIMS), True), (5, True)):
+            options = {"M": dims, "HAS_IDS": flag, "HAS_EXCLUDED": flag, "HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
+            blocks = {name: size for name, size in tiles[kernel].items() if name.startswith("BLOCK")}
+            yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tiles[kernel]["num_warps"], 2)
 
 
 def _shaped(
@@ -123,6 +147,9 @@ def _kernels() -> dict[str, Any]:
         "forward": info_nce_forward.forward_kernel,
         "separate": info_nce_backward.separate_kernel,
         "shared": info_nce_backward.shared_kernel,
+        "rows": info_nce_streaming.rows_kernel,
+        "columns": info_nce_streaming.columns_kernel,
+        "gradients": info_nce_streaming.gradients_kernel,
         "pool_forward": pooling.forward_kernel,
         "pool_backward": pooling.backward_kernel,
     }

@@ -19,7 +19,7 @@ from drama_dist.kernels.problem import ColumnPart, Distillation, Problem, Teache
 from drama_dist.kernels.reference import info_nce_reference
 from drama_dist.kernels.tiles import Tiles
 
-BACKENDS = ("auto", "triton", "triton-shared", "streaming", "reference")
+BACKENDS = ("auto", "triton", "triton-separate", "triton-shared", "streaming", "reference")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def info_nce(
     part: the passages are some of the columns, and positives is -1 where a query's positive is not among them; the
     result is that over all parts, masked is the part's own, and so are the gradients of the passages. The gradients
     of queries and temperature are its share: their sum over the parts is the whole.
-    backend: auto is triton on CUDA, and streaming elsewhere. triton-shared has fewer products, and sums
-    that differ in the last bits from run to run.
+    backend: auto is triton on CUDA, and streaming elsewhere. Both form the scores of a chunk of rows at a time.
+    triton-separate and triton-shared keep no scores, and form them again for the gradients; the sums of the latter
+    differ in the last bits from run to run.
     Raises ValueError where shapes, dims, weights, columns or the temperature do not fit.
     """
     dims = list(dims) if dims else [queries.shape[1]]
@@ -124,9 +125,11 @@ def _contrastive(
 
 def _tiles(backend: str, queries: torch.Tensor) -> type[Tiles]:
     if backend.startswith("triton"):
+        from drama_dist.kernels.streaming_tiles import StreamingTiles
         from drama_dist.kernels.triton_tiles import SharedTritonTiles, TritonTiles
 
-        return TritonTiles if backend == "triton" else SharedTritonTiles
+        tiles = {"triton": StreamingTiles, "triton-separate": TritonTiles, "triton-shared": SharedTritonTiles}
+        return tiles[backend]
     from drama_dist.kernels.compiled_tiles import CompiledTiles, extension
 
     compiled = not queries.is_cuda and queries.dtype != torch.float64 and extension() is not None
@@ -152,8 +155,9 @@ def _check(
         )
     if positives.shape != (len(queries),) or positives.dtype != torch.int64:
         raise ValueError(f"expected {len(queries)} int64 positives, got {tuple(positives.shape)} {positives.dtype}")
-    if int(positives.min()) < least or int(positives.max()) >= len(passages):
-        raise ValueError(f"positives name columns {int(positives.min())}..{int(positives.max())} of {len(passages)}")
+    first, last = torch.stack(positives.aminmax()).tolist()  # one wait for a GPU, not two
+    if first < least or last >= len(passages):
+        raise ValueError(f"positives name columns {first}..{last} of {len(passages)}")
     if min(dims) < 1 or max(dims) > queries.shape[1] or len(set(dims)) != len(dims):
         raise ValueError(f"dims={list(dims)}: expected different numbers from 1 to {queries.shape[1]}")
     if len(weights) != len(dims):

@@ -90,7 +90,7 @@ class Problem:
 
         The row's own positive is never masked here.
         """
-        parts = [*self._same_document(rows), *self._excluded(rows), *self._above_margin(rows)]
+        parts = [*self._same_document(rows), *self._excluded(rows), *self.above_margin(rows)]
         if not parts:
             return None
         masked_RN = parts[0]
@@ -111,7 +111,8 @@ class Problem:
         columns = self.excluded_ids_BE[rows].unbind(1)
         return tuple(self.passage_ids_N.unsqueeze(0) == ids_R.unsqueeze(1) for ids_R in columns)
 
-    def _above_margin(self, rows: slice) -> Sequence[torch.Tensor]:
+    def above_margin(self, rows: slice) -> Sequence[torch.Tensor]:
+        """R × N, true where a teacher's score is above the row's limit; nothing without a teacher."""
         if self.teacher is None:
             return ()
         query = normalize(self.teacher.queries[rows].float(), dim=1)

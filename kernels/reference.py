@@ -26,7 +26,7 @@ def info_nce_reference(
     everything = slice(0, len(queries_BK))
     masked_BN = problem.masked(everything, len(passages_NK))
     if masked_BN is None:
-        masked_BN = torch.zeros(len(queries_BK), len(passages_NK), dtype=torch.bool)
+        masked_BN = queries_BK.new_zeros(len(queries_BK), len(passages_NK), dtype=torch.bool)
     at_positive = problem.positives_B.unsqueeze(1)
     not_negative_BN = masked_BN.scatter(1, at_positive, True)
     losses = []

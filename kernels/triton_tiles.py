@@ -49,12 +49,13 @@ class _Shapes:
     segment: int
 
 
-# As large as the registers of the oldest chip allow without spills; see ahead_of_time.py.
+# As large as registers allow without spills, for one of each kernel (see ahead_of_time.py); and what was faster on an
+# H200, with spills or without: benchmarks/results/loss-cuda-bfloat16.md.
 _SHAPES = {
     ("cuda", "half"): _Shapes(
-        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 32, 32, 8, 3)),
-        separate=(Shape(64, 64, 32, 8, 2),),
-        shared=(Shape(64, 64, 32, 8, 2), Shape(64, 32, 32, 8, 2)),
+        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 128, 64, 4, 3)),
+        separate=(Shape(64, 64, 32, 8, 2), Shape(64, 64, 64, 8, 3)),
+        shared=(Shape(64, 64, 32, 8, 2), Shape(128, 128, 64, 8, 2)),
         segment=256,
     ),
     ("cuda", "float32"): _Shapes(
@@ -117,11 +118,7 @@ class TritonTiles:
     """See Tiles. Backward in the separate form: the same to the bit, whenever it is run."""
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
-        if queries_BK.dtype != passages_NK.dtype or queries_BK.dtype == torch.float64:
-            raise ValueError(
-                f"the triton backend takes float32, bfloat16 or float16 on both sides, "
-                f"got {queries_BK.dtype} and {passages_NK.dtype}"
-            )
+        check_dtypes(queries_BK, passages_NK)
         self._problem, self._inputs = problem, (queries_BK, passages_NK)
         self._float32 = queries_BK.dtype == torch.float32
         self._norms = Norms(queries_BK, passages_NK, temperature, problem.dims)
@@ -276,6 +273,15 @@ class SharedTritonTiles(TritonTiles):
         return [*products, *terms]
 
 
+def check_dtypes(queries_BK: torch.Tensor, passages_NK: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not take the inputs' precision."""
+    if queries_BK.dtype != passages_NK.dtype or queries_BK.dtype == torch.float64:
+        raise ValueError(
+            f"the triton backends take float32, bfloat16 or float16 on both sides, "
+            f"got {queries_BK.dtype} and {passages_NK.dtype}"
+        )
+
+
 def _on_hip() -> bool:
     return torch.version.hip is not None
 
@@ -332,7 +338,7 @@ def _mask_inputs(problem: Problem, teachers: tuple[torch.Tensor, torch.Tensor], 
     if problem.passage_ids_N is None or own_ids is None:
         ids, own_ids, excluded = torch.arange(passages, dtype=torch.int32, device=positives.device), positives, None
     else:
-        ids, own_ids, excluded = _ranked(problem.passage_ids_N, own_ids, problem.excluded_ids_BE)
+        ids, own_ids, excluded = ranked(problem.passage_ids_N, own_ids, problem.excluded_ids_BE)
     limits = torch.full(positives.shape, math.inf, device=positives.device)
     if problem.teacher is not None:
         limits = (teachers[0][: len(positives)].float() * teachers[1][positives].float()).sum(
@@ -348,7 +354,7 @@ def _mask_inputs(problem: Problem, teachers: tuple[torch.Tensor, torch.Tensor], 
     }
 
 
-def _ranked(
+def ranked(
     ids_N: torch.Tensor, own_ids_B: torch.Tensor, excluded_BE: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Ids by their order among all that occur, int32: equal where they were equal."""

@@ -1,12 +1,14 @@
 """Attention over packed sequences, for every layer that is not fused (fused_layers.py).
 
-On CUDA `flash_attn_varlen_func`; elsewhere once for each run of sequences of equal length: PyTorch's SDPA
-without a mask, which is its flash kernel on the CPU, or, for the gradients of short sequences, plain products.
+In half precision on CUDA one call of FlashAttention: flash-attn's where it is installed, else the one that PyTorch
+has built in. Elsewhere once for each run of sequences of equal length: PyTorch's SDPA without a mask, which is its
+flash kernel on the CPU, or, for the gradients of short sequences, plain products.
 Registered with transformers under NAME, so that its Llama layers call it.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,8 +38,9 @@ def packed_attention(
     Causal or bidirectional as the model's config says.
     """
     causal = bool(getattr(module.config, "is_causal", True))
-    if query.is_cuda:
-        return _flash(query, key, value, scaling, packed, dropout, causal), None
+    if query.is_cuda and query.dtype != torch.float32:
+        flash = _flash if find_spec("flash_attn") else _built_in_flash
+        return flash(query, key, value, scaling, packed, dropout, causal), None
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for (count, length), *parts in zip(
@@ -83,6 +86,28 @@ def _flash(
     output: torch.Tensor = flash_attn_varlen_func(
         q, k, v, ends, ends, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
     )
+    return output.unsqueeze(0)
+
+
+def _built_in_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    packed: Packed,
+    dropout: float,
+    causal: bool,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise ValueError(f"dropout={dropout}: PyTorch's own packed attention has none, install flash-attn")
+    groups = query.shape[1] // key.shape[1]  # repeated: how grouped heads are asked for differs between versions
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    k, v = (tensor.repeat_interleave(groups, 1) if groups > 1 else tensor for tensor in (k, v))
+    ends, longest = packed.boundaries_B1, packed.longest
+    window = (-1, 0 if causal else -1)
+    output: torch.Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)
     return output.unsqueeze(0)
 
 

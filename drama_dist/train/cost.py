@@ -85,7 +85,7 @@ class RankShare:
 class Way:
     """How it is done. size: bytes of a weight (4 without ZeRO); budget: bytes for kept graphs; threads: PyTorch's.
 
-    loss: the backend's module of kernels (compiled_tiles, eager_tiles, triton_tiles). fused: the CPU's fused layers.
+    loss: the backend's module of kernels (compiled_tiles, eager_tiles, streaming_tiles). fused: the CPU's fused layers.
     bucket: elements that go over the network together.
     """
 
@@ -103,7 +103,7 @@ class Way:
 
     @property
     def on_gpu(self) -> bool:
-        return self.loss == "triton_tiles"
+        return self.loss == "streaming_tiles"
 
     @property
     def tiles(self) -> Any:
@@ -221,11 +221,9 @@ class Costs:
 
     @property
     def loss_operations(self) -> float:
-        """Of the products of scores and gradients; Triton's float32 kernels form the scores anew for 64 components."""
+        """Of the products of scores and of both gradients."""
         rows, columns = self.loss_shape
-        width = max(self.share.dims)
-        products = 3 + 2 * width / 64 if self.way.on_gpu else 3
-        return products * 2.0 * rows * columns * width
+        return 3 * 2.0 * rows * columns * max(self.share.dims)
 
     @property
     def loss_shape(self) -> tuple[int, int]:
@@ -384,7 +382,7 @@ class Costs:
 def loss_backend(on_gpu: bool) -> str:
     """The module of kernels that the loss takes: see Way."""
     if on_gpu:
-        return "triton_tiles"
+        return "streaming_tiles"
     return "compiled_tiles" if compiled_tiles.extension() else "eager_tiles"
 
 

@@ -24,6 +24,7 @@ BACKENDS = {
     "eager": ("streaming", [torch.float64, torch.float32]),
     "compiled": ("streaming", [torch.float32, torch.bfloat16]),
     "triton": ("triton", [torch.float32, torch.float16]),
+    "triton-separate": ("triton-separate", [torch.float32, torch.float16]),
     "triton-shared": ("triton-shared", [torch.float32, torch.float16]),
 }
 
@@ -188,7 +189,7 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
     device = device_of(backend)
     runs = [ours_and_truth(backend, (33, 70), torch.float32, "plain", 0.05, device)[0] for _ in range(2)]
@@ -196,7 +197,7 @@ def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
     assert all(torch.equal(own, again) for own, again in zip(runs[0][1], runs[1][1], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_accuracy_margins_and_masked_pairs_are_those_of_the_scores(backend: str) -> None:
     queries, passages, positives, ids = inputs(20, 30, torch.float32, device_of(backend))
     result = info_nce(queries, passages, positives, temperature=0.5, dims=DIMS, passage_ids=ids, backend=backend)
@@ -243,7 +244,7 @@ def test_a_tiny_temperature_does_not_overflow(backend: str, temperature: float) 
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_without_gradients_there_is_the_same_loss(backend: str) -> None:
     queries, passages, positives, _ = inputs(8, 16, torch.float32, device_of(backend))
     with_gradients = info_nce(queries, passages, positives, temperature=0.1, dims=DIMS, backend=backend)
@@ -308,10 +309,11 @@ def test_triton_on_the_cpu_is_refused_unless_it_is_interpreted(monkeypatch: pyte
         info_nce(queries, passages, positives, temperature=0.1, backend="triton")
 
 
-def test_triton_refuses_what_it_cannot_take() -> None:
-    queries, passages, positives, _ = inputs(2, 5, torch.float64)
-    with pytest.raises(ValueError, match="triton backend takes float32, bfloat16 or float16"):
-        info_nce(queries, passages, positives, temperature=0.1, backend="triton")
+@pytest.mark.parametrize("backend", ["triton", "triton-separate"])
+def test_triton_refuses_what_it_cannot_take(backend: str) -> None:
+    queries, passages, positives, _ = inputs(2, 5, torch.float64, device_of("triton"))
+    with pytest.raises(ValueError, match="triton backends take float32, bfloat16 or float16"):
+        info_nce(queries, passages, positives, temperature=0.1, backend=backend)
 
 
 CUTS = (0, 1, 31, 70)  # of the columns into parts

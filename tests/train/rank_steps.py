@@ -71,8 +71,8 @@ def step_losses(
         objective = contrastive_objective(
             embeddings[: len(mine)],
             embeddings[len(mine) :],
-            torch.tensor(positives),
-            torch.tensor(ids),
+            torch.tensor(positives, device=encoder.device),
+            torch.tensor(ids, device=encoder.device),
             encoder.contract,
             settings,
         )

@@ -1,0 +1,85 @@
+"""What needs a GPU as a whole: vectors, training steps and the launcher there against the same on the CPU.
+
+Kernels alone are tested beside their other backends; those files use a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drama_dist import pipeline, ranks
+from drama_dist.encoder.backbone import load
+from drama_dist.settings import Settings, write_settings
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "train"))
+from test_ranks import distance, start_ranks
+
+pytestmark = pytest.mark.gpu
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+ON_GPU = {"DS_ACCELERATOR": "cuda"}
+TEXTS = ["the river", "flour and water " * 9, "x", "engine oil and a valve"]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_vectors_are_those_of_the_cpu(llm: Path, dtype: str, close: float) -> None:
+    on_gpu, on_cpu = load(llm, dtype=dtype), load(llm, device="cpu")
+    assert on_gpu.device.type == "cuda"
+    for dim in (48, 16):
+        found, expected = (encoder.encode_passages(TEXTS, dim) for encoder in (on_gpu, on_cpu))
+        np.testing.assert_allclose(found, expected, atol=close)
+
+
+def test_steps_end_in_the_weights_of_the_cpu(llm: Path, tmp_path: Path) -> None:
+    """Ten steps in float32, with every ZeRO stage; graphs kept, encoded twice, and layers checkpointed."""
+    names = ["0-passages-kept-plain", "1-passages-twice-plain", "2-queries-kept-plain", "3-passages-twice-checkpointed"]
+    results = []
+    for place, environment in (("gpu", ON_GPU), ("cpu", ON_CPU)):
+        (tmp_path / place).mkdir()
+        start_ranks(1, llm, tmp_path / place, names, environment)
+        results.append([torch.load(tmp_path / place / f"{name}.pt") for name in names])
+    for name, found, expected in zip(names, *results, strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3), name
+        assert distance(found["weights"], expected["weights"]) <= 1e-4, name
+
+
+def test_the_deepspeed_launcher_trains_as_the_cpu_does(
+    small_settings: Callable[..., Settings], llm: Path, tmp_path: Path
+) -> None:
+    changes = [f"teacher.model={llm}", "train.steps=6", "evaluate.systems=[drama]"]
+    first = small_settings(f"run={tmp_path / 'gpu'}", *changes)
+    pipeline.augment(first)
+    pipeline.prune(first)
+    shutil.copytree(first.run, tmp_path / "cpu")
+    programs = {"gpu": ["deepspeed", "--num_gpus", "1"], "cpu": [sys.executable]}
+    variables = {*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"}  # this process has become a rank of its own
+    own = {name: value for name, value in os.environ.items() if name not in variables}
+    losses = []
+    for (place, program), environment in zip(programs.items(), (ON_GPU, ON_CPU), strict=True):
+        path = tmp_path / f"{place}.yaml"
+        write_settings(small_settings(f"run={tmp_path / place}", *changes), path)
+        program = [shutil.which(program[0]) or program[0], *program[1:]]
+        done = subprocess.run(
+            [*program, str(ROOT / "launcher" / "train.py"), str(path)],
+            cwd=tmp_path,
+            env=own | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / place / "train" / "metrics.jsonl").read_text("utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
