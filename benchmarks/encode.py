@@ -109,7 +109,8 @@ def _dtype(side: str) -> str:
 
 LEGEND = f"""Real tokens a second (median; slowest to fastest round) and extra peak memory. Gains: the side's rate over
 the peer's best batch at the same precision; and over the peer's default. Those of the linear layers alone, in PyTorch's
-products of {ROWS['cpu']} tokens, a thread for each (on CUDA {ROWS['cuda']}), are what a side could gain that needs no time for anything else."""
+products of {ROWS["cpu"]} tokens, a thread for each (on CUDA {ROWS["cuda"]}), are what a side could gain that needs no
+time for anything else."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:

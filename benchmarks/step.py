@@ -159,7 +159,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     peers = {best[dtype]: _peers(dtype, options)[best[dtype]] for dtype in options.dtypes}
     exact = {
         "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(texts.first(EXACT)),
-        "peer float32": theirs(options.model, "float32", PEERS[options.device][-1])(texts.first(EXACT)),
+        "peer float32": theirs(options.model, "float32", PEERS[options.device][0])(texts.first(EXACT)),
     }
     makes = own | peers
     megabytes = {name: alone_megabytes(partial(_prepared, make, texts), options.device) for name, make in makes.items()}

@@ -80,10 +80,10 @@ CHECKS = (
         _CUDA,
     ),
     Check(
-        "flash-attn",
+        "FlashAttention on the GPU",
         probes.flash_attention,
         "on the CPU attention runs in our kernel (above); on a GPU encoding and training would fail",
-        "on a machine with an NVIDIA GPU: pip install '.[cuda]'",
+        "on a machine with an NVIDIA GPU: a CUDA build of PyTorch, or pip install '.[cuda]' for flash-attn's",
     ),
     Check("faiss", probes.faiss, "encode, augment and evaluate fail: there is no other search", _FAISS),
     Check(

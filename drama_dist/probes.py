@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _SECONDS = 20  # that a command may take
@@ -94,16 +96,22 @@ def ninja() -> str:
 
 
 def flash_attention() -> str:
-    """flash-attn's packed attention of one sequence, on the GPU."""
-    flash = importlib.import_module("flash_attn")
+    """Packed attention of one sequence on the GPU: flash-attn's, or PyTorch's own where that is not installed."""
     import torch
 
+    installed = importlib.util.find_spec("flash_attn") is not None
+    name = f"flash-attn {_version('flash-attn')}" if installed else "PyTorch's own"
     if not torch.cuda.is_available():
-        raise Missing(f"{flash.__version__} imports, but there is no CUDA device for it")
-    heads = torch.ones(8, 1, 64, device="cuda", dtype=torch.bfloat16)
-    ends = torch.tensor([0, 8], device="cuda", dtype=torch.int32)
-    assert bool((flash.flash_attn_varlen_func(heads, heads, heads, ends, ends, 8, 8) == 1).all())
-    return str(flash.__version__)
+        raise Missing(f"{name} is here, but no CUDA device for it")
+    from drama_dist.encoder.attention import packed_attention
+    from drama_dist.encoder.packing import pack
+
+    heads = torch.ones(1, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
+    layer = torch.nn.Module()
+    layer.config = SimpleNamespace(is_causal=False)  # type: ignore[assignment]
+    found, _ = packed_attention(layer, heads, heads, heads, None, 1.0, pack([[1] * 8], "cuda"))
+    assert bool((found == 1).all())
+    return name
 
 
 def triton() -> str:

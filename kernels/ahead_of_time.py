@@ -23,6 +23,7 @@ from drama_dist.kernels import (
     info_nce_backward,
     info_nce_forward,
     info_nce_streaming,
+    norms,
     pooling,
     streaming_tiles,
     triton_tiles,
@@ -38,16 +39,13 @@ TARGETS = {
 # Blackwell (section "Shared Memory"); 64 KiB of LDS for each workgroup on CDNA 3 (AMD's ISA guide).
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DIMS = (256, 512, 768)
-_ALIGNED = {"x_stride", "y_stride", "stride", "padded_rows", "padded_columns", "teacher_size", "columns_per_split"} | {
-    "dim_stride",
-    "rows_per_split",
-}
+_STRIDES = {"x_stride", "y_stride", "stride", "dim_stride", "vector_stride", "teacher_size", "width"}
+_ALIGNED = {*_STRIDES, "padded_rows", "padded_columns", "columns_per_split", "rows_per_split"}
 _INTEGERS = {*_ALIGNED, "dims", "row_count", "column_count", "excluded_count", "dim", "rows", "columns"}
-_INPUTS = {"x_ptr", "y_ptr", "teacher_x_ptr", "teacher_y_ptr", "hidden_ptr", "hidden_gradient_ptr", "upstream_ptr"}
-_POINTERS = {"positives_ptr": "*i32", "passage_ids_ptr": "*i32", "own_ids_ptr": "*i32", "excluded_ptr": "*i32"}
-_SMALL_POINTERS = {"left_out_ptr": "*i32", "segments_ptr": "*i32", "bounds_ptr": "*i32", "boundaries_ptr": "*i32"} | {
-    "above_ptr": "*i8",
-}
+_INPUTS = {"x_ptr", "y_ptr", "teacher_x_ptr", "teacher_y_ptr", "vectors_ptr", "upstream_ptr", "result_ptr"}
+_HIDDEN = {"hidden_ptr", "hidden_gradient_ptr"}
+_IDS = {"positives_ptr", "passage_ids_ptr", "own_ids_ptr", "excluded_ptr"}
+_INTEGER_POINTERS = {*_IDS, "left_out_ptr", "segments_ptr", "bounds_ptr", "boundaries_ptr"}
 
 
 @dataclass(frozen=True)
@@ -80,36 +78,37 @@ class Compiled:
 
 
 def variants(target: str) -> list[Variant]:
-    """Every variant that the launchers ship for a target of TARGETS."""
+    """Every kernel and shape that the launchers ship for a target of TARGETS, with all options off, and on."""
     return list(_variants(hip=target.startswith("gfx")))
 
 
 def _variants(hip: bool) -> Iterator[Variant]:
-    for precision in ("bf16", "fp16", "fp32"):
+    for precision in ("bf16", "fp32"):  # fp16 makes the same programs as bf16
         table = triton_tiles.shapes(precision == "fp32", hip)
-        for teacher in (False, True):
+        for flag in (False, True):
+            options = {"HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
             for transposed in (False, True):
-                sided = {"HAS_TEACHER": teacher, "TRANSPOSED": transposed, "MP": 4, "SEGMENT": table.segment}
+                sided = {**options, "TRANSPOSED": transposed, "MP": 4, "SEGMENT": table.segment}
                 yield from _shaped("forward", precision, table.forward, sided)
-                for symmetric in (False, True):
-                    yield from _shaped("separate", precision, table.separate, {**sided, "HAS_SYMMETRIC": symmetric})
-            for symmetric in (False, True):
-                chosen = {"HAS_TEACHER": teacher, "HAS_SYMMETRIC": symmetric, "ENDS": DIMS}
-                yield from _shaped("shared", precision, table.shared, chosen)
+                yield from _shaped("separate", precision, table.separate, sided)
+            yield from _shaped("shared", precision, table.shared, {**options, "ENDS": DIMS})
         yield from _streaming(precision)
         for kernel in ("pool_forward", "pool_backward"):
             yield Variant(kernel, precision, (("BLOCK_K", pooling.BLOCK_K), ("BLOCK_T", pooling.BLOCK_T)), 4, 2)
 
 
 def _streaming(precision: str) -> Iterator[Variant]:
-    """These take float32 products, whatever the inputs; only the gradients' operands are in their precision."""
-    tiles = {"rows": streaming_tiles.BY_ROWS, "columns": streaming_tiles.BY_COLUMNS}
-    tiles["gradients"] = tiles["columns"]
-    for kernel in tiles if precision == "fp32" else ("gradients",):
-        for dims, flag in ((len(DIMS), False), (len(DIMS), True), (5, True)):
-            options = {"M": dims, "HAS_IDS": flag, "HAS_EXCLUDED": flag, "HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
-            blocks = {name: size for name, size in tiles[kernel].items() if name.startswith("BLOCK")}
-            yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tiles[kernel]["num_warps"], 2)
+    """Products are float32, whatever the inputs; only vectors and the gradients' operands are in their precision."""
+    for dims, flag in ((3, False), (3, True), (5, True)):
+        options = {"M": dims, "HAS_IDS": flag, "HAS_EXCLUDED": flag, "HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
+        tiles = {"gradients": streaming_tiles.by_columns(dims, flag, flag, flag)}
+        if precision == "fp32":
+            tiles |= {"rows": streaming_tiles.BY_ROWS, "columns": tiles["gradients"]}
+        for kernel, tile in tiles.items():
+            blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
+            yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"], 3)
+    for kernel in ("norms", "finish"):
+        yield Variant(kernel, precision, (("DIMS", DIMS), ("BLOCK_K", 256)), 4, 3)
 
 
 def _shaped(
@@ -150,6 +149,8 @@ def _kernels() -> dict[str, Any]:
         "rows": info_nce_streaming.rows_kernel,
         "columns": info_nce_streaming.columns_kernel,
         "gradients": info_nce_streaming.gradients_kernel,
+        "norms": norms.norms_kernel,
+        "finish": norms.finish_kernel,
         "pool_forward": pooling.forward_kernel,
         "pool_backward": pooling.backward_kernel,
     }
@@ -160,9 +161,13 @@ def _type_of(name: str, precision: str, constants: dict[str, Any]) -> str:
         return "constexpr"
     if name in _INTEGERS:
         return "i32"
-    if name in _INPUTS:
+    if name in _INPUTS | _HIDDEN:
         return f"*{precision}"
-    return _POINTERS.get(name) or _SMALL_POINTERS.get(name) or ("*fp32" if name.endswith("_ptr") else "fp32")
+    if name in _INTEGER_POINTERS:
+        return "*i32"
+    if name == "above_ptr":
+        return "*i8"
+    return "*fp32" if name.endswith("_ptr") else "fp32"
 
 
 def _nvidia(built: Any, report: str) -> Compiled:

@@ -51,13 +51,12 @@ def same_document(
 
 
 @triton.jit
-def take_up(most_RC, total_RC, moment_RC, z_RC):
-    """A running maximum and the sums of e^(z − maximum) and of z e^(z − maximum), each element by itself."""
+def take_up(most_RC, total_RC, z_RC):
+    """A running maximum and the sum of e^(z − maximum), each element by itself: one exponential."""
     change_RC = z_RC - most_RC
     small_RC = tl.exp(-tl.abs(change_RC))
-    kept_RC = tl.where(change_RC > 0, small_RC, 1.0)
-    share_RC = tl.where(change_RC > 0, 1.0, small_RC)
-    return tl.maximum(most_RC, z_RC), total_RC * kept_RC + share_RC, moment_RC * kept_RC + share_RC * z_RC
+    total_RC = tl.where(change_RC > 0, total_RC * small_RC + 1, total_RC + small_RC)
+    return tl.maximum(most_RC, z_RC), total_RC
 
 
 @triton.jit
@@ -78,7 +77,6 @@ def rows_kernel(
     above_ptr,
     maxima_ptr,  # splits x M x R
     sums_ptr,  # splits x M x R
-    moments_ptr,  # splits x M x R
     own_ptr,  # M x R
     left_out_ptr,  # splits x R: the positive is among them
     columns_per_split,
@@ -89,17 +87,15 @@ def rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write what `take_up` keeps, of each row's negatives in a share of the columns; and its positive's score."""
+    """Write each row's maximum and sum over its negatives in a share of the columns; and its positive's score."""
     rows_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_R = rows_R < rows
     split = tl.program_id(1)
     most = ()
     total = ()
-    moment = ()
     for _ in tl.static_range(M):
         most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no starred tuples)
         total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        moment = moment + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     left_out_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.int32)
     begin = split * columns_per_split
     end = tl.minimum(begin + columns_per_split, columns)
@@ -129,33 +125,28 @@ def rows_kernel(
         product_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         next_most = ()
         next_total = ()
-        next_moment = ()
         for d in tl.static_range(M):
-            product_RC += tl.load(products_ptr + d * dim_stride + at_RC, mask=readable_RC, other=0.0)
+            product_RC += tl.load(products_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, mask=readable_RC, other=0.0)
             x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             y_norm_C = tl.load(y_norms_ptr + d * columns + columns_C, mask=columns_C < columns, other=0.0)
             score_RC = product_RC * (x_norm_R[:, None] * y_norm_C[None, :])
             z_RC = tl.where(counts_RC, score_RC * exponent, MASKED)
-            taken = take_up(most[d], total[d], moment[d], z_RC)
+            taken = take_up(most[d], total[d], z_RC)
             next_most = next_most + (taken[0],)  # type: ignore[assignment]  # noqa: RUF005
             next_total = next_total + (taken[1],)  # type: ignore[assignment]  # noqa: RUF005
-            next_moment = next_moment + (taken[2],)  # type: ignore[assignment]  # noqa: RUF005
         most = next_most
         total = next_total
-        moment = next_moment
     positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
     writes_R = rows_R < tl.where(split == 0, rows, 0)
     has_own_R = writes_R & (positive_R >= 0)
     own_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
     for d in tl.static_range(M):
         most_R = tl.max(most[d], 1)
-        share_RC = tl.exp(most[d] - most_R[:, None])
         place_R = (split * M + d).to(tl.int64) * rows + rows_R
         tl.store(maxima_ptr + place_R, most_R, mask=inside_R)
-        tl.store(sums_ptr + place_R, tl.sum(total[d] * share_RC, 1), mask=inside_R)
-        tl.store(moments_ptr + place_R, tl.sum(moment[d] * share_RC, 1), mask=inside_R)
+        tl.store(sums_ptr + place_R, tl.sum(total[d] * tl.exp(most[d] - most_R[:, None]), 1), mask=inside_R)
         # In the order of operations above, and of the gradients': equal scores are equal to the last bit.
-        own_at_R = products_ptr + d * dim_stride + rows_R.to(tl.int64) * stride + positive_R
+        own_at_R = products_ptr + d * tl.cast(dim_stride, tl.int64) + rows_R.to(tl.int64) * stride + positive_R
         own_R += tl.load(own_at_R, mask=has_own_R, other=0.0)
         x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
         y_norm_R = tl.load(y_norms_ptr + d * columns + positive_R, mask=has_own_R, other=0.0)
@@ -228,11 +219,11 @@ def columns_kernel(
         next_most = ()
         next_total = ()
         for d in tl.static_range(M):
-            product_RC += tl.load(products_ptr + d * dim_stride + at_RC, mask=readable_RC, other=0.0)
+            product_RC += tl.load(products_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, mask=readable_RC, other=0.0)
             x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             score_RC = product_RC * (x_norm_R[:, None] * y_norms[d][None, :])
             z_RC = tl.where(counts_RC, score_RC * exponent, MASKED)
-            taken = take_up(most[d], total[d], 0.0, z_RC)
+            taken = take_up(most[d], total[d], z_RC)
             next_most = next_most + (taken[0],)  # type: ignore[assignment]  # noqa: RUF005
             next_total = next_total + (taken[1],)  # type: ignore[assignment]  # noqa: RUF005
         most = next_most
@@ -266,7 +257,7 @@ def gradients_kernel(
     excluded_ptr,
     excluded_count,
     above_ptr,
-    row_terms_ptr,  # blocks of columns x M x R: with the symmetric term, else they follow from the moments
+    row_terms_ptr,  # blocks of columns x M x R
     column_terms_ptr,  # splits x M x C
     rows_per_split,
     M: tl.constexpr,
@@ -277,7 +268,7 @@ def gradients_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write dL/dA summed over the dims that include a block, for each block, and the columns' sums of G ∘ S."""
+    """Write dL/dA summed over the dims that include a block, for each block, and the sums of G ∘ S."""
     block = tl.program_id(0)
     columns_C = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_C = columns_C < columns
@@ -317,7 +308,7 @@ def gradients_kernel(
         upstreams = ()
         next_terms = ()
         for d in tl.static_range(M):
-            product_RC += tl.load(products_ptr + d * dim_stride + at_RC, mask=readable_RC, other=0.0)
+            product_RC += tl.load(products_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, mask=readable_RC, other=0.0)
             x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             shift_R = tl.load(shifts_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             missed_R = tl.load(missed_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
@@ -330,9 +321,8 @@ def gradients_kernel(
                 gradient_RC += symmetric * tl.exp(z_RC - column_shift_C[None, :])
             gradient_RC = tl.load(scales_ptr + d) * tl.where(is_own_RC, -missed_R[:, None], gradient_RC)
             terms_RC = gradient_RC * score_RC
-            if HAS_SYMMETRIC:
-                place_R = (block * M + d).to(tl.int64) * rows + rows_R
-                tl.store(row_terms_ptr + place_R, tl.sum(terms_RC, 1), mask=inside_R)
+            place_R = (block * M + d).to(tl.int64) * rows + rows_R
+            tl.store(row_terms_ptr + place_R, tl.sum(terms_RC, 1), mask=inside_R)
             next_terms = next_terms + (column_terms[d] + tl.sum(terms_RC, 0),)  # type: ignore[assignment]  # noqa: RUF005
             upstreams = upstreams + (gradient_RC * norms_RC,)  # type: ignore[assignment]  # noqa: RUF005
         column_terms = next_terms
@@ -340,7 +330,7 @@ def gradients_kernel(
         for d in tl.static_range(M - 1, -1, -1):
             suffix_RC += upstreams[d]
             rounded_RC = suffix_RC.to(upstream_ptr.dtype.element_ty)
-            tl.store(upstream_ptr + d * dim_stride + at_RC, rounded_RC, mask=readable_RC)
+            tl.store(upstream_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, rounded_RC, mask=readable_RC)
     for d in tl.static_range(M):
         place_C = (split * M + d).to(tl.int64) * columns + columns_C
         tl.store(column_terms_ptr + place_C, column_terms[d], mask=inside_C)

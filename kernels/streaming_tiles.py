@@ -8,25 +8,32 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
 
-from drama_dist.kernels import info_nce_streaming
+from drama_dist.kernels import info_nce_streaming, norms
 from drama_dist.kernels.problem import Problem
-from drama_dist.kernels.tiles import ChunkScores, Gradients, Norms, row_chunks
+from drama_dist.kernels.tiles import FLOOR, ChunkScores, Gradients, row_chunks
 from drama_dist.kernels.triton_tiles import check_dtypes, ranked
 
-_SCORE_BYTES = 1 << 29
+_SCORE_BYTES = 1 << 30
 _MOST_ROWS = 16384
 _ROW_STEP = 128
 _ALIGNMENT = 16  # of a product's rows, in elements
 _PROGRAMS = 1056  # eight for each multiprocessor of an H100
-BY_ROWS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 4}
-BY_COLUMNS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 2}
+# Each thread has whole columns of a tile, so that nothing is exchanged between threads. What was fastest on an H200:
+BY_ROWS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
+BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
+SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}  # where BY_COLUMNS has too few registers
+_MOST_DIMS = 3
+
+
+def by_columns(dims: int, symmetric: bool, teacher: bool, excluded: bool) -> dict[str, int]:
+    """The tile of the kernels that go down the columns."""
+    return BY_COLUMNS if dims <= _MOST_DIMS and not (symmetric or teacher or excluded) else SMALL
 
 
 def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
@@ -39,7 +46,7 @@ def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
 def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
     """What a call holds at most beside its float32 inputs: a chunk's products and operands, and gradients."""
     chunk = len(dims) * chunk_rows(rows, columns, dims)[0] * (columns + _ALIGNMENT)
-    return 2 * 4 * chunk + 4 * (rows + columns) * (max(dims) + 4 * len(dims))
+    return 2 * 4 * chunk + 4 * (rows + columns) * (2 * max(dims) + 3 * len(dims))
 
 
 class StreamingTiles:
@@ -47,22 +54,25 @@ class StreamingTiles:
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
         check_dtypes(queries_BK, passages_NK)
-        self._inputs, self._problem, self._columns = (queries_BK, passages_NK), problem, len(passages_NK)
-        self._norms = Norms(queries_BK, passages_NK, temperature, problem.dims)
-        self._exponent = 1 + problem.hardness * temperature
-        self._blocks = [
-            slice(begin, end) for begin, end in zip((0, *problem.dims[:-1]), problem.dims, strict=True)
-        ]
+        self._inputs = tuple(side if side.stride(1) == 1 else side.contiguous() for side in (queries_BK, passages_NK))
+        self._problem, self._columns = problem, len(passages_NK)
+        self._temperature, self._exponent = temperature, 1 + problem.hardness * temperature
+        begins = (0, *problem.dims[:-1])
+        self._blocks = [slice(*ends) for ends in zip(begins, problem.dims, strict=True)]
+        self._block_k = triton.next_power_of_2(max(block.stop - block.start for block in self._blocks))
+        self._scaled_query_MB = self._inverse_norms(queries_BK, 1 / temperature)
+        self._passage_MN = self._inverse_norms(passages_NK, 1.0)
         self._ids = self._documents()
-        self._products = tuple(torch.zeros_like(side, dtype=torch.float32) for side in self._inputs)
-        self._row_terms_MB = torch.zeros_like(self._norms.query_MB)
-        self._column_terms_MN = torch.zeros_like(self._norms.passage_MN)
-        self._column_normalisers_MN = torch.full_like(self._norms.passage_MN, -math.inf)
-        self._scales_M = self._norms.query_MB.new_tensor(problem.weights)
-        self._found = problem.positives_B >= 0
+        self._products = tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
+        self._row_terms_MB = torch.empty_like(self._scaled_query_MB)
+        self._column_terms_MN = torch.empty_like(self._passage_MN)
+        self._column_normalisers_MN: torch.Tensor | None = None
+        self._scales_M = self._passage_MN.new_tensor(problem.weights)
         self._masks = problem.passage_ids_N is not None or problem.teacher is not None
+        self._tile = by_columns(
+            len(problem.dims), problem.symmetric != 0, problem.teacher is not None, "excluded" in self._ids
+        )
         self._rows = slice(0)
-        self._own_MR = self._rivals_MR = self._mean_MR = self._row_terms_MB  # of the chunk; mean: of negatives' scores
         self._scores_MRN, self._upstream_MRN = self._buffers()
         self._chunk: dict[str, Any] = {}
 
@@ -79,48 +89,50 @@ class StreamingTiles:
         self._chunk = self._arguments(rows)
         blocks = triton.cdiv(count, BY_ROWS["BLOCK_R"])
         splits, per_split = _shares(self._columns, blocks, BY_ROWS["BLOCK_C"])
-        maxima, sums, moments = self._norms.query_MB.new_empty(3, splits, dims, count)
+        maxima, sums = self._passage_MN.new_empty(2, splits, dims, count)
         own_MR = maxima.new_empty(dims, count)
         left_out = torch.empty(splits, count, dtype=torch.int32, device=maxima.device)
         info_nce_streaming.rows_kernel[(blocks, splits)](
             **self._chunk,
             maxima_ptr=maxima,
             sums_ptr=sums,
-            moments_ptr=moments,
             own_ptr=own_MR,
             left_out_ptr=left_out,
             columns_per_split=per_split,
             **BY_ROWS,
         )
         of_splits = maxima + sums.log()
-        rivals_MR = of_splits.logsumexp(0)
-        mean_MR = (of_splits.softmax(0) * moments / sums).sum(0) / self._exponent
-        self._own_MR, self._rivals_MR, self._mean_MR = own_MR, rivals_MR, mean_MR
-        masked_pairs = left_out.sum() - self._found[rows].sum() if self._masks else left_out.new_zeros(())
+        rivals_MR = of_splits.logsumexp(0) if splits > 1 else of_splits[0]
+        masked_pairs = left_out.sum()  # nothing without ids or a teacher; else the positives are among them
+        if self._masks:
+            masked_pairs = masked_pairs - (self._ids["positives"][rows] >= 0).sum()
         return ChunkScores(own_MR, rivals_MR, maxima[:, -1].amax(0) / self._exponent, masked_pairs)
 
     def fold_columns(self) -> None:
         count, dims = self._rows.stop - self._rows.start, len(self._problem.dims)
-        blocks = triton.cdiv(self._columns, BY_COLUMNS["BLOCK_C"])
-        splits, per_split = _shares(count, blocks, BY_COLUMNS["BLOCK_R"])
-        maxima, sums = self._norms.query_MB.new_empty(2, splits, dims, self._columns)
+        tile = self._tile
+        blocks = triton.cdiv(self._columns, tile["BLOCK_C"])
+        splits, per_split = _shares(count, blocks, tile["BLOCK_R"])
+        maxima, sums = self._passage_MN.new_empty(2, splits, dims, self._columns)
         info_nce_streaming.columns_kernel[(blocks, splits)](
-            **self._chunk, maxima_ptr=maxima, sums_ptr=sums, rows_per_split=per_split, **BY_COLUMNS
+            **self._chunk, maxima_ptr=maxima, sums_ptr=sums, rows_per_split=per_split, **tile
         )
         chunk_MN = (maxima + sums.log()).logsumexp(0)
-        self._column_normalisers_MN = torch.logaddexp(self._column_normalisers_MN, chunk_MN)
+        before = self._column_normalisers_MN
+        self._column_normalisers_MN = chunk_MN if before is None else torch.logaddexp(before, chunk_MN)
 
     def column_normalisers(self) -> torch.Tensor:
+        assert self._column_normalisers_MN is not None
         return self._column_normalisers_MN
 
     def add_gradients(
         self, shift_MR: torch.Tensor, missed_MR: torch.Tensor, column_shift_MN: torch.Tensor | None
     ) -> None:
         count, dims = self._rows.stop - self._rows.start, len(self._problem.dims)
-        blocks = triton.cdiv(self._columns, BY_COLUMNS["BLOCK_C"])
-        splits, per_split = _shares(count, blocks, BY_COLUMNS["BLOCK_R"])
-        symmetric = column_shift_MN is not None
-        row_terms = shift_MR.new_empty(blocks if symmetric else 0, dims, count)
+        tile = self._tile
+        blocks = triton.cdiv(self._columns, tile["BLOCK_C"])
+        splits, per_split = _shares(count, blocks, tile["BLOCK_R"])
+        row_terms = shift_MR.new_empty(blocks, dims, count)
         column_terms = shift_MR.new_empty(splits, dims, self._columns)
         shifts = shift_MR.contiguous()
         info_nce_streaming.gradients_kernel[(blocks, splits)](
@@ -134,26 +146,60 @@ class StreamingTiles:
             row_terms_ptr=row_terms,
             column_terms_ptr=column_terms,
             rows_per_split=per_split,
-            HAS_SYMMETRIC=symmetric,
-            **BY_COLUMNS,
+            HAS_SYMMETRIC=column_shift_MN is not None,
+            **tile,
         )
-        negatives_MR = (self._rivals_MR - shift_MR).exp() * self._mean_MR - missed_MR * self._own_MR
-        self._row_terms_MB[:, self._rows] = row_terms.sum(0) if symmetric else self._scales_M[:, None] * negatives_MR
-        self._column_terms_MN += column_terms.sum(0)
+        self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+        if self._rows.start:
+            self._column_terms_MN += column_terms.sum(0)
+        else:
+            torch.sum(column_terms, 0, out=self._column_terms_MN)
         self._add_products(count)
 
     def gradients(self) -> Gradients:
-        for sums in (*self._products, self._row_terms_MB, self._column_terms_MN):
-            sums /= len(self._inputs[0])  # last: weights alone stay in range of float16
-        self._scores_MRN = self._upstream_MRN = self._scores_MRN[:0]
-        return self._norms.complete(self._inputs, self._products, self._row_terms_MB, self._column_terms_MN)
+        self._scores_MRN = self._upstream_MRN = torch.empty(0)
+        self._chunk = {}
+        scale = 1 / self._temperature
+        queries = self._finish(0, self._row_terms_MB, self._scaled_query_MB, scale)
+        passages = self._finish(1, self._column_terms_MN, self._passage_MN, 1.0)
+        return Gradients(queries, passages, self._row_terms_MB.sum() * (-scale / len(queries)))
+
+    def _inverse_norms(self, vectors_RK: torch.Tensor, scale: float) -> torch.Tensor:
+        rows, dims = len(vectors_RK), self._problem.dims
+        norms_MR = torch.empty(len(dims), rows, dtype=torch.float32, device=vectors_RK.device)
+        norms.norms_kernel[(rows,)](
+            vectors_RK, vectors_RK.stride(0), norms_MR, rows, scale, FLOOR, DIMS=dims, BLOCK_K=self._block_k
+        )
+        return norms_MR
+
+    def _finish(self, side: int, terms_MR: torch.Tensor, norms_MR: torch.Tensor, scale: float) -> torch.Tensor:
+        """The gradient of one side in the inputs' precision, divided last: weights alone stay in range of float16."""
+        vectors_RK = self._inputs[side]
+        gradient_RK = torch.empty_like(self._products[side], dtype=vectors_RK.dtype)
+        rows, width = gradient_RK.shape
+        norms.finish_kernel[(rows,)](
+            self._products[side],
+            vectors_RK,
+            vectors_RK.stride(0),
+            terms_MR,
+            norms_MR,
+            gradient_RK,
+            rows,
+            width,
+            scale,
+            1 / len(self._inputs[0]),
+            DIMS=self._problem.dims,
+            BLOCK_K=self._block_k,
+        )
+        return gradient_RK
 
     def _add_products(self, count: int) -> None:
         query, passage = self._inputs
         for upstream_RN, block in zip(self._upstream_MRN, self._blocks, strict=True):
             upstream_RN = upstream_RN[:count, : self._columns]
             _multiply(upstream_RN, passage[:, block], self._products[0][self._rows, block])
-            _multiply(upstream_RN.T, query[self._rows, block], self._products[1][:, block], add=True)
+            of_passages = self._products[1][:, block]
+            _multiply(upstream_RN.T, query[self._rows, block], of_passages, add=self._rows.start > 0)
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A chunk's products and, in the inputs' precision, what its gradients are multiplied from."""
@@ -185,8 +231,8 @@ class StreamingTiles:
             "dim_stride": self._scores_MRN.stride(0),
             "rows": rows.stop - rows.start,
             "columns": self._columns,
-            "x_norms_ptr": self._norms.scaled_query_MB[:, rows].contiguous(),
-            "y_norms_ptr": self._norms.passage_MN,
+            "x_norms_ptr": self._scaled_query_MB[:, rows].contiguous(),
+            "y_norms_ptr": self._passage_MN,
             "exponent": self._exponent,
             "positives_ptr": ids["positives"][rows],
             "own_ids_ptr": own,

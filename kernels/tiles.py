@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from drama_dist.kernels.problem import Problem
 
 MASKED = -1e30  # finite: a masked score times a zero gradient must stay zero
-_FLOOR = 1e-12  # of norms, as in torch.nn.functional.normalize
+FLOOR = 1e-12  # of norms, as in torch.nn.functional.normalize
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def add_norm_terms(
 def _inverse_norms(vectors: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     precision = torch.promote_types(vectors.dtype, torch.float32)
     norms = [torch.linalg.vector_norm(vectors[:, :dim], dim=1, dtype=precision) for dim in dims]
-    return torch.stack(norms).clamp_min(_FLOOR).reciprocal()
+    return torch.stack(norms).clamp_min(FLOOR).reciprocal()
 
 
 def row_chunks(rows: int, columns: int, dims: int, score_bytes: int, most: int, step: int) -> Iterator[slice]:

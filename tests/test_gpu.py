@@ -21,10 +21,10 @@ from drama_dist import pipeline, ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.settings import Settings, write_settings
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "train"))
+sys.path.insert(0, str(Path(__file__).parent / "train"))
 from test_ranks import distance, start_ranks
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.gpu
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 ON_GPU = {"DS_ACCELERATOR": "cuda"}

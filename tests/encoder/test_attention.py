@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from drama_dist.encoder import attention
 from drama_dist.encoder.packing import pack
@@ -91,9 +92,34 @@ def test_the_call_of_flash_attention_follows_its_interface(monkeypatch: pytest.M
     torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, False), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_call_of_the_built_in_flash_attention_follows_its_interface(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same through PyTorch's `varlen_attn`, as versions without grouped heads have it."""
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        assert q.shape == k.shape == v.shape == (sum(LENGTHS), HEADS, SIZE)
+        assert cu_seq_q.dtype == torch.int32 and cu_seq_q.diff().tolist() == list(LENGTHS)
+        assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == max(LENGTHS)
+        assert window_size in ((-1, -1), (-1, 0))
+        few = HEADS // KEY_VALUE_HEADS
+        heads_first = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k[:, ::few], v[:, ::few])]
+        return written_out(*heads_first, scale, window_size == (-1, 0))[0].to(q.dtype)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    packed = pack([[1] * length for length in LENGTHS])
+    found = attention._built_in_flash(*tensors(), 0.3, packed, 0.0, causal)
+    torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="install flash-attn"):
+        attention._built_in_flash(*tensors(), 0.3, packed, 0.1, causal)
+
+
 @pytest.mark.gpu
-def test_flash_attention_agrees_on_a_gpu() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)], ids=str)
+def test_attention_on_a_gpu_agrees(causal: bool, dtype: torch.dtype, close: float) -> None:
     packed = pack([[1] * length for length in LENGTHS], "cuda")
-    on_gpu = [tensor.cuda().bfloat16() for tensor in tensors()]
-    found, _ = attention.packed_attention(module(False), *on_gpu, None, 0.3, packed)
-    torch.testing.assert_close(found.double().cpu(), written_out(*tensors(), 0.3, False), rtol=2e-2, atol=2e-2)
+    on_gpu = [tensor.to("cuda", dtype) for tensor in tensors()]
+    found, _ = attention.packed_attention(module(causal), *on_gpu, None, 0.3, packed)
+    torch.testing.assert_close(found.double().cpu(), written_out(*tensors(), 0.3, causal), rtol=close, atol=close)
