@@ -45,7 +45,7 @@ setup(
         "sentence-transformers>=6.0",
         "sentencex>=1.0",
         "tensorboard>=2.20",
-        "torch>=2.10",
+        "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5.20",
         "triton>=3.5; platform_system == 'Linux'",

@@ -7,8 +7,8 @@ Every side gets the same float tensors and gives the loss and both gradients. se
 MatryoshkaLoss over CachedMultipleNegativesRankingLoss without its encoder: once with each of several mini-batches,
 32 (its default) among them, and with the fastest of these in every round. On CUDA inf-cl and Liger's fused
 cross-entropy join, once for every dim, where they are installed. A speed-up is printed only where the sides agree.
-Memory is what two calls of a side add at their peak, vectors aside, in a process of its own. Rows of the results file
-that are of other sizes or processors stay.
+Memory is what two calls of a side add at their peak, vectors aside, on CPUs in a process of its own. Rows of the
+results file that are of other sizes or processors stay.
 """
 
 from __future__ import annotations
@@ -211,10 +211,10 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
     }
 
 
-LEGEND = f"""Seconds (median; fastest to slowest) and extra peak MB, alone in a process. cached: sentence-transformers
-at the fastest of the mini-batches {", ".join(map(str, MINI_BATCHES))}; and at {MINI_BATCHES[0]}, its default, in one
-round. time: ours over the best of all others; over cached: ours over cached; memory: ours over dense. 1 dim: our time
-over that with one dim."""
+LEGEND = f"""Seconds (median; fastest to slowest) and extra peak MB, on CPUs alone in a process. cached:
+sentence-transformers at the fastest of the mini-batches {", ".join(map(str, MINI_BATCHES))}; and at {MINI_BATCHES[0]},
+its default, in one round. time: ours over the best of all others; over cached: ours over cached; memory: ours over
+dense. 1 dim: our time over that with one dim."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:

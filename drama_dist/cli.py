@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(*verb: str) -> NoReturn:
     """Entry of `drama`; with a verb that of launcher/VERB.py, for deepspeed, torchrun, srun, mpirun or plain python."""
-    status = main([*verb, *sys.argv[1:]])
+    try:
+        status = main([*verb, *sys.argv[1:]])
+    except Exception:
+        traceback.print_exc()
+        status = 1
     if "drama_dist.ranks" in sys.modules:  # importing PyTorch takes seconds
         from drama_dist import ranks
 

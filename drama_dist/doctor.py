@@ -82,7 +82,7 @@ CHECKS = (
     Check(
         "FlashAttention on the GPU",
         probes.flash_attention,
-        "on the CPU attention runs in our kernel (above); on a GPU encoding and training would fail",
+        "on the CPU attention runs in our kernel (above); on a GPU in half precision encoding and training would fail",
         "on a machine with an NVIDIA GPU: a CUDA build of PyTorch, or pip install '.[cuda]' for flash-attn's",
     ),
     Check("faiss", probes.faiss, "encode, augment and evaluate fail: there is no other search", _FAISS),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -99,13 +98,12 @@ def flash_attention() -> str:
     """Packed attention of one sequence on the GPU: flash-attn's, or PyTorch's own where that is not installed."""
     import torch
 
-    installed = importlib.util.find_spec("flash_attn") is not None
-    name = f"flash-attn {_version('flash-attn')}" if installed else "PyTorch's own"
-    if not torch.cuda.is_available():
-        raise Missing(f"{name} is here, but no CUDA device for it")
-    from drama_dist.encoder.attention import packed_attention
+    from drama_dist.encoder.attention import flash_attn_is_installed, packed_attention
     from drama_dist.encoder.packing import pack
 
+    name = f"flash-attn {_version('flash-attn')}" if flash_attn_is_installed() else "PyTorch's own"
+    if not torch.cuda.is_available():
+        raise Missing(f"{name} is here, but no CUDA device for it")
     heads = torch.ones(1, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
     layer = torch.nn.Module()
     layer.config = SimpleNamespace(is_causal=False)  # type: ignore[assignment]

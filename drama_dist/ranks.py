@@ -150,9 +150,11 @@ def end(status: int) -> NoReturn:
     """
     if world_size() == 1 and status == 0:
         sys.exit()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # their reader may be gone
+        os._exit(status)
 
 
 def _free_port() -> int:

@@ -78,14 +78,14 @@ class Compiled:
 
 
 def variants(target: str) -> list[Variant]:
-    """Every kernel and shape that the launchers ship for a target of TARGETS, with all options off, and on."""
+    """Every kernel and shape that the launchers ship for a target of TARGETS, options off, and (not fp16) on."""
     return list(_variants(hip=target.startswith("gfx")))
 
 
 def _variants(hip: bool) -> Iterator[Variant]:
-    for precision in ("bf16", "fp32"):  # fp16 makes the same programs as bf16
+    for precision in ("bf16", "fp16", "fp32"):
         table = triton_tiles.shapes(precision == "fp32", hip)
-        for flag in (False, True):
+        for flag in (False,) if precision == "fp16" else (False, True):  # half precision differs in its products only
             options = {"HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
             for transposed in (False, True):
                 sided = {**options, "TRANSPOSED": transposed, "MP": 4, "SEGMENT": table.segment}
@@ -103,7 +103,9 @@ def _streaming(precision: str) -> Iterator[Variant]:
         options = {"M": dims, "HAS_IDS": flag, "HAS_EXCLUDED": flag, "HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
         tiles = {"gradients": streaming_tiles.by_columns(dims, flag, flag, flag)}
         if precision == "fp32":
-            tiles |= {"rows": streaming_tiles.BY_ROWS, "columns": tiles["gradients"]}
+            tiles["rows"] = streaming_tiles.BY_ROWS
+            if flag:  # only the symmetric term needs it
+                tiles["columns"] = tiles["gradients"]
         for kernel, tile in tiles.items():
             blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
             yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"], 3)

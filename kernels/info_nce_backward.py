@@ -293,7 +293,7 @@ def shared_kernel(
         terms_RC = gradient_RC * score_RC
         tl.atomic_add(x_terms_ptr + d * padded_rows + rows_R, tl.sum(terms_RC, 1))
         tl.atomic_add(y_terms_ptr + d * padded_columns + columns_C, tl.sum(terms_RC, 0))
-        upstreams = upstreams + (gradient_RC * norms_RC,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no starred tuples)
+        upstreams = upstreams + (gradient_RC * norms_RC,)  # type: ignore[assignment]
     suffix_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for d in tl.static_range(len(ENDS) - 1, -1, -1):
         suffix_RC += upstreams[d]

@@ -10,6 +10,8 @@ A product's row is `stride` long, a multiple of 16 with zeros after the last col
 along it need no mask; products of the next dim are `dim_stride` further.
 """
 
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
@@ -94,8 +96,8 @@ def rows_kernel(
     most = ()
     total = ()
     for _ in tl.static_range(M):
-        most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no starred tuples)
-        total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)
+        total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)
     left_out_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.int32)
     begin = split * columns_per_split
     end = tl.minimum(begin + columns_per_split, columns)
@@ -132,8 +134,8 @@ def rows_kernel(
             score_RC = product_RC * (x_norm_R[:, None] * y_norm_C[None, :])
             z_RC = tl.where(counts_RC, score_RC * exponent, MASKED)
             taken = take_up(most[d], total[d], z_RC)
-            next_most = next_most + (taken[0],)  # type: ignore[assignment]  # noqa: RUF005
-            next_total = next_total + (taken[1],)  # type: ignore[assignment]  # noqa: RUF005
+            next_most = next_most + (taken[0],)
+            next_total = next_total + (taken[1],)
         most = next_most
         total = next_total
     positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
@@ -189,9 +191,9 @@ def columns_kernel(
     y_norms = ()
     for d in tl.static_range(M):
         y_norm_C = tl.load(y_norms_ptr + d * columns + columns_C, mask=inside_C, other=0.0)
-        y_norms = y_norms + (y_norm_C,)  # type: ignore[assignment]  # noqa: RUF005
-        most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        y_norms = y_norms + (y_norm_C,)
+        most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)
+        total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
     for row in range(begin, end, BLOCK_R):
@@ -224,8 +226,8 @@ def columns_kernel(
             score_RC = product_RC * (x_norm_R[:, None] * y_norms[d][None, :])
             z_RC = tl.where(counts_RC, score_RC * exponent, MASKED)
             taken = take_up(most[d], total[d], z_RC)
-            next_most = next_most + (taken[0],)  # type: ignore[assignment]  # noqa: RUF005
-            next_total = next_total + (taken[1],)  # type: ignore[assignment]  # noqa: RUF005
+            next_most = next_most + (taken[0],)
+            next_total = next_total + (taken[1],)
         most = next_most
         total = next_total
     for d in tl.static_range(M):
@@ -277,14 +279,13 @@ def gradients_kernel(
     y_norms = ()
     for d in tl.static_range(M):
         y_norm_C = tl.load(y_norms_ptr + d * columns + columns_C, mask=inside_C, other=0.0)
-        y_norms = y_norms + (y_norm_C,)  # type: ignore[assignment]  # noqa: RUF005
-        column_terms = column_terms + (tl.zeros((BLOCK_C,), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        y_norms = y_norms + (y_norm_C,)
+        column_terms = column_terms + (tl.zeros((BLOCK_C,), dtype=tl.float32),)
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
     for row in range(begin, end, BLOCK_R):
         rows_R = row + tl.arange(0, BLOCK_R)
         inside_R = rows_R < end
-        # Rows and columns outside have norms of 0, and so no share in any sum.
         same_RC = same_document(
             rows_R,
             columns_C,
@@ -300,6 +301,8 @@ def gradients_kernel(
             HAS_EXCLUDED,
             HAS_TEACHER,
         )
+        # Norms of 0 keep what is outside out of all sums, but for e^(0 - shift), which may be infinite.
+        counts_RC = inside_R[:, None] & inside_C[None, :] & (same_RC == 0)
         positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
         is_own_RC = positive_R[:, None] == columns_C[None, :]
         at_RC = rows_R.to(tl.int64)[:, None] * stride + columns_C[None, :]
@@ -314,7 +317,7 @@ def gradients_kernel(
             missed_R = tl.load(missed_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             norms_RC = x_norm_R[:, None] * y_norms[d][None, :]
             score_RC = product_RC * norms_RC
-            z_RC = tl.where(same_RC, MASKED, score_RC * exponent)
+            z_RC = tl.where(counts_RC, score_RC * exponent, MASKED)
             gradient_RC = tl.exp(z_RC - shift_R[:, None])
             if HAS_SYMMETRIC:
                 column_shift_C = tl.load(column_shifts_ptr + d * columns + columns_C, mask=inside_C, other=0.0)
@@ -323,8 +326,8 @@ def gradients_kernel(
             terms_RC = gradient_RC * score_RC
             place_R = (block * M + d).to(tl.int64) * rows + rows_R
             tl.store(row_terms_ptr + place_R, tl.sum(terms_RC, 1), mask=inside_R)
-            next_terms = next_terms + (column_terms[d] + tl.sum(terms_RC, 0),)  # type: ignore[assignment]  # noqa: RUF005
-            upstreams = upstreams + (gradient_RC * norms_RC,)  # type: ignore[assignment]  # noqa: RUF005
+            next_terms = next_terms + (column_terms[d] + tl.sum(terms_RC, 0),)
+            upstreams = upstreams + (gradient_RC * norms_RC,)
         column_terms = next_terms
         suffix_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         for d in tl.static_range(M - 1, -1, -1):

@@ -2,7 +2,8 @@
 
 Each product is formed once, where kernels that keep no scores form it for every block of gradients
 again: faster, for the memory of one chunk. float32, bfloat16 and float16 inputs; products and sums
-are float32. The same to the bit, whenever it is run.
+are float32, and float32 inputs multiplied as PyTorch is told to (TF32 where that is allowed). The same
+to the bit whenever it is run, without the symmetric term.
 Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 """
 
@@ -17,14 +18,14 @@ import triton
 from drama_dist.kernels import info_nce_streaming, norms
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.tiles import FLOOR, ChunkScores, Gradients, row_chunks
-from drama_dist.kernels.triton_tiles import check_dtypes, ranked
+from drama_dist.kernels.triton_tiles import best_score, check_dtypes, ranked
 
 _SCORE_BYTES = 1 << 30
 _MOST_ROWS = 16384
 _ROW_STEP = 128
 _ALIGNMENT = 16  # of a product's rows, in elements
 _PROGRAMS = 1056  # eight for each multiprocessor of an H100
-# Each thread has whole columns of a tile, so that nothing is exchanged between threads. What was fastest on an H200:
+# Each thread has whole columns of a tile: only sums of rows are exchanged between threads.
 BY_ROWS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
 SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}  # where BY_COLUMNS has too few registers
@@ -44,9 +45,9 @@ def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
 
 
 def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
-    """What a call holds at most beside its float32 inputs: a chunk's products and operands, and gradients."""
+    """What a call without a teacher holds at most beside its float32 inputs: a chunk's products, sums, gradients."""
     chunk = len(dims) * chunk_rows(rows, columns, dims)[0] * (columns + _ALIGNMENT)
-    return 2 * 4 * chunk + 4 * (rows + columns) * (2 * max(dims) + 3 * len(dims))
+    return 4 * chunk + 4 * (rows + columns) * (2 * max(dims) + 3 * len(dims))
 
 
 class StreamingTiles:
@@ -60,10 +61,9 @@ class StreamingTiles:
         begins = (0, *problem.dims[:-1])
         self._blocks = [slice(*ends) for ends in zip(begins, problem.dims, strict=True)]
         self._block_k = triton.next_power_of_2(max(block.stop - block.start for block in self._blocks))
-        self._scaled_query_MB = self._inverse_norms(queries_BK, 1 / temperature)
-        self._passage_MN = self._inverse_norms(passages_NK, 1.0)
+        self._scaled_query_MB = self._inverse_norms(self._inputs[0], 1 / temperature)
+        self._passage_MN = self._inverse_norms(self._inputs[1], 1.0)
         self._ids = self._documents()
-        self._products = tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
         self._row_terms_MB = torch.empty_like(self._scaled_query_MB)
         self._column_terms_MN = torch.empty_like(self._passage_MN)
         self._column_normalisers_MN: torch.Tensor | None = None
@@ -73,7 +73,9 @@ class StreamingTiles:
             len(problem.dims), problem.symmetric != 0, problem.teacher is not None, "excluded" in self._ids
         )
         self._rows = slice(0)
-        self._scores_MRN, self._upstream_MRN = self._buffers()
+        self._scores_MRN = self._product_buffer()
+        self._upstream_MRN = torch.empty(0)
+        self._products: tuple[torch.Tensor, ...] = ()  # none, where nothing is learned
         self._chunk: dict[str, Any] = {}
 
     def row_chunks(self) -> Iterator[slice]:
@@ -106,7 +108,7 @@ class StreamingTiles:
         masked_pairs = left_out.sum()  # nothing without ids or a teacher; else the positives are among them
         if self._masks:
             masked_pairs = masked_pairs - (self._ids["positives"][rows] >= 0).sum()
-        return ChunkScores(own_MR, rivals_MR, maxima[:, -1].amax(0) / self._exponent, masked_pairs)
+        return ChunkScores(own_MR, rivals_MR, best_score(maxima[:, -1].amax(0), self._exponent), masked_pairs)
 
     def fold_columns(self) -> None:
         count, dims = self._rows.stop - self._rows.start, len(self._problem.dims)
@@ -129,6 +131,8 @@ class StreamingTiles:
         self, shift_MR: torch.Tensor, missed_MR: torch.Tensor, column_shift_MN: torch.Tensor | None
     ) -> None:
         count, dims = self._rows.stop - self._rows.start, len(self._problem.dims)
+        if not self._products:
+            self._upstream_MRN, self._products = self._gradient_buffers()
         tile = self._tile
         blocks = triton.cdiv(self._columns, tile["BLOCK_C"])
         splits, per_split = _shares(count, blocks, tile["BLOCK_R"])
@@ -201,14 +205,20 @@ class StreamingTiles:
             of_passages = self._products[1][:, block]
             _multiply(upstream_RN.T, query[self._rows, block], of_passages, add=self._rows.start > 0)
 
-    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A chunk's products and, in the inputs' precision, what its gradients are multiplied from."""
+    def _product_buffer(self) -> torch.Tensor:
+        """For a chunk's products: zeros after the last column."""
         rows = max(len(range(len(self._inputs[0]))[part]) for part in self.row_chunks())
         shape = len(self._blocks), rows, self._columns + -self._columns % _ALIGNMENT
         scores_MRN = torch.empty(shape, dtype=torch.float32, device=self._inputs[0].device)
         scores_MRN[..., self._columns :] = 0
+        return scores_MRN
+
+    def _gradient_buffers(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """For what a chunk's gradients are multiplied from, in the inputs' precision; and for both sides' products."""
         own = self._inputs[0].dtype
-        return scores_MRN, scores_MRN if own == torch.float32 else torch.empty_like(scores_MRN, dtype=own)
+        scores = self._scores_MRN  # float32 operands may take their place
+        upstream = scores if own == torch.float32 else torch.empty_like(scores, dtype=own)
+        return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
 
     def _documents(self) -> dict[str, torch.Tensor]:
         """Positives and ids as int32, half the registers of int64: ids by their order. Without ids columns are ids."""
@@ -262,13 +272,11 @@ def _shares(length: int, blocks: int, step: int) -> tuple[int, int]:
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, add: bool = False) -> None:
-    """In place: `result` (float32), or that much more, of operands in any precision."""
-    if left.is_cuda and left.dtype != torch.float32:
-        if add:
-            torch.addmm(result, left, right, out_dtype=torch.float32, out=result)
-        else:
-            torch.mm(left, right, out_dtype=torch.float32, out=result)
-    elif add:
-        result.addmm_(left.float(), right.float())
+    """In place: `result` (float32), or that much more, of operands in any precision. No autocast: that skips out=."""
+    wanted: dict[str, Any] = {"out_dtype": torch.float32}
+    if left.dtype == torch.float32 or not left.is_cuda or torch.version.hip:  # no half precision that gives float32
+        left, right, wanted = left.float(), right.float(), {}
+    if add:
+        torch.addmm(result, left, right, **wanted, out=result)
     else:
-        result.copy_(left.float() @ right.float())
+        torch.mm(left, right, **wanted, out=result)

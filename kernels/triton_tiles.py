@@ -20,7 +20,7 @@ from torch.nn.functional import normalize, pad
 
 from drama_dist.kernels import info_nce_backward, info_nce_forward
 from drama_dist.kernels.problem import Problem
-from drama_dist.kernels.tiles import ChunkScores, Gradients, Norms, block_ends, pad_blocks, unpad_blocks
+from drama_dist.kernels.tiles import MASKED, ChunkScores, Gradients, Norms, block_ends, pad_blocks, unpad_blocks
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ROWS = 32 if _INTERPRETED else 64  # every shape's rows and columns divide it
@@ -142,7 +142,7 @@ class TritonTiles:
 
     def scores(self, rows: slice) -> ChunkScores:
         rivals_MB, most_MB, own_MB, left_out = self._forward_pass(transposed=False)
-        return ChunkScores(own_MB, rivals_MB, most_MB[-1] / self._exponent, left_out)
+        return ChunkScores(own_MB, rivals_MB, best_score(most_MB[-1], self._exponent), left_out)
 
     def fold_columns(self) -> None:
         """Nothing to add: the transposed pass forms every column's normaliser at once."""
@@ -271,6 +271,11 @@ class SharedTritonTiles(TritonTiles):
             ENDS=tuple(self._ends),
         )
         return [*products, *terms]
+
+
+def best_score(most_R: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Of each row's largest exponent z; a row without negatives stays near MASKED."""
+    return torch.where(most_R > MASKED / 10, most_R / exponent, most_R)
 
 
 def check_dtypes(queries_BK: torch.Tensor, passages_NK: torch.Tensor) -> None:

@@ -1,13 +1,14 @@
 """Attention over packed sequences, for every layer that is not fused (fused_layers.py).
 
 In half precision on CUDA one call of FlashAttention: flash-attn's where it is installed, else the one that PyTorch
-has built in. Elsewhere once for each run of sequences of equal length: PyTorch's SDPA without a mask, which is its
-flash kernel on the CPU, or, for the gradients of short sequences, plain products.
+has built in, which has no dropout. Elsewhere once for each run of sequences of equal length: PyTorch's SDPA without a
+mask, which is its flash kernel on the CPU, or, for the gradients of short sequences, plain products.
 Registered with transformers under NAME, so that its Llama layers call it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,9 +39,11 @@ def packed_attention(
     Causal or bidirectional as the model's config says.
     """
     causal = bool(getattr(module.config, "is_causal", True))
-    if query.is_cuda and query.dtype != torch.float32:
-        flash = _flash if find_spec("flash_attn") else _built_in_flash
-        return flash(query, key, value, scaling, packed, dropout, causal), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if flash_attn_is_installed():
+            return _flash(query, key, value, scaling, packed, dropout, causal), None
+        if not dropout:
+            return _built_in_flash(query, key, value, scaling, packed, causal), None
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for (count, length), *parts in zip(
@@ -55,6 +58,12 @@ def packed_attention(
             )
         outputs.append(output.transpose(1, 2).reshape(count * length, query.shape[1], -1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+@cache
+def flash_attn_is_installed() -> bool:
+    """Whether flash-attn's kernels can be had."""
+    return find_spec("flash_attn") is not None
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -95,13 +104,10 @@ def _built_in_flash(
     value: torch.Tensor,
     scaling: float,
     packed: Packed,
-    dropout: float,
     causal: bool,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise ValueError(f"dropout={dropout}: PyTorch's own packed attention has none, install flash-attn")
     groups = query.shape[1] // key.shape[1]  # repeated: how grouped heads are asked for differs between versions
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     k, v = (tensor.repeat_interleave(groups, 1) if groups > 1 else tensor for tensor in (k, v))

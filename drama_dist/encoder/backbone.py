@@ -29,7 +29,7 @@ from drama_dist.encoder.threads import side_by_side
 from drama_dist.progress import Progress
 from drama_dist.settings import EncoderSettings
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
 _TOKENS_PER_THREAD = 1024  # the same, of a CPU thread with chunks of its own
 _LEAST_PER_THREAD = 256  # with fewer every thread reads all weights for too little
 
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         thousand of them, which took 0.8 GB in a training step.
         """
         compiles = self.device.type == "cpu" and self.backbone.dtype == torch.bfloat16
-        return pack(filled(sequences) if compiles else sequences, self.device)
+        return pack(filled(sequences) if compiles and self._fixed_positions() else sequences, self.device)
 
     @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
@@ -162,13 +162,17 @@ class Encoder(nn.Module):
 
     def _thread_safe(self) -> bool:
         """Whether calls from several threads at once do the same as one call after another from the caller's."""
-        rope = self.backbone.rotary_emb.rope_type
         return (
             self.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")  # a thread's own
-            and not ("dynamic" in rope or rope == "longrope")  # these keep the longest length seen
+            and self._fixed_positions()
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         )
+
+    def _fixed_positions(self) -> bool:
+        """Whether a token's rotation is the same whatever lengths come with it, and came before."""
+        rope = self.backbone.rotary_emb.rope_type
+        return not ("dynamic" in rope or rope == "longrope")
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back.

@@ -66,4 +66,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)
+def _begin_anew() -> None:
+    """In a forked child: it has none of the threads, and a lock that one of them may have held."""
+    global _STARTING
+    _STARTING = threading.Lock()
+    _pool.cache_clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ def compiled(compilers: ProcessPoolExecutor) -> dict[str, dict[Variant, Compiled
     return found
 
 
-def _options(variant: Variant) -> list[tuple[str, object]]:
-    """All but the tile's shape."""
-    return [(name, value) for name, value in variant.constants if not name.startswith("BLOCK")]
+def _may_spill(name: str) -> float:
+    """Bytes: shapes that autotuning may take beside one without, as they are faster on an H200; and a few scalars."""
+    if name.startswith(("forward bf16 64×128×64", "shared bf16 128×128×64")):
+        return math.inf
+    return 32 if name.startswith(("rows", "gradients")) and name.endswith("ids excluded teacher symmetric") else 0
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
@@ -55,11 +58,8 @@ def test_registers_do_not_spill_and_shared_memory_fits(
         "pool_forward",
         "pool_backward",
     }
-    spilled: dict[tuple[str, ...], list[int]] = {}
-    for variant, report in compiled[target].items():
-        spilled.setdefault((variant.kernel, variant.precision, str(_options(variant))), []).append(report.spilled)
-    # Of several shapes one: autotuning may find another faster although it spills. Of streaming kernels a few scalars.
-    assert not {of: least for of, each in spilled.items() if (least := min(each)) > (32 if of[0] in STREAMING else 0)}
+    spilled = [(variant.name, report.spilled) for variant, report in compiled[target].items()]
+    assert not [(name, count) for name, count in spilled if count > _may_spill(name)]
     assert max(report.shared for report in compiled[target].values()) <= SHARED_LIMITS[target]
 
 

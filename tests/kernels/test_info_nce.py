@@ -24,7 +24,6 @@ BACKENDS = {
     "eager": ("streaming", [torch.float64, torch.float32]),
     "compiled": ("streaming", [torch.float32, torch.bfloat16]),
     "triton": ("triton", [torch.float32, torch.float16]),
-    "triton-chunks": ("triton", [torch.float32, torch.float16]),
     "triton-separate": ("triton-separate", [torch.float32, torch.float16]),
     "triton-shared": ("triton-shared", [torch.float32, torch.float16]),
 }
@@ -32,7 +31,7 @@ BACKENDS = {
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name that info_nce knows. eager hides the compiler's work; triton-chunks has several of all."""
+    """The name that info_nce knows; eager hides the compiler's work."""
     if request.param == "eager":
         monkeypatch.setattr(compiled_tiles, "extension", lambda: None)
         monkeypatch.setattr("drama_dist.kernels.eager_tiles._SCORE_BYTES", 4 * 3 * 70 * 5)  # several chunks
@@ -41,14 +40,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "compiled":
         assert compiled_tiles.extension() is not None
         assert compiled_tiles.chunk_rows(33, 70, DIMS) == [12, 12, 9]
-    if request.param == "triton-chunks":
-        streaming_tiles = pytest.importorskip("drama_dist.kernels.streaming_tiles")
-        monkeypatch.setattr(streaming_tiles, "_SCORE_BYTES", 4 * 3 * 70 * 12)
-        monkeypatch.setattr(streaming_tiles, "_ROW_STEP", 12)
-        assert streaming_tiles.chunk_rows(33, 70, DIMS) == [12, 12, 9]
-        for name in ("BY_ROWS", "BY_COLUMNS", "SMALL"):
-            monkeypatch.setattr(streaming_tiles, name, {"BLOCK_R": 8, "BLOCK_C": 16, "num_warps": 1})
-        assert streaming_tiles._shares(70, 6, 16)[0] == 2
     return BACKENDS[request.param][0]
 
 
@@ -198,7 +189,7 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-chunks", "triton-separate"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
     device = device_of(backend)
     runs = [ours_and_truth(backend, (33, 70), torch.float32, "plain", 0.05, device)[0] for _ in range(2)]
@@ -206,7 +197,7 @@ def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
     assert all(torch.equal(own, again) for own, again in zip(runs[0][1], runs[1][1], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-chunks", "triton-separate"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_accuracy_margins_and_masked_pairs_are_those_of_the_scores(backend: str) -> None:
     queries, passages, positives, ids = inputs(20, 30, torch.float32, device_of(backend))
     result = info_nce(queries, passages, positives, temperature=0.5, dims=DIMS, passage_ids=ids, backend=backend)
@@ -253,7 +244,7 @@ def test_a_tiny_temperature_does_not_overflow(backend: str, temperature: float) 
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-chunks", "triton-separate"], indirect=True)
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton", "triton-separate"], indirect=True)
 def test_without_gradients_there_is_the_same_loss(backend: str) -> None:
     queries, passages, positives, _ = inputs(8, 16, torch.float32, device_of(backend))
     with_gradients = info_nce(queries, passages, positives, temperature=0.1, dims=DIMS, backend=backend)
