@@ -18,7 +18,7 @@ import triton
 from drama_dist.kernels import info_nce_streaming, norms
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.tiles import FLOOR, ChunkScores, Gradients, row_chunks
-from drama_dist.kernels.triton_tiles import best_score, check_dtypes, ranked
+from drama_dist.kernels.triton_tiles import INTERPRETED, best_score, check_dtypes, ranked
 
 _SCORE_BYTES = 1 << 30
 _MOST_ROWS = 16384
@@ -29,6 +29,8 @@ _PROGRAMS = 1056  # eight for each multiprocessor of an H100
 BY_ROWS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
 SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}  # where BY_COLUMNS has too few registers
+if INTERPRETED:
+    BY_ROWS = BY_COLUMNS = SMALL = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 1}
 _MOST_DIMS = 3
 
 

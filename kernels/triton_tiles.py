@@ -22,9 +22,9 @@ from drama_dist.kernels import info_nce_backward, info_nce_forward
 from drama_dist.kernels.problem import Problem
 from drama_dist.kernels.tiles import MASKED, ChunkScores, Gradients, Norms, block_ends, pad_blocks, unpad_blocks
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ROWS = 32 if _INTERPRETED else 64  # every shape's rows and columns divide it
-_COMPONENTS = 16 if _INTERPRETED else 64  # every shape's components divide it
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ROWS = 32 if INTERPRETED else 64  # every shape's rows and columns divide it
+_COMPONENTS = 16 if INTERPRETED else 64  # every shape's components divide it
 _PROGRAMS = 264  # two for each multiprocessor of an H100: fewer row blocks share out the columns too
 
 
@@ -82,14 +82,14 @@ _ONE = (Shape(32, 32, 16, 1, 1),)
 
 def shapes(float32: bool, hip: bool) -> _Shapes:
     """What autotuning chooses from, for inputs in float32 or in half precision."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return _Shapes(_ONE, _ONE, _ONE, 16)
     return _SHAPES["hip" if hip else "cuda", "float32" if float32 else "half"]
 
 
 def precision_of_products(hip: bool) -> str:
     """How float32 inputs are multiplied: three TF32 products on NVIDIA, which err as float32 does; plain on AMD."""
-    return "ieee" if hip or _INTERPRETED else "tf32x3"
+    return "ieee" if hip or INTERPRETED else "tf32x3"
 
 
 @dataclass(frozen=True)
