@@ -55,7 +55,7 @@ _SHAPES = {
     ("cuda", "half"): _Shapes(
         forward=(Shape(64, 64, 64, 8, 3), Shape(64, 128, 64, 4, 3)),
         separate=(Shape(64, 64, 32, 8, 2), Shape(64, 64, 64, 8, 3)),
-        shared=(Shape(64, 64, 32, 8, 2), Shape(128, 128, 64, 8, 2)),
+        shared=(Shape(64, 64, 32, 8, 2), Shape(64, 64, 64, 8, 3)),
         segment=256,
     ),
     ("cuda", "float32"): _Shapes(

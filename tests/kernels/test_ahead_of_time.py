@@ -41,7 +41,7 @@ def compiled(compilers: ProcessPoolExecutor) -> dict[str, dict[Variant, Compiled
 
 def _may_spill(name: str) -> float:
     """Bytes: shapes that autotuning may take beside one without, as they are faster on an H200; and a few scalars."""
-    if name.startswith(("forward bf16 64×128×64", "shared bf16 128×128×64")):
+    if name.startswith(("forward bf16 64×128×64", "separate bf16 64×64×64", "shared bf16 64×64×64")):
         return math.inf
     return 32 if name.startswith(("rows", "gradients")) and name.endswith("ids excluded teacher symmetric") else 0
 
