@@ -103,11 +103,10 @@ def _streaming(precision: str) -> Iterator[Variant]:
     """Products are float32, whatever the inputs; only vectors and the gradients' operands are in their precision."""
     for dims, flag in ((3, False), (3, True), (5, True)):
         options = {"M": dims, "HAS_IDS": flag, "HAS_EXCLUDED": flag, "HAS_TEACHER": flag, "HAS_SYMMETRIC": flag}
-        tiles = {"gradients": streaming_tiles.by_columns(dims, flag, flag, flag)}
+        along, down = streaming_tiles.tiles_of(dims, flag, flag, flag)
+        tiles = {"gradients": down}
         if precision == "fp32":
-            tiles["rows"] = streaming_tiles.BY_ROWS
-            if flag:  # only the symmetric term needs it
-                tiles["columns"] = tiles["gradients"]
+            tiles |= {"rows": along, "columns": down} if flag else {"rows": along}  # columns: the symmetric term's
         for kernel, tile in tiles.items():
             blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
             yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"], 3)

@@ -28,15 +28,18 @@ _PROGRAMS = 1056  # eight for each multiprocessor of an H100
 # Each thread has whole columns of a tile: only sums of rows are exchanged between threads.
 BY_ROWS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
-SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}  # where BY_COLUMNS has too few registers
+# Where registers are too few for these:
+BY_ROWS_SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 8}
+BY_COLUMNS_SMALL = {"BLOCK_R": 1, "BLOCK_C": 1024, "num_warps": 8}
 if INTERPRETED:
-    BY_ROWS = BY_COLUMNS = SMALL = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 1}
+    BY_ROWS = BY_COLUMNS = BY_ROWS_SMALL = BY_COLUMNS_SMALL = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 1}
 _MOST_DIMS = 3
 
 
-def by_columns(dims: int, symmetric: bool, teacher: bool, excluded: bool) -> dict[str, int]:
-    """The tile of the kernels that go down the columns."""
-    return BY_COLUMNS if dims <= _MOST_DIMS and not (symmetric or teacher or excluded) else SMALL
+def tiles_of(dims: int, symmetric: bool, teacher: bool, excluded: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """The tile of the kernel that goes along the rows, and of those that go down the columns."""
+    few = dims <= _MOST_DIMS and not (symmetric or teacher or excluded)
+    return (BY_ROWS, BY_COLUMNS) if few else (BY_ROWS_SMALL, BY_COLUMNS_SMALL)
 
 
 def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
@@ -71,7 +74,7 @@ class StreamingTiles:
         self._column_normalisers_MN: torch.Tensor | None = None
         self._scales_M = self._passage_MN.new_tensor(problem.weights)
         self._masks = problem.passage_ids_N is not None or problem.teacher is not None
-        self._tile = by_columns(
+        self._row_tile, self._tile = tiles_of(
             len(problem.dims), problem.symmetric != 0, problem.teacher is not None, "excluded" in self._ids
         )
         self._rows = slice(0)
@@ -91,8 +94,8 @@ class StreamingTiles:
         for scores_RN, block in zip(self._scores_MRN, self._blocks, strict=True):
             _multiply(query[rows, block], passage[:, block].T, scores_RN[:count, : self._columns])
         self._chunk = self._arguments(rows)
-        blocks = triton.cdiv(count, BY_ROWS["BLOCK_R"])
-        splits, per_split = _shares(self._columns, blocks, BY_ROWS["BLOCK_C"])
+        blocks = triton.cdiv(count, self._row_tile["BLOCK_R"])
+        splits, per_split = _shares(self._columns, blocks, self._row_tile["BLOCK_C"])
         maxima, sums = self._passage_MN.new_empty(2, splits, dims, count)
         own_MR = maxima.new_empty(dims, count)
         left_out = torch.empty(splits, count, dtype=torch.int32, device=maxima.device)
@@ -103,7 +106,7 @@ class StreamingTiles:
             own_ptr=own_MR,
             left_out_ptr=left_out,
             columns_per_split=per_split,
-            **BY_ROWS,
+            **self._row_tile,
         )
         of_splits = maxima + sums.log()
         rivals_MR = of_splits.logsumexp(0) if splits > 1 else of_splits[0]

@@ -49,13 +49,12 @@ class _Shapes:
     segment: int
 
 
-# As large as registers allow without spills, for one of each kernel (see ahead_of_time.py); and what was faster on an
-# H200, with spills or without: benchmarks/results/loss-cuda-bfloat16.md.
+# As large as the registers of the oldest chip allow without spills; see ahead_of_time.py.
 _SHAPES = {
     ("cuda", "half"): _Shapes(
-        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 128, 64, 4, 3)),
-        separate=(Shape(64, 64, 32, 8, 2), Shape(64, 64, 64, 8, 3)),
-        shared=(Shape(64, 64, 32, 8, 2), Shape(64, 64, 64, 8, 3)),
+        forward=(Shape(64, 64, 64, 8, 3), Shape(64, 32, 32, 8, 3)),
+        separate=(Shape(64, 64, 32, 8, 2),),
+        shared=(Shape(64, 64, 32, 8, 2), Shape(64, 32, 32, 8, 2)),
         segment=256,
     ),
     ("cuda", "float32"): _Shapes(

@@ -23,7 +23,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming_tiles, "_SCORE_BYTES", 4 * 3 * 70 * 12)
     monkeypatch.setattr(streaming_tiles, "_ROW_STEP", 12)
     assert streaming_tiles.chunk_rows(33, 70, DIMS) == [12, 12, 9]
-    for name in ("BY_ROWS", "BY_COLUMNS", "SMALL"):
+    for name in ("BY_ROWS", "BY_COLUMNS", "BY_ROWS_SMALL", "BY_COLUMNS_SMALL"):
         monkeypatch.setattr(streaming_tiles, name, {"BLOCK_R": 8, "BLOCK_C": 16, "num_warps": 1})
     assert streaming_tiles._shares(70, 2, 16)[0] == 2
 
