@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,18 +99,6 @@ class _Side:
     vectors_RK: torch.Tensor
     norms_MR: torch.Tensor
     teacher_RT: torch.Tensor
-
-
-def chunk_rows(rows: int, columns: int, dims: Sequence[int]) -> list[int]:
-    """How many rows each chunk has: there is one."""
-    return [rows]
-
-
-def held_bytes(rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
-    """What a call holds at most beside its float32 inputs: padded inputs and products, norms, sums; any threads."""
-    width = block_ends(dims, _COMPONENTS)[-1]
-    vectors, sums = 2 * (rows + columns) * width, 4 * len(dims) * (rows + columns)
-    return 4 * (vectors + sums) + 4 * 3 * len(dims) * max(_PROGRAMS * _ROWS, rows)
 
 
 class TritonTiles:
