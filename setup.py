@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), "drama_dist.kernels", "drama_dist.launcher"],
     package_dir=FOLDERS,
     package_data={
-        "drama_dist": ["py.typed", "model_card.md", "evaluate/*.html"],
+        "drama_dist": ["py.typed", "export/model_card.md", "evaluate/*.html"],
         "drama_dist.kernels": ["*.cpp", "*.h"],
         "drama_dist.launcher": ["slurm/*.sh"],
     },

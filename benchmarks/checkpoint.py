@@ -19,7 +19,7 @@ import torch
 from lengths import Trained
 from measure import arguments, circumstances, use, write_results
 
-from drama_dist.checkpoints import Checkpoints
+from drama_dist.distributed.checkpoints import Checkpoints
 
 TEXTS, TOKENS = 64, 128
 

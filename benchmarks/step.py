@@ -46,9 +46,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from texts import Texts, abstracts, questions
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
+from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import load
-from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.settings import TrainSettings
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective

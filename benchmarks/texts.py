@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from drama_dist.corpus.read import SetAside, read_corpus
 from drama_dist.corpus.split import random_crop
-from drama_dist.index.lexical import LexicalIndex
 from drama_dist.records import Passage
+from drama_dist.search.lexical import LexicalIndex
 
 _NEGATIVE_RANKS = slice(10, 30)
 Row = TypeVar("Row")

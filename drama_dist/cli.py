@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from drama_dist import interrupts
+from drama_dist.run import interrupts
+from drama_dist.run.shares import Share
 from drama_dist.settings import Settings, read_settings
-from drama_dist.shares import Share
 
 STAGES = {
     "run": "all stages, in order; each skips what is done",
@@ -71,8 +71,8 @@ def launch(*verb: str) -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
-    if "drama_dist.ranks" in sys.modules:  # importing PyTorch takes seconds
-        from drama_dist import ranks
+    if "drama_dist.distributed.ranks" in sys.modules:  # importing PyTorch takes seconds
+        from drama_dist.distributed import ranks
 
         ranks.end(status)
     sys.exit(status)
@@ -124,7 +124,7 @@ def _stage_parser(verbs: Any, verb: str, what: str) -> argparse.ArgumentParser:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from drama_dist.submit import submit
+    from drama_dist.run.submit import submit
 
     settings = read_settings(options.settings, options.overrides)
     submit(settings, options.stage, [str(options.settings), *options.overrides], options.dry_run)
@@ -141,7 +141,8 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_stage(verb: str, settings: Settings, choices: dict[str, Any]) -> None:
-    from drama_dist import pipeline, ranks
+    from drama_dist import pipeline
+    from drama_dist.distributed import ranks
 
     _quiet_libraries()
     if ranks.world_size() == 1:
@@ -156,9 +157,9 @@ def _run_stage(verb: str, settings: Settings, choices: dict[str, Any]) -> None:
 
 def _search(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from drama_dist.corpus.table import open_corpus
+    from drama_dist.corpus.collection import open_corpus
     from drama_dist.encoder.backbone import load
-    from drama_dist.index.search import search_folder
+    from drama_dist.search.dense import search_folder
 
     encoder = load(_finished(options.run, "train"), dtype="float32")
     encoded, corpus = _finished(options.run, "encode/drama"), open_corpus(_finished(options.run, "corpus"))
@@ -171,14 +172,14 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from drama_dist.doctor import doctor
+    from drama_dist.plan.doctor import doctor
 
     doctor(options.json)
 
 
 def _plan(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from drama_dist.plan import plan, pruned_shape
+    from drama_dist.plan.report import plan, pruned_shape
 
     settings = read_settings(options.settings, options.overrides)
     given = options.vocabulary is not None

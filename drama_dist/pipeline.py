@@ -10,24 +10,24 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from drama_dist import ranks
-from drama_dist.augment.build_examples import augment as write_examples
-from drama_dist.corpus.build import build_corpus
-from drama_dist.corpus.table import Corpus, open_corpus
+from drama_dist.augment.stage import augment as write_examples
+from drama_dist.corpus.collection import Corpus, open_corpus
+from drama_dist.corpus.stage import build_corpus
+from drama_dist.distributed import ranks
+from drama_dist.distributed.precision import dtype_name
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.evaluate.report import results_table, write_report
-from drama_dist.evaluate.tasks import evaluate_system
-from drama_dist.export import export_encoder
-from drama_dist.index.encode import TextEncoder, encode_corpus, load_embeddings
-from drama_dist.index.teacher import Teacher
-from drama_dist.precision import dtype_name
-from drama_dist.progress import say
-from drama_dist.prune.build import prune as build_backbone
-from drama_dist.prune.build import random_twin
+from drama_dist.evaluate.scoring import evaluate_system
+from drama_dist.export.stage import export_encoder
+from drama_dist.prune.stage import prune as build_backbone
+from drama_dist.prune.stage import random_twin
+from drama_dist.run.folder import fingerprint, open_stage, write_text
+from drama_dist.run.progress import say
+from drama_dist.run.shares import WHOLE, Share
+from drama_dist.search.shards import TextEncoder, encode_corpus, load_embeddings
+from drama_dist.search.teacher import Teacher
 from drama_dist.settings import OTHER_MODEL, Settings, as_dict, write_settings
-from drama_dist.shares import WHOLE, Share
-from drama_dist.stages import fingerprint, open_stage, write_text
 from drama_dist.train.loop import train as train_encoder
 
 TRAINED = {"drama": "train", "random-init": "train-random-init"}

@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 from drama_dist.settings import Settings, read_settings
 
 for name in (*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"):

@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 from drama_dist.settings import read_settings, write_settings
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from drama_dist import pipeline, ranks
+from drama_dist import pipeline
+from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.settings import Settings, write_settings
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"records", "settings", "ranks", "precision", "progress", "stages", "interrupts", "shares", "locks", "kernels"},
-    {"corpus", "encoder", "checkpoints", "zero_state", "engine"},
-    {"index"},
+    {"records", "settings", "run", "distributed", "kernels"},
+    {"corpus", "encoder"},
+    {"search"},
     {"augment", "prune", "train", "evaluate"},
-    {"export", "pipeline", "submit", "cli", "doctor", "probes", "plan", "devices", "launcher"},
+    {"export", "plan", "pipeline", "cli", "launcher"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN_A_ROOM = {3}  # rooms of this layer know each other only through files
@@ -52,8 +52,8 @@ def violations(room: str, path: Path) -> list[str]:
         own, other = LAYER_OF[room], LAYER_OF[parts[1]]
         if other > own or (other == own and own in WITHIN_A_ROOM):
             wrong.append(f"{path}: layer {own} imports {name} of layer {other}")
-        if parts[1] == "kernels" and room not in ("encoder", "train", "probes"):
-            wrong.append(f"{path}: only encoder, train and probes import kernels")
+        if parts[1] == "kernels" and room not in ("encoder", "train", "plan"):
+            wrong.append(f"{path}: only encoder, train and plan import kernels")
     return wrong
 
 
@@ -64,16 +64,16 @@ def test_imports_follow_the_layers() -> None:
 def test_the_check_finds_a_wrong_import(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from drama_dist.train.loop import train\n", "utf-8")
-    assert violations("index", bad) and violations("augment", bad) and not violations("pipeline", bad)
+    assert violations("search", bad) and violations("augment", bad) and not violations("pipeline", bad)
 
 
 def test_only_one_module_talks_to_torch_distributed_and_two_to_deepspeed() -> None:
     users: dict[str, set[str]] = {"torch.distributed": set(), "deepspeed": set()}
-    for room, path in sources():
+    for _, path in sources():
         for name in imported(path):
             for library in users:
                 if name == library or name.startswith(f"{library}."):
-                    users[library].add(room)
+                    users[library].add(path.stem)
     assert users == {"torch.distributed": {"ranks"}, "deepspeed": {"engine", "zero_state"}}
 
 

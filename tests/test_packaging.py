@@ -11,13 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 NEEDED = {
     "drama_dist/py.typed",
-    "drama_dist/model_card.md",
+    "drama_dist/export/model_card.md",
     "drama_dist/evaluate/report.html",
     "drama_dist/kernels/info_nce.py",
     "drama_dist/kernels/tiles.cpp",
     "drama_dist/launcher/slurm/job.sh",
     "drama_dist/launcher/train.py",
-    "drama_dist/prune/shrink.py",
+    "drama_dist/prune/extractor.py",
 }
 
 

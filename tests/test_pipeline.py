@@ -18,8 +18,8 @@ import pytest
 
 import drama_dist
 from drama_dist import pipeline
+from drama_dist.run.folder import OtherSettings
 from drama_dist.settings import Settings, write_settings
-from drama_dist.stages import OtherSettings
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from drama_dist.augment.written import Written
-from drama_dist.corpus.table import PassageTable
-from drama_dist.index.encode import TextEncoder
-from drama_dist.index.fusion import reciprocal_rank_fusion
-from drama_dist.index.lexical import LexicalIndex
-from drama_dist.index.search import DenseIndex
+from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example
+from drama_dist.search.dense import DenseIndex
+from drama_dist.search.fusion import reciprocal_rank_fusion
+from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.shards import TextEncoder
 from drama_dist.settings import AugmentSettings
 
 

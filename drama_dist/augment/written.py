@@ -1,7 +1,7 @@
 """A written query, before passages are ranked for it; and work in parts that survive interruption.
 
 A part is one file of rows, written whole. Rank r does the parts r, r + world size, ... (or its share of them, see
-drama_dist/shares.py); parts that are there already are not done again.
+drama_dist/run/shares.py); parts that are there already are not done again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from drama_dist import ranks
-from drama_dist.progress import progress_bar
+from drama_dist.distributed import ranks
 from drama_dist.records import read_records, write_records
-from drama_dist.shares import WHOLE, Share
+from drama_dist.run.progress import progress_bar
+from drama_dist.run.shares import WHOLE, Share
 
 Item = TypeVar("Item")
 

@@ -14,8 +14,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from drama_dist.progress import progress_bar
 from drama_dist.records import Passage
+from drama_dist.run.progress import progress_bar
 
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "conftest", "_vendor", "vendored", "externals"}
 _DIRECTIVE = re.compile(r"^\s*\.\. .*$", re.MULTILINE)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.table import Qrels, parse_qrels
-from drama_dist.progress import say
+from drama_dist.corpus.collection import Qrels, parse_qrels
 from drama_dist.records import BadRecord, Passage, Query, parse_json_lines
+from drama_dist.run.progress import say
 
 _ID_KEYS = ("_id", "id", "docid")
 _TEXT_KEYS = ("text", "contents", "content")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
@@ -26,7 +26,7 @@ from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool, unit_vectors
 from drama_dist.encoder.sources import resolve
 from drama_dist.encoder.threads import side_by_side
-from drama_dist.progress import Progress
+from drama_dist.run.progress import Progress
 from drama_dist.settings import EncoderSettings
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py

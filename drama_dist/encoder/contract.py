@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from drama_dist.run.folder import write_text
 from drama_dist.settings import EncoderSettings, SettingsError
-from drama_dist.stages import write_text
 
 FILE = "drama.json"
 

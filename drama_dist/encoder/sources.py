@@ -12,8 +12,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from drama_dist.progress import say
-from drama_dist.stages import fingerprint
+from drama_dist.run.folder import fingerprint
+from drama_dist.run.progress import say
 
 _PACKAGE = "package:"
 

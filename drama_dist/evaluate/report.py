@@ -18,10 +18,10 @@ from markupsafe import Markup
 
 from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
-from drama_dist.evaluate.tasks import label, ndcg_path
+from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
+from drama_dist.run.folder import seconds_of, write_text
 from drama_dist.settings import Settings, as_dict
-from drama_dist.stages import seconds_of, write_text
 
 _HEADINGS = {"system": "system", "dim": "dim", "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 _MEANING = {

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import LlamaForCausalLM
 
 from drama_dist.encoder.packing import pack, token_budget_chunks
-from drama_dist.progress import progress_bar
+from drama_dist.run.progress import progress_bar
 
 _CHUNK_TOKENS = 4096
 

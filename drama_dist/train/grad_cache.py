@@ -22,11 +22,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
+from drama_dist.distributed.engine import Engine
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.encoder.packing import Packed, token_budget_chunks
 from drama_dist.encoder.pooling import mean_pool
-from drama_dist.engine import Engine
 from drama_dist.train.memory import free_bytes
 
 SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more chunk, the loss and the optimiser

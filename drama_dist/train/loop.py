@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
-from drama_dist import interrupts, ranks
-from drama_dist.checkpoints import Checkpoints
-from drama_dist.corpus.table import PassageTable
+from drama_dist.corpus.collection import PassageTable
+from drama_dist.distributed import ranks
+from drama_dist.distributed.checkpoints import Checkpoints
+from drama_dist.distributed.engine import Engine, OptimiserSettings, learning_rate_at
+from drama_dist.distributed.precision import agreed_dtype_name
 from drama_dist.encoder.backbone import Encoder
-from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
-from drama_dist.precision import agreed_dtype_name
-from drama_dist.progress import progress_bar
 from drama_dist.records import Example, read_records
+from drama_dist.run import interrupts
+from drama_dist.run.folder import CHECKPOINTS, StageFolder, open_stage, write_text
+from drama_dist.run.progress import progress_bar
 from drama_dist.settings import Settings, TrainSettings, as_dict
-from drama_dist.stages import CHECKPOINTS, Stage, open_stage, write_text
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
@@ -79,7 +80,12 @@ def train(
 
 
 def _steps(
-    settings: Settings, stage: Stage, encoder: Encoder, engine: Engine, examples: list[Example], table: PassageTable
+    settings: Settings,
+    stage: StageFolder,
+    encoder: Encoder,
+    engine: Engine,
+    examples: list[Example],
+    table: PassageTable,
 ) -> None:
     choice = settings.train
     saved = Checkpoints(stage.folder / CHECKPOINTS, choice.keep_checkpoints)
@@ -122,7 +128,9 @@ def _grad_cache(choice: TrainSettings, encoder: Encoder, engine: Engine) -> Grad
     return GradCache(encoder, engine, choice.chunk_tokens, budget)
 
 
-def _report_step(stage: Stage, telemetry: Telemetry, step: int, objective: Objective, figures: dict[str, Any]) -> None:
+def _report_step(
+    stage: StageFolder, telemetry: Telemetry, step: int, objective: Objective, figures: dict[str, Any]
+) -> None:
     named = {name: getattr(objective, name) for name in ("loss", "per_dim", "accuracy", "margin", "masked")}
     stage.log(step=step, **named, **figures)
     telemetry.write(step, named | figures, objective)
@@ -159,7 +167,7 @@ def _batch_step(
     return objective, encoded
 
 
-def _save_encoder(stage: Stage, encoder: Encoder, engine: Engine) -> None:
+def _save_encoder(stage: StageFolder, encoder: Encoder, engine: Engine) -> None:
     weights = engine.full_weights()
     if ranks.rank() == 0:
         encoder.save(stage.folder, weights)

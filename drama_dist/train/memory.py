@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 
 _PROCESS = Path("/proc/self")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 from drama_dist.kernels import ColumnPart, InfoNCE, info_nce
 from drama_dist.settings import EncoderSettings, TrainSettings
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drama_dist import ranks
+from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.train.memory import peak_bytes, reset_peak
 from drama_dist.train.objective import Objective

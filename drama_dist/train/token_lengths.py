@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drama_dist.corpus.table import PassageTable
+from drama_dist.corpus.collection import PassageTable
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.records import Example
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drama_dist.augment.prompts import UnusableAnswer, begun_answer, read_query, write_query_messages
+from drama_dist.augment.sources.prompts import UnusableAnswer, begun_answer, read_query, write_query_messages
 
 PASSAGE = "The inverse of a square matrix."
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from drama_dist.evaluate.report import results_table, write_report
+from drama_dist.run.folder import open_stage
 from drama_dist.settings import Settings
-from drama_dist.stages import open_stage
 
 ROWS = [
     {"system": "drama", "dim": 32, "ndcg@10": 0.5, "recall@100": 0.9, "mrr@10": 0.4},

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from drama_dist.distributed.precision import cpuinfo
 from drama_dist.kernels import attention, compiled_tiles, libraries
-from drama_dist.precision import cpuinfo
 
 # Builds for lesser CPUs, and the flag they need.
 NARROWER = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl", "cooperlake": "avx512_bf16"}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist import pipeline, ranks
+from drama_dist import pipeline
+from drama_dist.distributed import ranks
+from drama_dist.run.folder import fingerprint
+from drama_dist.run.submit import submit
 from drama_dist.settings import Settings, write_settings
-from drama_dist.stages import fingerprint
-from drama_dist.submit import submit
 
 pytestmark = pytest.mark.slurm
 

@@ -15,10 +15,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
-from drama_dist import ranks
-from drama_dist.checkpoints import Checkpoints
+from drama_dist.distributed import ranks
+from drama_dist.distributed.checkpoints import Checkpoints
+from drama_dist.distributed.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import contrastive_objective

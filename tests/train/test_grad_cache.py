@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import Packed, filled, pack
-from drama_dist.engine import Engine, OptimiserSettings
 from drama_dist.kernels import info_nce
 from drama_dist.settings import EncoderSettings
 from drama_dist.train.grad_cache import GradCache

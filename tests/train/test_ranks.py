@@ -16,10 +16,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from rank_steps import CLIPPING, DECAY, QUERIES, SAVED, STEPS, TEMPERATURE, TRAFFIC, contract, rate, texts
 
+from drama_dist.distributed.ranks import _free_port
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.packing import pack
 from drama_dist.kernels import info_nce
-from drama_dist.ranks import _free_port
 
 TRAVELS = ("passages", "queries")
 NAMES = ["-".join(parts) for parts in itertools.product("0123", TRAVELS, ("kept", "twice"), ("plain", "checkpointed"))]

@@ -1,0 +1,100 @@
+"""Export: a model folder that any sentence-transformers user loads, without remote code.
+
+Covers the folder (weights, tokenizer, pooling, query prompt, Matryoshka dims), the model card, and
+a check that sentence-transformers gives our vectors. ONNX is not covered.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+import yaml
+
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.contract import write_contract
+from drama_dist.evaluate.report import results_table
+from drama_dist.run.folder import write_text
+from drama_dist.settings import Settings, as_dict
+
+_CARD = Path(__file__).with_name("model_card.md")
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+_PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "x", "word " * 600]
+
+
+def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
+    """Write the trained encoder to `folder`.
+
+    Raises RuntimeError where sentence-transformers, loading the folder, gives other vectors.
+    """
+    encoder = load(trained, dtype=settings.export.dtype, device="cpu")
+    write_sentence_transformers(encoder, folder)
+    write_text(folder / "README.md", model_card(settings, encoder))
+    _check_parity(load(folder, dtype=settings.export.dtype, device="cpu"), folder, settings.export.dtype)
+
+
+def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
+    """Write backbone, mean pooling, normalisation and prompts in sentence-transformers' own layout."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    encoder.save(folder)
+    contract = encoder.contract
+    transformer = Transformer(str(folder), max_seq_length=max(contract.max_query_tokens, contract.max_passage_tokens))
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(encoder.hidden_size, pooling_mode="mean"), Normalize()],
+        prompts={"query": contract.query_prefix, "document": contract.passage_prefix},
+        similarity_fn_name="cosine",
+        device="cpu",
+    )
+    model.save(str(folder), create_model_card=False, safe_serialization=True)
+    write_contract(folder, contract)
+
+
+def model_card(settings: Settings, encoder: Encoder) -> str:
+    """The model card: what it is, how to use it, data, settings, results."""
+    config, run = encoder.backbone.config, Path(settings.run)
+    weights = sum(weight.numel() for weight in encoder.parameters())
+    embeddings = config.vocab_size * config.hidden_size
+    rows = _json(run / "evaluate" / "results.json")
+    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(_CARD.read_text("utf-8")).render(
+        settings=settings,
+        config=config,
+        contract=encoder.contract,
+        dims=sorted(encoder.contract.dims, reverse=True),
+        backbone_weights=weights - embeddings,
+        embedding_weights=embeddings,
+        counts=_json(run / "augment" / "counts.json") or {},
+        settings_yaml=yaml.safe_dump({"seed": settings.seed, **told}, sort_keys=False),
+        results=results_table(rows, markdown=True) if rows else None,
+    )
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
+    """Compare with the folder as sentence-transformers loads it."""
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(
+        str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": getattr(torch, dtype)}
+    )
+    limit = theirs.max_seq_length
+    pairs = []
+    for own, encode, length in (
+        (encoder.encode_queries, theirs.encode_query, encoder.contract.max_query_tokens),
+        (encoder.encode_passages, theirs.encode_document, encoder.contract.max_passage_tokens),
+    ):
+        theirs.max_seq_length = length
+        pairs.append(np.abs(own(_PROBES) - np.asarray(encode(_PROBES), dtype=np.float32)).max())
+    theirs.max_seq_length = limit
+    if max(pairs) > _TOLERANCE[dtype]:
+        raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {max(pairs):.2e}")

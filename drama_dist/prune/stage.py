@@ -1,0 +1,100 @@
+"""The prune stage: from a language model to a small bidirectional encoder.
+
+Importance, choice, extraction, healing, in this order; each is in its own file. The artefact is an
+encoder folder, and choice.json that says what was kept.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from drama_dist.corpus.collection import PassageTable
+from drama_dist.distributed import ranks
+from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
+from drama_dist.encoder import attention
+from drama_dist.encoder.backbone import Encoder, from_config, probe
+from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.sources import resolve
+from drama_dist.prune.extractor import Kept, choose, shrink
+from drama_dist.prune.healing import heal
+from drama_dist.prune.importance import measure_importance
+from drama_dist.run.folder import open_stage, write_text
+from drama_dist.settings import EncoderSettings, Settings, as_dict
+
+
+def prune(settings: Settings, table: PassageTable, inputs: dict[str, str]) -> Path:
+    """Run the stage; the artefact is RUN/prune.
+
+    Raises ValueError where the LLM is not of Llama type, SettingsError where the wanted shape or
+    dims do not fit it.
+    """
+    check_dims(settings.encoder, settings.prune.hidden, "settings")
+    sections = {
+        "seed": settings.seed,
+        "llm": settings.llm,
+        "prune": as_dict(settings.prune),
+        "encoder": as_dict(settings.encoder),
+    }
+    stage = open_stage(settings.run, "prune", sections, inputs)
+    if stage.done:
+        return stage.final
+    source, tokenizer = _load(settings.llm)
+    sequences = _calibration(tokenizer, table, settings)
+    kept = choose(measure_importance(source, sequences), settings.prune)
+    small = shrink(source, kept)
+    if settings.prune.heal_steps:
+        small = heal(stage, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
+    if ranks.rank() == 0:
+        _save(stage.folder, small, tokenizer, settings.encoder, kept)
+    return stage.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
+
+
+def random_twin(pruned: Encoder, seed: int) -> Encoder:
+    """A randomly initialised encoder of the pruned one's shape."""
+    config = AutoConfig.for_model(**pruned.backbone.config.to_dict())
+    return from_config(config, pruned.tokenizer, pruned.contract, seed).to(pruned.device)
+
+
+def _load(name: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    folder = resolve(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(AUTO), use_safetensors=True)
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"{name}: model type {model.config.model_type!r}; only Llama-type models can be pruned")
+    model.config._attn_implementation = attention.NAME
+    return model.to(ranks.device()).eval(), wire_tokenizer(AutoTokenizer.from_pretrained(folder))
+
+
+def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:
+    """Token ids of passages chosen by the seed."""
+    count = min(settings.prune.calibration_passages, len(table))
+    chosen = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
+    ids: list[list[int]] = tokenizer(
+        table.contents(chosen),
+        truncation=True,
+        max_length=settings.prune.calibration_tokens,
+        return_attention_mask=False,
+    )["input_ids"]
+    return ids
+
+
+def _save(
+    folder: Path, small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings, kept: Kept
+) -> None:
+    backbone = small.model.to("cpu")
+    backbone.config.is_causal = False
+    backbone.config.architectures = ["LlamaModel"]
+    encoder = Encoder(backbone, tokenizer, contract).eval()
+    probe(encoder)
+    encoder.save(folder)
+    choice = {
+        "layers": kept.layers,
+        "hidden": kept.hidden.tolist(),
+        "heads": [heads.tolist() for heads in kept.heads],
+        "mlp": [neurons.tolist() for neurons in kept.mlp],
+        "norm_gains": kept.norm_gains.tolist(),
+    }
+    write_text(folder / "choice.json", json.dumps(choice) + "\n")

@@ -1,0 +1,42 @@
+"""Progress bars: one look for every long step, with rate and time left.
+
+Only rank 0 draws. Where the output is not a terminal (a log file) a line is written
+every ten seconds instead of a moving bar.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from drama_dist.distributed import ranks
+
+_LINE = "{desc}: {percentage:3.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+
+
+Progress = Callable[[int], object]  # told how many units are done since the last time
+
+
+def say(message: str) -> None:
+    """Print a line on rank 0 without breaking a progress bar."""
+    if ranks.rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
+    """Return a bar that starts at `done` of `total` units; call `.update(n)` and `.close()`."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=f" {unit}",
+        disable=ranks.rank() != 0,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else _LINE,
+        mininterval=0.2 if terminal else 10,
+        maxinterval=10 if terminal else 60,
+        smoothing=0.1,
+    )

@@ -1,0 +1,183 @@
+"""The corpus stage: every form that is read, what is set aside, and held-out queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from drama_dist.corpus.collection import Corpus, open_corpus
+from drama_dist.corpus.stage import build_corpus
+from drama_dist.settings import Settings
+
+Build = Callable[..., Corpus]
+LONG = "It then says so much more about this one thing that nobody who reads it can be in doubt of what is meant."
+ROWS: list[dict[str, Any]] = [
+    {"_id": f"d{n}", "title": "", "text": f"The number {n} is described in this place. {LONG} {n}"} for n in range(30)
+]
+
+
+@pytest.fixture
+def build(small_settings: Callable[..., Settings], tmp_path: Path) -> Build:
+    def run(path: Path, *overrides: str) -> Corpus:
+        return open_corpus(build_corpus(small_settings(f"corpus.path={path}", *overrides)))
+
+    return run
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def beir(folder: Path, queries: list[Any], qrels: list[str], rows: list[Any] = ROWS) -> Path:
+    lines(folder / "corpus.jsonl", rows)
+    lines(folder / "queries.jsonl", queries)
+    lines(folder / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *qrels])
+    return folder
+
+
+def set_aside(tmp_path: Path, stage: str = "corpus") -> list[tuple[str, int, str]]:
+    path = tmp_path / "run" / stage / "set_aside.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [(Path(row["file"]).name, row["line"], row["reason"]) for row in rows]
+
+
+def test_first_sentences_become_queries_and_leave_their_passages(build: Build, tmp_path: Path) -> None:
+    corpus = build(lines(tmp_path / "p.jsonl", ROWS))
+    assert len(corpus.passages) == 30 and len(corpus.queries) == 12
+    texts = {row["_id"]: row["text"] for row in ROWS}
+    for query in corpus.queries:
+        (passage_id,) = corpus.qrels[query.id]
+        rest = corpus.passages[corpus.passages.position(passage_id)].text
+        assert query.text.startswith("The number") and query.text not in rest
+        assert f"{query.text} {rest}" == texts[passage_id]
+
+
+def test_the_choice_of_queries_follows_the_seed(build: Build, tmp_path: Path) -> None:
+    file = lines(tmp_path / "p.jsonl", ROWS)
+    chosen = [
+        [query.id for query in build(file, f"run={tmp_path / str(n)}", f"seed={seed}").queries]
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_query_that_several_passages_begin_with_is_not_held_out(build: Build, tmp_path: Path) -> None:
+    same = [{**row, "text": f"They all begin like this one. {LONG} {row['_id']}"} for row in ROWS[:20]]
+    corpus = build(lines(tmp_path / "p.jsonl", [*same, *ROWS[20:]]))
+    assert all(query.text.startswith("The number") for query in corpus.queries) and len(corpus.queries) == 5
+
+
+def test_judged_collections_keep_every_passage_and_the_judged_queries(build: Build, tmp_path: Path) -> None:
+    queries = [{"_id": "q1", "text": "one"}, {"_id": "q2", "text": "two"}]
+    corpus = build(beir(tmp_path / "b", queries, ["q1\td3\t2"], [*ROWS, {"_id": "x", "text": "tiny"}]))
+    assert len(corpus.passages) == 31 and [query.id for query in corpus.queries] == ["q1"]
+    assert corpus.qrels == {"q1": {"d3": 2}}
+
+
+def test_a_beir_folder_without_judgements_and_datasets_on_disk_are_read(build: Build, tmp_path: Path) -> None:
+    lines(tmp_path / "plain" / "corpus.jsonl", ROWS)
+    rows = [{"id": row["_id"], "text": row["text"]} for row in ROWS]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "hf"))
+    DatasetDict({"test": Dataset.from_list(rows[:2]), "train": Dataset.from_list(rows)}).save_to_disk(
+        str(tmp_path / "hfs")
+    )
+    for name in ("plain", "hf", "hfs"):
+        corpus = build(tmp_path / name, f"run={tmp_path / ('run-' + name)}")
+        assert sorted(corpus.passages.ids) == sorted(row["_id"] for row in ROWS)
+        assert len(corpus.queries) == 12
+
+
+def test_texts_in_nothing_but_capitals_become_small_letters(build: Build, tmp_path: Path) -> None:
+    rows = [*ROWS, {"_id": "loud", "title": "NATO", "text": "NATO MET IN PARIS ON MONDAY"}]
+    queries = [{"_id": "q1", "text": "WHO MET IN PARIS?"}, {"_id": "q2", "text": "NATO in Paris"}]
+    corpus = build(beir(tmp_path / "loud", queries, ["q1\tloud\t1", "q2\tloud\t1"], rows))
+    (found,) = [passage for passage in corpus.passages if passage.id == "loud"]
+    assert (found.title, found.text) == ("NATO", "nato met in paris on monday")
+    assert [query.text for query in corpus.queries] == ["who met in paris?", "NATO in Paris"]
+
+
+def test_trivial_and_repeated_passages_are_set_aside(build: Build, tmp_path: Path) -> None:
+    rows = [*ROWS, {"_id": "t", "text": "too short"}, {**ROWS[4], "_id": "again"}]
+    assert len(build(lines(tmp_path / "p.jsonl", rows)).passages) == 30
+    reasons = [reason for _, _, reason in set_aside(tmp_path)]
+    assert reasons == ["trivial: fewer words than corpus.min_words", "duplicate of d4"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"_id": "d3", "text": "Another text under an old name, long enough to stay."}, "duplicate id"),
+        ("{not json", "not JSON"),
+        ({"_id": "n1", "title": "no text"}, "text"),
+        ({"text": "no id but long enough to be a passage"}, "id"),
+        ({"_id": "n2", "text": 7}, "text"),
+    ],
+    ids=["duplicate id", "not JSON", "no text", "no id", "text of another type"],
+)
+def test_a_bad_passage_is_set_aside_up_to_the_limit(build: Build, tmp_path: Path, bad: Any, reason: str) -> None:
+    file = lines(tmp_path / "p.jsonl", [*ROWS[:10], bad, *ROWS[10:]])
+    with pytest.raises(ValueError, match=r"1 of 31 records cannot be used, more than corpus.bad_record_limit=0.01"):
+        build(file, f"run={tmp_path / 'strict'}")
+    assert len(build(file, "corpus.bad_record_limit=0.1").passages) == 30
+    ((name, line, why),) = set_aside(tmp_path)
+    assert (name, line) == ("p.jsonl", 11) and reason in why
+
+
+def test_invalid_utf8_is_set_aside_with_its_line(build: Build, tmp_path: Path) -> None:
+    file = lines(tmp_path / "p.jsonl", ROWS)
+    file.write_bytes(file.read_bytes() + b'{"_id": "u", "text": "\xff"}\n')
+    build(file, "corpus.bad_record_limit=0.1")
+    assert set_aside(tmp_path) == [("p.jsonl", 31, "invalid UTF-8 at byte 22")]
+
+
+def test_bad_queries_and_judgements_are_set_aside(build: Build, tmp_path: Path) -> None:
+    queries = [{"_id": "q1", "text": "one"}, {"_id": "q2", "text": " "}, {"_id": "q3", "text": "three"}]
+    judgements = ["q1\td1\t1", "q3\tmissing\t1", "q9\td1\t1", "q3\td2\tyes", "q3\td2\t1"]
+    corpus = build(beir(tmp_path / "b", queries, judgements), "corpus.bad_record_limit=0.2")
+    assert corpus.qrels == {"q1": {"d1": 1}, "q3": {"d2": 1}}
+    found = set_aside(tmp_path)
+    assert {(name, line) for name, line, _ in found} == {
+        ("queries.jsonl", 2),
+        ("test.tsv", 3),
+        ("test.tsv", 4),
+        ("test.tsv", 5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "no such file or folder"),
+        ([], ValueError, "no usable passage among 0 records"),
+        ([{"_id": "a", "text": "tiny"}], ValueError, "all 1 passages are trivial; lower corpus.min_words"),
+    ],
+    ids=["missing", "empty", "trivial"],
+)
+def test_no_corpus_is_an_error(
+    build: Build, tmp_path: Path, content: list[Any] | None, error: type[Exception], message: str
+) -> None:
+    if content is not None:
+        lines(tmp_path / "p.jsonl", content)
+    with pytest.raises(error, match=message):
+        build(tmp_path / "p.jsonl")
+
+
+def test_a_folder_of_another_form_is_described(build: Build, tmp_path: Path) -> None:
+    lines(tmp_path / "odd" / "notes.txt", ["x"])
+    with pytest.raises(ValueError, match=r"expected a BEIR folder .* found \['notes.txt'\]"):
+        build(tmp_path / "odd")
+
+
+def test_docs_of_packages_give_queries_without_the_objects_own_name(build: Build) -> None:
+    corpus = build(Path("installed-packages"), "corpus.packages=[networkx]", "corpus.held_out_queries=40")
+    assert len(corpus.queries) == 40 and len(corpus.passages) > 500
+    for query in corpus.queries:
+        own = query.id.rsplit(".", 1)[-1].lower()
+        assert own not in query.text.lower().split()

@@ -1,0 +1,67 @@
+"""Export: sentence-transformers loads the folder and gives our vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+import drama_dist
+from drama_dist import pipeline
+from drama_dist.export import stage as export_module
+from drama_dist.export.stage import export_encoder
+from drama_dist.settings import Settings
+
+TEXTS = ["the bread", "x", "A longer text about a river and its banks. " * 9]
+
+
+@pytest.fixture
+def exported(small_settings: Callable[..., Settings]) -> tuple[Settings, Path]:
+    settings = small_settings("train.steps=2")
+    pipeline.evaluate(settings)
+    return settings, pipeline.export(settings)
+
+
+def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> None:
+    settings, folder = exported
+    ours, theirs = drama_dist.load(folder), SentenceTransformer(str(folder), device="cpu")
+    assert theirs.prompts["query"] == "Query: "
+    assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
+    for own, encode, length in (
+        (ours.encode_queries, theirs.encode_query, settings.encoder.max_query_tokens),
+        (ours.encode_passages, theirs.encode_document, settings.encoder.max_passage_tokens),
+    ):
+        theirs.max_seq_length = length
+        np.testing.assert_allclose(own(TEXTS), encode(TEXTS), atol=1e-5)
+    cut = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
+    found = cut.encode_query(TEXTS[:2], normalize_embeddings=True)
+    np.testing.assert_allclose(ours.encode_queries(TEXTS[:2], dim=16), found, atol=1e-5)
+
+
+def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Settings, Path]) -> None:
+    _, folder = exported
+    before = drama_dist.load(folder).encode_queries(TEXTS[:2])
+    (folder / "drama.json").unlink()
+    foreign = drama_dist.load(folder)
+    assert foreign.contract.query_prefix == "Query: "
+    np.testing.assert_allclose(foreign.encode_queries(TEXTS[:2]), before, atol=1e-6)
+
+
+def test_the_card_tells_data_settings_and_results(exported: tuple[Settings, Path]) -> None:
+    settings, folder = exported
+    card = (folder / "README.md").read_text("utf-8")
+    for part in ("2 layers × 32", "crop examples", "zero_stage: 1", "| drama", "| bm25", "`Query: `", settings.llm):
+        assert part in card, part
+
+
+def test_vectors_that_differ_stop_the_export(
+    exported: tuple[Settings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, _ = exported
+    encode = export_module.Encoder.encode_queries
+    monkeypatch.setattr(export_module.Encoder, "encode_queries", lambda self, texts: encode(self, texts) + 1e-3)
+    with pytest.raises(RuntimeError, match=r"sentence-transformers' vectors differ from ours by 1.00e-03"):
+        export_encoder(settings, Path(settings.run) / "train", tmp_path / "out")

@@ -1,0 +1,78 @@
+"""Healing: its loss against a plain computation, and the prune stage as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from drama_dist import pipeline
+from drama_dist.encoder import attention
+from drama_dist.encoder.backbone import load
+from drama_dist.prune import healing as heal_module
+from drama_dist.prune.stage import random_twin
+from drama_dist.settings import PruneSettings, Settings
+
+SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float) -> None:
+    source = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
+    student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
+    with torch.no_grad():
+        student.model.norm.weight.mul_(30)
+        chunk = heal_module._Chunk(SEQUENCES, [1, 5, 11, 13])
+        found = heal_module._chunk_loss(student, source, chunk, kl_weight)
+        source.config._attn_implementation = student.config._attn_implementation = "eager"
+        expected = torch.zeros(())
+        for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
+            taught = source(torch.tensor([ids])).logits[0, scored].double().log_softmax(-1)
+            scores = student(torch.tensor([ids])).logits[0, scored].double()
+            divergence = (taught.exp() * (taught - scores.log_softmax(-1))).sum()
+            targets = torch.tensor(ids)[torch.tensor(scored) + 1]
+            language_model = cross_entropy(scores, targets, reduction="sum")
+            expected = expected + kl_weight * divergence + (1 - kl_weight) * language_model
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_scored_places_have_a_next_token_and_are_as_many_as_asked() -> None:
+    shape = PruneSettings(heal_tokens=16, heal_scored_share=1.0)
+    (whole,) = heal_module._step_chunks(SEQUENCES, shape, seed=1, step=0)
+    assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
+    flat = [token for ids in whole.sequences for token in ids]
+    assert all(flat[place] != 1 for place in whole.scored)  # 1 ends every sequence
+    half = replace(shape, heal_scored_share=0.5)
+    (first,), (again,), (later,) = (heal_module._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
+    assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)
+    assert first == again != later
+
+
+def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
+    small_settings: Callable[..., Settings],
+) -> None:
+    settings = small_settings("prune.heal_steps=12", "prune.heal_learning_rate=0.005")
+    folder = pipeline.prune(settings)
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
+    encoder = load(folder)
+    assert encoder.hidden_size == 32 and not encoder.backbone.config.is_causal
+    assert encoder.contract == settings.encoder
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_random_twin_has_the_same_shape_and_other_weights(small_settings: Callable[..., Settings]) -> None:
+    pruned = load(pipeline.prune(small_settings("prune.heal_steps=0")))
+    twin, again, other = (random_twin(pruned, seed) for seed in (1, 1, 2))
+    shapes = {name: weight.shape for name, weight in pruned.named_parameters()}
+    assert {name: weight.shape for name, weight in twin.named_parameters()} == shapes
+    first = "backbone.layers.0.mlp.up_proj.weight"
+    assert torch.equal(twin.state_dict()[first], again.state_dict()[first])
+    assert not torch.equal(twin.state_dict()[first], other.state_dict()[first])
+    assert not torch.equal(twin.state_dict()[first], pruned.state_dict()[first])

@@ -1,0 +1,143 @@
+"""Batch scripts: what is in them, and in which order they are submitted. A real slurm reads them in tests/slurm/."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drama_dist.cli import main
+from drama_dist.run.submit import chain, script, submit
+from drama_dist.settings import Settings, write_settings
+
+CHAIN = ["corpus", "teacher-shards", "teacher", "write", "augment", "prune", "train", "shards", "encode", "rest"]
+
+
+def options(text: str) -> dict[str, str]:
+    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
+    assert len(found) == text.count("#SBATCH")
+    return dict(found)
+
+
+def scripts(settings: Settings, stage: str = "run") -> dict[str, str]:
+    return {
+        job.name: script(settings, job, ["my settings.yaml", "train.steps=3"], "") for job in chain(settings, stage)
+    }
+
+
+def trained(settings: Settings) -> Settings:
+    folder = Path(settings.run) / "train"
+    folder.mkdir(parents=True)
+    (folder / "provenance.json").write_text("{}", "utf-8")
+    return settings
+
+
+def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: Callable[..., Settings]) -> None:
+    assert [job.name for job in chain(small_settings(), "run")] == CHAIN
+    without = chain(small_settings("augment.synthetic_queries=0", "train.start=models/x"), "run")
+    assert [job.name for job in without] == [name for name in CHAIN if name not in ("write", "prune")]
+    others = chain(small_settings("evaluate.systems=[bm25]"), "run")
+    assert [job.name for job in others] == ["corpus", "rest"]
+    teacher = chain(small_settings("evaluate.systems=[teacher]"), "run")
+    assert [job.name for job in teacher] == ["corpus", "teacher-shards", "teacher", "rest"]
+    ends = {stage: [job.name for job in chain(small_settings(), stage)] for stage in ("augment", "train", "encode")}
+    assert ends == {"augment": CHAIN[:5], "train": ["train"], "encode": ["shards", "encode"]}
+
+
+def test_only_training_takes_several_nodes(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("slurm.nodes=3", "slurm.tasks_per_node=2")
+    found = {name: options(text) for name, text in scripts(settings).items()}
+    assert {name: one["nodes"] for name, one in found.items() if one["nodes"] != "1"} == {"train": "3"}
+    assert {name for name, one in found.items() if one["ntasks-per-node"] != "2"} == {"corpus"}
+    twin = small_settings("slurm.nodes=3", "evaluate.systems=[drama,random-init]")
+    assert options(scripts(twin)["rest"])["nodes"] == "3"  # trains the random twin
+
+
+def test_every_setting_reaches_the_script(small_settings: Callable[..., Settings]) -> None:
+    plain = options(scripts(small_settings())["shards"])
+    assert not plain.keys() & {"partition", "account", "gpus-per-node", "cpus-per-task"}
+    changes = ["partition=p", "account=a", "minutes=90", "warning_seconds=60", "tasks_per_node=4", "gpus_per_node=4"]
+    changes += ["cpus_per_task=8", "array=5", "options=[--mem=0]", "setup=[module load cuda,echo hello]"]
+    text = scripts(small_settings(*(f"slurm.{change}" for change in changes)))["shards"]
+    expected = {"partition": "p", "account": "a", "time": "90", "signal": "B:USR1@60", "ntasks-per-node": "4"}
+    expected |= {"gpus-per-node": "4", "cpus-per-task": "8", "array": "0-4", "mem": "0", "chdir": os.getcwd()}
+    assert expected.items() <= options(text).items()
+    assert "module load cuda\necho hello\n" in text and "export OMP_NUM_THREADS=8\n" in text
+    assert "srun --cpus-per-task=8 " in text
+    assert "drama_dist.cli encode 'my settings.yaml' train.steps=3 --share $SLURM_ARRAY_TASK_ID/5 &" in text
+
+
+def test_the_scripts_are_good_shell(small_settings: Callable[..., Settings]) -> None:
+    for text in scripts(small_settings()).values():
+        assert text.startswith("#!/bin/bash\n") and "%%" not in text
+        checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+
+
+def test_jobs_wait_for_one_another(
+    small_settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\necho "$(wc -l <{tmp_path}/calls);cluster"\n', "utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    settings = small_settings()
+    with pytest.raises(FileNotFoundError, match="run/train: not there; submit that first"):
+        submit(settings, "encode", ["s.yaml"], dry_run=False)
+    trained(settings)
+    assert submit(settings, "encode", ["s.yaml"], dry_run=False) == ["1", "2"]
+    first, second = (tmp_path / "calls").read_text("utf-8").splitlines()
+    folder = Path(settings.run) / "slurm"
+    assert first == f"--parsable --kill-on-invalid-dep=yes {folder}/shards.sh"
+    assert second == f"--parsable --kill-on-invalid-dep=yes --dependency=afterany:1 {folder}/encode.sh"
+    assert "--share" in (folder / "shards.sh").read_text("utf-8")
+    assert f"2  {folder}/encode.sh, after shards" in capsys.readouterr().out
+    submit(settings, "augment", ["s.yaml"], dry_run=False)
+    calls = (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
+    waits = [found[1] if (found := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
+    # After arrays: however their tasks ended.
+    assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:5,afterany:6"]
+
+
+def test_where_a_job_is_refused_those_before_it_are_cancelled(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, does in {
+        "sbatch": 'case "$*" in *encode.sh) echo no such account >&2; exit 1;; esac; echo 7',
+        "scancel": f'echo "$@" >{tmp_path}/cancelled',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n", "utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"sbatch refused .*encode\.sh: no such account"):
+        submit(trained(small_settings()), "encode", ["s.yaml"], dry_run=False)
+    assert (tmp_path / "cancelled").read_text("utf-8") == "7\n"
+
+
+def test_the_command_prints_or_says_that_there_is_no_slurm(
+    small_settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = small_settings()
+    write_settings(settings, tmp_path / "s.yaml")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["submit", str(tmp_path / "s.yaml"), "slurm.array=3", "--stage", "encode"]
+    assert main([*words, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("#!/bin/bash\n") == 2 and "#SBATCH --array=0-2\n" in printed and "slurm.array=3" in printed
+    assert not Path(settings.run).exists()
+    assert main(words) == 2
+    assert "run/train: not there" in capsys.readouterr().err
+    trained(settings)
+    assert main(words) == 2
+    assert "no sbatch here" in capsys.readouterr().err

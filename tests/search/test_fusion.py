@@ -1,0 +1,54 @@
+"""Reciprocal rank fusion against a dictionary."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from drama_dist.search.fusion import reciprocal_rank_fusion
+
+
+def plain(rankings: list[np.ndarray], row: int, depth: int, rrf_k: int) -> list[tuple[int, Fraction]]:
+    scores: dict[int, Fraction] = defaultdict(Fraction)
+    for ranking in rankings:
+        for rank, position in enumerate(ranking[row].tolist(), 1):
+            if position >= 0:
+                scores[position] += Fraction(1, rrf_k + rank)
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:depth]
+
+
+@pytest.mark.parametrize("depth", [1, 10, 60])
+def test_equals_exact_arithmetic_with_ties_by_position(depth: int) -> None:
+    random = np.random.default_rng(4)
+    rankings = [np.stack([random.permutation(40)[:k] for _ in range(25)]) for k in (20, 12, 15)]
+    rankings[1][:, 8:] = -1
+    scores, positions = reciprocal_rank_fusion(rankings, depth, rrf_k=3)  # a small k: many equal sums
+    assert scores.shape == positions.shape == (25, depth) and positions.dtype == np.int64
+    for row in range(25):
+        expected = plain(rankings, row, depth, 3)
+        assert [p for p in positions[row].tolist() if p >= 0] == [position for position, _ in expected]
+        np.testing.assert_allclose(scores[row, : len(expected)], [float(score) for _, score in expected], rtol=1e-9)
+        assert (positions[row, len(expected) :] == -1).all() and not scores[row, len(expected) :].any()
+
+
+def test_one_ranking_keeps_its_order() -> None:
+    ranking = np.array([[5, 2, 9], [1, 0, -1]])
+    np.testing.assert_array_equal(reciprocal_rank_fusion([ranking], 3, 60)[1], ranking)
+
+
+def test_agreement_beats_a_single_first_place() -> None:
+    scores, positions = reciprocal_rank_fusion([np.array([[7, 1, 2]]), np.array([[8, 1, 3]])], 3, 60)
+    assert positions[0].tolist() == [1, 7, 8]  # 7 and 8 tie
+    assert scores[0, 0] == pytest.approx(2 / 62) and scores[0, 1] == scores[0, 2]
+
+
+def test_what_cannot_be_fused_is_refused() -> None:
+    with pytest.raises(ValueError, match="equal numbers"):
+        reciprocal_rank_fusion([np.zeros((2, 1), int), np.zeros((3, 1), int)], 1, 60)
+    with pytest.raises(ValueError, match="at least one"):
+        reciprocal_rank_fusion([], 1, 60)
+    with pytest.raises(ValueError, match="passage 4 twice for query 1"):
+        reciprocal_rank_fusion([np.array([[1, 2, 3], [4, 2, 4]])], 1, 60)
