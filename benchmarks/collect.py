@@ -43,7 +43,7 @@ def main() -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself; paths of the machine are left out."""
     report = json.loads((folder / "report.json").read_text("utf-8"))
-    evaluated = folder / "evaluate" / "provenance.json"
+    evaluated = folder / "evaluate" / "corpus" / "provenance.json"
     provenance = json.loads(evaluated.read_text("utf-8"))
     corpus = json.loads((folder / "corpus" / "provenance.json").read_text("utf-8"))
     settings = report["settings"]

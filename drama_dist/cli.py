@@ -1,6 +1,6 @@
 """The `drama` command: a thin subcommand for each stage, for submit and search, and for looking ahead.
 
-Covers arguments and turning errors into messages. What the stages do is in pipeline.py and below.
+Covers arguments and turning errors into messages. The stages are in run/graph.py, what they do in their rooms.
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from drama_dist.run import interrupts
-from drama_dist.run.shares import Share
+from drama_dist.run.graph import CORPUS, STAGES, is_finished
+from drama_dist.run.shares import WHOLE, Share
+from drama_dist.run.submit import submit, submitted_verbs
 from drama_dist.settings import Settings, read_settings
 
-STAGES = {
+VERBS = {
     "run": "all stages, in order; each skips what is done",
-    "corpus": "read, clean and store the corpus",
-    "prune": "cut the LLM down to a small encoder",
-    "augment": "write training examples",
-    "train": "train the encoder",
-    "encode": "encode the corpus and index it",
-    "evaluate": "compare the systems on the test queries",
-    "export": "write a folder that sentence-transformers loads",
-    "report": "write report.html and report.json",
+    **{stage.verb: stage.help for stage in STAGES if stage.name.split("/")[0] == stage.verb},
 }
-SUBMITTED = ("run", "augment", "train", "encode")
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
@@ -49,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.verb == "plan":
             _plan(options)
         else:
-            _run_stage(options.verb, read_settings(options.settings, options.overrides), _choices(options))
+            _make(read_settings(options.settings, options.overrides), options)
     except USER_ERRORS as error:
         if os.environ.get("DRAMA_TRACEBACK"):
             raise
@@ -83,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="drama", description="Turn a large language model and unlabelled text into a small, fast dense retriever."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, what in STAGES.items():
+    for verb, what in VERBS.items():
         stage = _stage_parser(verbs, verb, what)
         if verb in ("encode", "augment"):
             stage.add_argument(
@@ -91,10 +85,16 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="NUMBER/OF",
                 help="do only this share, for example 0/8, as a task of an array job; a plain run then finishes",
             )
-        if verb == "encode":
-            stage.add_argument("--system", metavar="NAME", help="what encodes: drama, teacher, ... (default drama)")
+        if verb in ("encode", "train"):
+            stage.add_argument("--system", metavar="NAME", default="drama", help="which system (default drama)")
+        if verb in ("encode", "corpus"):
+            stage.add_argument(
+                "--collection", metavar="NAME", default=CORPUS, help="of evaluate.collections (default the run's own)"
+            )
     submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
-    submit.add_argument("--stage", choices=SUBMITTED, default="run", help="what to submit (default run: everything)")
+    submit.add_argument(
+        "--stage", choices=submitted_verbs(), default="run", help="what to submit (default run: everything)"
+    )
     submit.add_argument("--dry-run", action="store_true", help="print the batch scripts, and submit nothing")
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
@@ -124,45 +124,38 @@ def _stage_parser(verbs: Any, verb: str, what: str) -> argparse.ArgumentParser:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from drama_dist.run.submit import submit
 
     settings = read_settings(options.settings, options.overrides)
     submit(settings, options.stage, [str(options.settings), *options.overrides], options.dry_run)
 
 
-def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    """What a verb takes beside settings."""
-    chosen: dict[str, Any] = {}
-    if getattr(options, "share", None):
-        chosen["share"] = Share.read(options.share)
-    if getattr(options, "system", None):
-        chosen["system"] = options.system
-    return chosen
-
-
-def _run_stage(verb: str, settings: Settings, choices: dict[str, Any]) -> None:
-    from drama_dist import pipeline
+def _make(settings: Settings, options: argparse.Namespace) -> None:
+    """Make what the verb means."""
+    share = Share.read(options.share) if getattr(options, "share", None) else WHOLE
+    chosen = {name: getattr(options, name) for name in ("collection", "system") if hasattr(options, name)}
     from drama_dist.distributed import ranks
+    from drama_dist.run.runner import make
 
     _quiet_libraries()
     if ranks.world_size() == 1:
-        getattr(pipeline, verb)(settings, **choices)
+        make(settings, options.verb, share, **chosen)
         return
     ranks.start()
     try:
-        getattr(pipeline, verb)(settings, **choices)
+        make(settings, options.verb, share, **chosen)
     finally:
         ranks.stop()
 
 
 def _search(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from drama_dist.corpus.collection import open_corpus
+    from drama_dist.corpus.collection import open_collection
     from drama_dist.encoder.backbone import load
     from drama_dist.search.dense import search_folder
 
     encoder = load(_finished(options.run, "train"), dtype="float32")
-    encoded, corpus = _finished(options.run, "encode/drama"), open_corpus(_finished(options.run, "corpus"))
+    encoded = _finished(options.run, f"encode/{CORPUS}/drama")
+    corpus = open_collection(_finished(options.run, "corpus"))
     query = encoder.encode_queries([options.query], options.dim)
     scores, positions = search_folder(encoded, query, options.k)
     for place, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
@@ -196,7 +189,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _finished(run: Path, stage: str) -> Path:
-    if not (run / stage / "provenance.json").exists():
+    if not is_finished(run, stage):
         raise FileNotFoundError(f"{run / stage}: not there; finish the run first: drama run SETTINGS run={run}")
     return run / stage
 

@@ -6,8 +6,10 @@ key, a wrong type or a value out of range. Does not cover where artefacts lie (s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ class AugmentSettings:
     min_crop_words: int = 4
     max_crop_words: int = 40
     synthetic_queries: int = 0
+    writer: str | None = None  # the LLM that writes; null: the one that is pruned
     temperature: float = 0.8
     top_p: float = 0.9
     max_new_tokens: int = 48
@@ -135,6 +138,7 @@ class EncodeSettings:
     batch_tokens: int | None = None  # null: what suits the device
     dtype: str = "auto"  # as train.dtype
     max_passage_tokens: int | None = None  # null: as in training
+    index: str = "Flat"  # exact search
 
 
 @dataclass
@@ -143,7 +147,18 @@ class EvaluateSettings:
 
     # Also random-init, llm-unpruned, and model:NAME for any Llama-type encoder (folder, hub name, ...).
     systems: list[str] = field(default_factory=lambda: ["drama", "teacher", "bm25"])
+    collections: list[str] = field(default_factory=list)  # beside the run's own: folders with judged queries
     depth: int = 100
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each system is called in folders and tables, and the system: model:NAME by the last part of its name."""
+        return _labels(self.systems, SYSTEMS)
+
+    @property
+    def collection_labels(self) -> dict[str, str]:
+        """What each collection is called in folders and tables, and its path."""
+        return _labels(self.collections, ("corpus",))
 
 
 @dataclass
@@ -288,6 +303,33 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             "corpus.packages is empty: name the packages whose docs are the corpus, for example [numpy]"
         )
+
+
+def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
+    """Last parts of names; with a hash of the whole where two would be the same."""
+    short = {name: name if name in reserved else Path(name.removeprefix(OTHER_MODEL)).name for name in names}
+    counts = Counter([*short.values(), *(name for name in reserved if name not in names)])
+    return {
+        label if counts[label] == 1 or name in reserved else f"{label}-{sha256(name.encode()).hexdigest()[:6]}": name
+        for name, label in short.items()
+    }
+
+
+def recorded(section: Any) -> dict[str, Any]:
+    """A section as plain YAML types, without what changes only the cost."""
+    return {name: value for name, value in asdict(section).items() if name not in _WITHOUT_EFFECT}
+
+
+_WITHOUT_EFFECT = {
+    "zero_stage",
+    "offload_optimizer",
+    "travels",
+    "activation_budget",
+    "checkpoint_layers",
+    "tensorboard",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 
 
 def as_dict(section: Any) -> dict[str, Any]:

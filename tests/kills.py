@@ -39,8 +39,8 @@ STAGES = {  # of a trial: the verb that runs it, and its folder
     "prune": ("prune", "prune"),
     "augment": ("augment", "augment"),
     "train": ("train", "train"),
-    "encode": ("encode", "encode/drama"),
-    "index": ("encode", "encode/drama"),
+    "encode": ("encode", "encode/corpus/drama"),
+    "index": ("encode", "encode/corpus/drama"),
 }
 WAYS = ("rank", "launcher", "everything", "SIGTERM", "full disk", "read-only folders")
 LAUNCHERS = ("torchrun", "deepspeed")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist import pipeline
-from drama_dist.cli import STAGES, main
+from drama_dist.cli import VERBS, main
+from drama_dist.run.runner import make
 from drama_dist.settings import Settings, write_settings
 
 
@@ -42,7 +42,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(verb in out for verb in [*STAGES, "search", "submit", "plan", "doctor"])
+    assert all(verb in out for verb in [*VERBS, "search", "submit", "plan", "doctor"])
 
 
 def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     settings = small_settings("train.steps=2")
     assert main(["search", settings.run, "the river"]) == 2
     assert "finish the run first: drama run SETTINGS run=" in capsys.readouterr().err
-    pipeline.encode(settings)
+    make(settings, "encode")
     capsys.readouterr()
     assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from drama_dist import pipeline
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import load
+from drama_dist.run.runner import make
 from drama_dist.settings import Settings, write_settings
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
@@ -60,8 +60,8 @@ def test_the_deepspeed_launcher_trains_as_the_cpu_does(
 ) -> None:
     changes = [f"teacher.model={llm}", "train.steps=6", "evaluate.systems=[drama]"]
     first = small_settings(f"run={tmp_path / 'gpu'}", *changes)
-    pipeline.augment(first)
-    pipeline.prune(first)
+    make(first, "augment")
+    make(first, "prune")
     shutil.copytree(first.run, tmp_path / "cpu")
     programs = {"gpu": ["deepspeed", "--num_gpus", "1"], "cpu": [sys.executable]}
     variables = {*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"}  # this process has become a rank of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -11,7 +12,7 @@ LAYERS = (
     {"corpus", "encoder"},
     {"search"},
     {"augment", "prune", "train", "evaluate"},
-    {"export", "plan", "pipeline", "cli", "launcher"},
+    {"export", "plan", "cli", "launcher"},
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN_A_ROOM = {3}  # rooms of this layer know each other only through files
@@ -61,10 +62,39 @@ def test_imports_follow_the_layers() -> None:
     assert not [line for room, path in sources() for line in violations(room, path)]
 
 
+def modules() -> dict[str, set[str]]:
+    """Every source module, and those that it imports, wherever the statement stands."""
+    files = {}
+    for room, path in sources():
+        folder = ROOT if room in ("kernels", "launcher") else ROOT / "drama_dist"
+        name = ".".join(["drama_dist", *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+        files[name] = path
+    graph = {}
+    for name, path in files.items():
+        named = {full if full in files else full.rpartition(".")[0] for full in imported(path)}
+        graph[name] = {other for other in named if other in files and other != name}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none where there is no circle."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_have_no_circle() -> None:
+    graph = modules()
+    assert len(graph) > 80 and not circle(graph)
+    assert circle(graph | {"drama_dist.records": {"drama_dist.train.loop"}})  # which imports it
+
+
 def test_the_check_finds_a_wrong_import(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from drama_dist.train.loop import train\n", "utf-8")
-    assert violations("search", bad) and violations("augment", bad) and not violations("pipeline", bad)
+    assert violations("search", bad) and violations("augment", bad) and not violations("cli", bad)
 
 
 def test_only_one_module_talks_to_torch_distributed_and_two_to_deepspeed() -> None:
@@ -77,7 +107,7 @@ def test_only_one_module_talks_to_torch_distributed_and_two_to_deepspeed() -> No
     assert users == {"torch.distributed": {"ranks"}, "deepspeed": {"engine", "zero_state"}}
 
 
-def test_every_source_file_belongs_to_a_layer_and_has_under_400_lines() -> None:
+def test_every_source_file_belongs_to_a_layer_and_has_at_most_500_lines() -> None:
     for room, path in [*sources(), *(("tests", path) for path in (ROOT / "tests").rglob("*.py"))]:
         assert room in LAYER_OF or room == "tests", f"{path}: which layer?"
-        assert len(path.read_text("utf-8").splitlines()) <= 400, path
+        assert len(path.read_text("utf-8").splitlines()) <= 500, path

@@ -9,75 +9,77 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.augment.written import Written, in_parts
-from drama_dist.corpus.collection import Corpus
+from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.records import Example, write_records
-from drama_dist.run.folder import CHECKPOINTS, StageFolder, open_stage, write_text
+from drama_dist.run.folder import CHECKPOINTS, StageFolder, write_text
 from drama_dist.run.progress import say
-from drama_dist.run.shares import WHOLE, Share
+from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import TextEncoder, load_embeddings
-from drama_dist.settings import Settings, as_dict
+from drama_dist.search.shards import load_embeddings
+from drama_dist.search.systems import SYSTEMS, DenseSystem
+from drama_dist.settings import Settings
 
 _PART = 512
 
 
-def augment(
-    settings: Settings,
-    corpus: Corpus,
-    teacher: TextEncoder,
-    teacher_vectors: Path,
-    inputs: dict[str, str],
-    share: Share = WHOLE,
-) -> Path:
-    """Run the stage; the artefact is RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
+def inputs(run: Run) -> dict[str, str]:
+    """The fingerprint of the LLM that writes; none where it writes nothing."""
+    settings = run.settings
+    return {"writer": run.model_fingerprint(writer_name(settings))} if settings.augment.synthetic_queries else {}
 
-    teacher_vectors: the folder with the corpus as the teacher encodes it.
+
+def augment(run: Run, folder: StageFolder) -> None:
+    """Do the stage: RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
+
     A share that is not the whole writes its synthetic queries and leaves the rest, which needs all of them.
     Raises ValueError where no query could be written, or too many answers of the LLM are unusable.
     """
-    sections = {
-        "seed": settings.seed,
-        "llm": settings.llm,
-        "teacher": as_dict(settings.teacher),
-        "augment": as_dict(settings.augment),
-    }
-    stage = open_stage(settings.run, "augment", sections, inputs, share)
-    if stage.done:
-        return stage.final
-    if not share.whole:
-        _synthetic(settings, stage, corpus, share)
-        return stage.folder
-    written, aside = _write(settings, stage, corpus)
-    examples = _rank(settings, stage, corpus, written, teacher, load_embeddings(teacher_vectors))
+    settings, collection = run.settings, open_collection(run.path("corpus"))
+    if not folder.share.whole:
+        _synthetic(settings, folder, collection)
+        return
+    written, aside = _write(settings, folder, collection)
+    examples = _rank(settings, folder, collection, written, _ranker(run))
     counts = _counts(examples, aside)
     if ranks.rank() == 0:
-        write_records(stage.folder / "examples.jsonl", examples)
-        write_records(stage.folder / "set_aside.jsonl", aside)
-        write_text(stage.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
+        write_records(folder.folder / "examples.jsonl", examples)
+        write_records(folder.folder / "set_aside.jsonl", aside)
+        write_text(folder.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
     say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-    return stage.finish(examples=len(examples), set_aside=len(aside))
+    folder.finish(examples=len(examples), set_aside=len(aside))
 
 
-def _write(settings: Settings, stage: StageFolder, corpus: Corpus) -> tuple[list[Written], list[dict[str, Any]]]:
+def writer_name(settings: Settings) -> str:
+    """The LLM that writes: augment.writer, or else the one that is pruned."""
+    return settings.augment.writer or settings.llm
+
+
+def _ranker(run: Run) -> Ranker:
+    teacher, settings = SYSTEMS["teacher"], run.settings
+    assert isinstance(teacher, DenseSystem)
+    lexical = LexicalIndex.open(run.path("encode/corpus/bm25")) if settings.teacher.fuse_bm25 else None
+    vectors = load_embeddings(run.path("encode/corpus/teacher"))
+    return Ranker(teacher.load(settings), vectors, lexical, settings.teacher.rrf_k)
+
+
+def _write(
+    settings: Settings, folder: StageFolder, collection: Collection
+) -> tuple[list[Written], list[dict[str, Any]]]:
     """All written queries but those that are test queries; and what was set aside."""
-    choice = settings.augment
-    written = list(crops(corpus.passages, choice, settings.seed))
+    written = list(crops(collection.passages, settings.augment, settings.seed))
     aside: list[dict[str, Any]] = []
-    if choice.synthetic_queries:
-        synthetic, aside = _synthetic(settings, stage, corpus, WHOLE)
+    if settings.augment.synthetic_queries:
+        synthetic, aside = _synthetic(settings, folder, collection)
         written += synthetic
-    tests = {_folded(query.text) for query in corpus.queries}
+    tests = {_folded(query.text) for query in collection.queries}
     for query in written:
         if _folded(query.query) in tests:
             aside.append({"passage": query.passage_id, "reason": "is a test query", "value": query.query})
@@ -91,32 +93,23 @@ def _write(settings: Settings, stage: StageFolder, corpus: Corpus) -> tuple[list
 
 
 def _synthetic(
-    settings: Settings, stage: StageFolder, corpus: Corpus, share: Share
+    settings: Settings, folder: StageFolder, collection: Collection
 ) -> tuple[list[Written], list[dict[str, Any]]]:
-    llm = LanguageModel(settings.llm, settings.augment, settings.trust_remote_code)
-    folder = stage.folder / CHECKPOINTS / "synthetic"
-    return write_queries(folder, corpus.passages, llm, settings.augment, settings.seed, share)
+    writer = LanguageModel(writer_name(settings), settings.augment, settings.trust_remote_code)
+    parts = folder.folder / CHECKPOINTS / "synthetic"
+    return write_queries(parts, collection.passages, writer, settings.augment, settings.seed, folder.share)
 
 
 def _rank(
-    settings: Settings,
-    stage: StageFolder,
-    corpus: Corpus,
-    written: list[Written],
-    teacher: TextEncoder,
-    teacher_embeddings: np.ndarray,
+    settings: Settings, folder: StageFolder, collection: Collection, written: list[Written], ranker: Ranker
 ) -> list[Example]:
-    table, choice = corpus.passages, settings.augment
-    lexical = None
-    if settings.teacher.fuse_bm25:
-        lexical = LexicalIndex(table.contents(range(len(table))), settings.corpus.language)
-    ranker = Ranker(teacher, teacher_embeddings, lexical, settings.teacher.rrf_k)
+    table, shape = collection.passages, settings.augment
 
     def rank(_: int, part: Sequence[Written]) -> list[Example]:
-        rankings = ranker.rank([query.query for query in part], choice.negatives_to_rank)
-        return [example(query, row, table, choice, settings.seed) for query, row in zip(part, rankings, strict=True)]
+        rankings = ranker.rank([query.query for query in part], shape.negatives_to_rank)
+        return [example(query, row, table, shape, settings.seed) for query, row in zip(part, rankings, strict=True)]
 
-    rows = in_parts(stage.folder / CHECKPOINTS / "ranked", written, _PART, "queries", rank)
+    rows = in_parts(folder.folder / CHECKPOINTS / "ranked", written, _PART, "queries", rank)
     return [Example.from_json(row) for row in rows]
 
 

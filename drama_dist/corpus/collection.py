@@ -1,6 +1,7 @@
-"""The stored corpus: a memory-mapped table of passages, test queries and judgements.
+"""A stored collection: a memory-mapped table of passages, test queries and judgements.
 
-Covers writing and opening the corpus stage's artefact. How a corpus is read from elsewhere is in read.py.
+Covers writing and opening it. The training corpus is one, and evaluation takes others. How a collection is read from
+elsewhere is in read.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value, load_from_disk
 
-from drama_dist.records import BadRecord, Passage, Query, read_records
+from drama_dist.records import BadRecord, Passage, Query, read_records, write_records
 
 Qrels = dict[str, dict[str, int]]
 _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", "language")})
@@ -63,7 +64,7 @@ class PassageTable:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Collection:
     """Passages, test queries, and qrels: query id -> passage id -> relevance."""
 
     passages: PassageTable
@@ -71,10 +72,17 @@ class Corpus:
     qrels: Qrels
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """Open the corpus stage's artefact."""
+def open_collection(folder: Path) -> Collection:
+    """Open what `write_collection` wrote."""
     queries = read_records(folder / "queries.jsonl", lambda value: Query(**value))
-    return Corpus(PassageTable.open(folder / "passages"), queries, read_qrels(folder / "qrels" / "test.tsv"))
+    return Collection(PassageTable.open(folder / "passages"), queries, read_qrels(folder / "qrels" / "test.tsv"))
+
+
+def write_collection(folder: Path, passages: Iterable[Passage], queries: Iterable[Query], qrels: Qrels) -> None:
+    """Store a collection in a folder."""
+    PassageTable.write(folder / "passages", passages)
+    write_records(folder / "queries.jsonl", queries)
+    write_qrels(folder / "qrels" / "test.tsv", qrels)
 
 
 def write_qrels(path: Path, qrels: Qrels) -> None:

@@ -17,6 +17,7 @@ from drama_dist.run.progress import say
 
 _ID_KEYS = ("_id", "id", "docid")
 _TEXT_KEYS = ("text", "contents", "content")
+_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass
@@ -55,27 +56,35 @@ class RawCorpus:
 
 
 def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
-    """Read any supported form.
-
-    Raises FileNotFoundError where there is nothing, ValueError where the form is not recognised or
-    there is no passage.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"corpus.path={path}: no such file or folder")
+    """Read any supported form; raises ValueError where the form is not recognised or there is no passage."""
+    source_files(path)
     if path.is_file():
         corpus = RawCorpus(_passages(path, parse_json_lines(path), language, aside), [], {})
     elif (path / "corpus.jsonl").exists():
         corpus = _read_beir(path, language, aside)
-    elif any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        corpus = RawCorpus(_passages(path, _dataset_rows(path), language, aside), [], {})
     else:
-        raise ValueError(
-            f"corpus.path={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
-            f"saved on disk; found {sorted(item.name for item in path.iterdir())[:5]}"
-        )
+        corpus = RawCorpus(_passages(path, _dataset_rows(path), language, aside), [], {})
     if not corpus.passages:
         raise ValueError(f"corpus.path={path}: no usable passage among {aside.seen} records")
     return corpus
+
+
+def source_files(path: Path) -> list[Path]:
+    """The files that `read_corpus` reads; what else lies beside them makes no other corpus.
+
+    Raises ValueError where the form is not recognised.
+    """
+    if path.is_file():
+        return [path]
+    if (path / "corpus.jsonl").exists():
+        judgements = _qrels_file(path)
+        return [path / "corpus.jsonl", *([path / "queries.jsonl", judgements] if judgements else [])]
+    if any((path / name).exists() for name in _DATASET_FILES):
+        return sorted(item for item in path.rglob("*") if item.suffix in (".arrow", ".json"))
+    raise ValueError(
+        f"corpus.path={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
+        f"saved on disk; found {sorted(item.name for item in path.iterdir())[:5]}"
+    )
 
 
 def _read_beir(folder: Path, language: str, aside: SetAside) -> RawCorpus:

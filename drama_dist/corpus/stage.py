@@ -1,4 +1,4 @@
-"""The corpus stage: read, clean, hold test queries out, store.
+"""The corpus stage: read, clean, hold test queries out, store; and the same for other collections to evaluate on.
 
 Where the corpus comes with judgements they are the test set, and every passage is kept. Elsewhere
 the first sentences of some passages become test queries, and are taken out of those passages.
@@ -11,64 +11,96 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from drama_dist.corpus.collection import PassageTable, Qrels, write_qrels
+from drama_dist.corpus.collection import Qrels, write_collection
 from drama_dist.corpus.packages import own_words, package_passages, package_versions
-from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
+from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus, source_files
 from drama_dist.corpus.split import count_words, sentences
 from drama_dist.distributed import ranks
 from drama_dist.records import BadRecord, Passage, Query, write_records
-from drama_dist.run.folder import fingerprint, open_stage
+from drama_dist.run.folder import StageFolder, fingerprint_of_files
 from drama_dist.run.progress import say
-from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
+from drama_dist.run.runner import Run
+from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings
 
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
 _CAPITAL_WORDS = 4  # fewer may be an abbreviation or a name
 
 
-def build_corpus(settings: Settings) -> Path:
-    """Run the stage; the artefact is RUN/corpus.
+def corpus_inputs(run: Run) -> dict[str, str]:
+    """Fingerprints of the files that are read, or the packages' versions."""
+    corpus = run.settings.corpus
+    if corpus.path == PACKAGES_CORPUS:
+        return package_versions(corpus.packages)
+    return {"source": fingerprint_of_files(source_files(_existing("corpus.path", corpus.path)))}
 
-    Raises FileNotFoundError or ValueError where there is no corpus, it is empty, or too many of its
-    records cannot be used.
+
+def build_corpus(run: Run, folder: StageFolder) -> None:
+    """Do the stage that stores the training corpus.
+
+    Raises FileNotFoundError or ValueError where there is no corpus, it is empty, or too many of its records cannot be
+    used.
     """
-    choice = settings.corpus
-    inputs = (
-        package_versions(choice.packages)
-        if choice.path == PACKAGES_CORPUS
-        else {"source": fingerprint(_existing(choice.path))}
-    )
-    stage = open_stage(settings.run, "corpus", {"corpus": as_dict(choice), "seed": settings.seed}, inputs)
-    if stage.done:
-        return stage.final
+    corpus, seed = run.settings.corpus, run.settings.seed
     if ranks.rank() != 0:
-        return stage.finish()
+        folder.finish()
+        return
     aside = SetAside()
-    raw = _read(choice, aside)
-    if choice.lower_capitals:
+    raw = _read(corpus, aside)
+    if corpus.lower_capitals:
         raw = _lower_capitals(raw)
     if not raw.qrels:
-        raw = _hold_out(_sample(_worthwhile(raw.passages, choice, aside), choice, settings.seed), choice, settings.seed)
-    write_records(stage.folder / "set_aside.jsonl", aside.as_rows())
-    aside.refuse_beyond(choice.bad_record_limit, stage.folder / "set_aside.jsonl")
-    PassageTable.write(stage.folder / "passages", raw.passages)
-    write_records(stage.folder / "queries.jsonl", raw.queries)
-    write_qrels(stage.folder / "qrels" / "test.tsv", raw.qrels)
-    _summarise(raw, aside, stage.folder)
-    return stage.finish(passages=len(raw.passages), queries=len(raw.queries), set_aside=len(aside.as_rows()))
+        raw = _hold_out(_sample(_worthwhile(raw.passages, corpus, aside), corpus, seed), corpus, seed)
+    _store(folder, raw, aside, corpus.bad_record_limit)
 
 
-def _existing(path: str) -> Path:
+def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
+    """How another collection is read: as the training corpus, but whole, and with the queries that it has."""
+    return {"corpus": {"language": settings.corpus.language, "lower_capitals": settings.corpus.lower_capitals}}
+
+
+def collection_inputs(run: Run, collection: str) -> dict[str, str]:
+    """Fingerprints of the files that are read."""
+    path = run.settings.evaluate.collection_labels[collection]
+    return {"source": fingerprint_of_files(source_files(_existing("evaluate.collections", path)))}
+
+
+def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
+    """Do the stage that stores a collection of evaluate.collections: RUN/collections/NAME.
+
+    Raises as `build_corpus` does, and ValueError where the collection has no judged queries.
+    """
+    corpus, path = run.settings.corpus, run.settings.evaluate.collection_labels[collection]
+    if ranks.rank() != 0:
+        folder.finish()
+        return
+    aside = SetAside()
+    raw = read_corpus(Path(path), corpus.language, aside)
+    if not raw.qrels:
+        raise ValueError(f"evaluate.collections: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
+    _store(folder, _lower_capitals(raw) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
+
+
+def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limit: float) -> None:
+    write_records(folder.folder / "set_aside.jsonl", aside.as_rows())
+    aside.refuse_beyond(bad_record_limit, folder.folder / "set_aside.jsonl")
+    write_collection(folder.folder, raw.passages, raw.queries, raw.qrels)
+    _summarise(folder.name, raw, aside)
+    folder.finish(passages=len(raw.passages), queries=len(raw.queries), set_aside=len(aside.as_rows()))
+
+
+def _existing(setting: str, path: str) -> Path:
     if not Path(path).exists():
-        raise FileNotFoundError(f"corpus.path={path}: no such file or folder")
+        raise FileNotFoundError(f"{setting}={path}: no such file or folder")
     return Path(path)
 
 
-def _read(choice: CorpusSettings, aside: SetAside) -> RawCorpus:
-    if choice.path != PACKAGES_CORPUS:
-        return read_corpus(Path(choice.path), choice.language, aside)
-    passages = package_passages(choice.packages, choice.language)
+def _read(corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
+    if corpus.path != PACKAGES_CORPUS:
+        return read_corpus(Path(corpus.path), corpus.language, aside)
+    passages = package_passages(corpus.packages, corpus.language)
     aside.seen = len(passages)
     return RawCorpus(passages, [], {})
 
@@ -88,28 +120,28 @@ def _lower(text: str) -> str:
     return text.lower() if text.isupper() and count_words(text) >= _CAPITAL_WORDS else text
 
 
-def _worthwhile(passages: list[Passage], choice: CorpusSettings, aside: SetAside) -> list[Passage]:
+def _worthwhile(passages: list[Passage], corpus: CorpusSettings, aside: SetAside) -> list[Passage]:
     """Without trivial passages and word-for-word duplicates, which are set aside."""
     kept: dict[str, Passage] = {}
     for number, passage in enumerate(passages, 1):
         key = " ".join(passage.content.casefold().split())
-        if count_words(key) < choice.min_words:
+        if count_words(key) < corpus.min_words:
             aside.unwanted.append(
-                BadRecord(choice.path, number, "trivial: fewer words than corpus.min_words", passage.id)
+                BadRecord(corpus.path, number, "trivial: fewer words than corpus.min_words", passage.id)
             )
         elif key in kept:
-            aside.unwanted.append(BadRecord(choice.path, number, f"duplicate of {kept[key].id}", passage.id))
+            aside.unwanted.append(BadRecord(corpus.path, number, f"duplicate of {kept[key].id}", passage.id))
         else:
             kept[key] = passage
     if not kept:
-        raise ValueError(f"corpus.path={choice.path}: all {len(passages)} passages are trivial; lower corpus.min_words")
+        raise ValueError(f"corpus.path={corpus.path}: all {len(passages)} passages are trivial; lower corpus.min_words")
     return list(kept.values())
 
 
-def _sample(passages: list[Passage], choice: CorpusSettings, seed: int) -> list[Passage]:
-    if choice.max_passages is None or len(passages) <= choice.max_passages:
+def _sample(passages: list[Passage], corpus: CorpusSettings, seed: int) -> list[Passage]:
+    if corpus.max_passages is None or len(passages) <= corpus.max_passages:
         return passages
-    chosen = sorted(random.Random(f"{seed} passages").sample(range(len(passages)), choice.max_passages))
+    chosen = sorted(random.Random(f"{seed} passages").sample(range(len(passages)), corpus.max_passages))
     return [passages[i] for i in chosen]
 
 
@@ -119,14 +151,14 @@ class _Candidate:
     rest: str
 
 
-def _hold_out(passages: list[Passage], choice: CorpusSettings, seed: int) -> RawCorpus:
+def _hold_out(passages: list[Passage], corpus: CorpusSettings, seed: int) -> RawCorpus:
     """Take first sentences out as test queries; the passage is then the rest."""
-    split = [_candidate(passage, choice) for passage in passages]
+    split = [_candidate(passage, corpus) for passage in passages]
     occurs = Counter(candidate.query.casefold() for candidate in split if candidate)
     fit = [i for i, candidate in enumerate(split) if candidate and occurs[candidate.query.casefold()] == 1]
-    count = min(choice.held_out_queries, len(fit) // 2)
-    if count < choice.held_out_queries:
-        say(f"corpus: only {count} of corpus.held_out_queries={choice.held_out_queries} test queries can be held out")
+    count = min(corpus.held_out_queries, len(fit) // 2)
+    if count < corpus.held_out_queries:
+        say(f"corpus: only {count} of corpus.held_out_queries={corpus.held_out_queries} test queries can be held out")
     queries, qrels, kept = [], {}, list(passages)
     for i in sorted(random.Random(f"{seed} held out").sample(fit, count)):
         candidate, passage = split[i], passages[i]
@@ -137,24 +169,24 @@ def _hold_out(passages: list[Passage], choice: CorpusSettings, seed: int) -> Raw
     return RawCorpus(kept, queries, qrels)
 
 
-def _candidate(passage: Passage, choice: CorpusSettings) -> _Candidate | None:
+def _candidate(passage: Passage, corpus: CorpusSettings) -> _Candidate | None:
     parts = sentences(passage.text, passage.language)
     if len(parts) < 2:
         return None
     query, rest = parts[0], passage.text.strip().removeprefix(parts[0]).strip()
-    if choice.path == PACKAGES_CORPUS:
+    if corpus.path == PACKAGES_CORPUS:
         given_away = own_words(passage.id)
         query = " ".join(word for word in query.split() if not given_away & set(re.findall(r"[\w.]+", word.lower())))
     fits = count_words(query) in _QUERY_WORDS and count_words(rest) >= _REST_WORDS
     return _Candidate(query, rest) if fits else None
 
 
-def _summarise(raw: RawCorpus, aside: SetAside, folder: Path) -> None:
-    say(f"corpus: {len(raw.passages)} passages, {len(raw.queries)} test queries, {_judged(raw.qrels)} judgements")
+def _summarise(name: str, raw: RawCorpus, aside: SetAside) -> None:
+    say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {_judged(raw.qrels)} judgements")
     if aside.as_rows():
         reasons = Counter(row["reason"].split(":")[0].split(" of ")[0] for row in aside.as_rows())
         said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        say(f"corpus: set aside {said}; listed in {folder.name.removesuffix('.partial')}/set_aside.jsonl")
+        say(f"{name}: set aside {said}; listed in {name}/set_aside.jsonl")
 
 
 def _judged(qrels: Qrels) -> int:

@@ -229,6 +229,12 @@ def from_config(
     return encoder.eval()
 
 
+def random_twin(encoder: Encoder, seed: int) -> Encoder:
+    """A randomly initialised encoder of another's shape, tokenizer and contract."""
+    config = AutoConfig.for_model(**encoder.backbone.config.to_dict())
+    return from_config(config, encoder.tokenizer, encoder.contract, seed).to(encoder.device)
+
+
 @torch.no_grad()
 def probe(encoder: Encoder) -> None:
     """Check by experiment what attention sees; raises LeakError.

@@ -17,15 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-_COLOURS = {
-    "drama": "#0b6e99",
-    "random-init": "#a0a4ab",
-    "llm-unpruned": "#8f6bb3",
-    "teacher": "#d98324",
-    "bm25": "#4d8b45",
-    "passages": "#0b6e99",
-    "queries": "#d98324",
-}
+_PASSAGES, _QUERIES = "#0b6e99", "#d98324"
 _INK = "#333a42"
 _STYLE = {
     "svg.fonttype": "none",
@@ -55,14 +47,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def quality_by_dim(rows: Sequence[Mapping[str, Any]]) -> str:
-    """nDCG@10 of every system over the number of components kept."""
+def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+    """nDCG@10 of every system over the number of components kept; colours: of the systems."""
 
     def draw(axes: Axes) -> None:
         dims = sorted({row["dim"] for row in rows if row["dim"] is not None})
         place = {dim: number for number, dim in enumerate(dims)}
         for system in dict.fromkeys(row["system"] for row in rows):
-            colour = _COLOURS.get(system, _INK)
+            colour = colours.get(system, _INK)
             own = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
             if own:
                 across = [place[dim] for dim, _ in own]
@@ -80,13 +72,13 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg("quality-by-dim", draw)
 
 
-def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapping[str, str]) -> str:
     """Training loss over steps, one curve per model or dim: every step faint, the running mean strong."""
 
     def draw(axes: Axes) -> None:
         for number, (name, curve) in enumerate(curves.items()):
             steps, losses = (np.asarray(values, dtype=np.float64) for values in zip(*curve, strict=True))
-            colour = _COLOURS.get(name, f"C{number}")
+            colour = colours.get(name, f"C{number}")
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=colour, linewidth=2, label=name)
         axes.set_xlabel("step")
@@ -117,12 +109,12 @@ def token_lengths(lengths: Mapping[str, Sequence[float]]) -> str:
 
     def draw(axes: Axes) -> None:
         edges = np.asarray(lengths["edges"], dtype=np.float64)
-        for name in ("passages", "queries"):
+        for name, colour in (("passages", _PASSAGES), ("queries", _QUERIES)):
             counts = np.asarray(lengths.get(name, ()), dtype=np.float64)
             if counts.sum():
                 share = 100 * counts / counts.sum()
-                axes.stairs(share, edges, fill=True, alpha=0.35, color=_COLOURS[name])
-                axes.stairs(share, edges, color=_COLOURS[name], linewidth=1.8, label=f"{name} ({counts.sum():,.0f})")
+                axes.stairs(share, edges, fill=True, alpha=0.35, color=colour)
+                axes.stairs(share, edges, color=colour, linewidth=1.8, label=f"{name} ({counts.sum():,.0f})")
         axes.set_xlabel("tokens")
         axes.set_ylabel("share, %")
         axes.legend()
@@ -135,7 +127,7 @@ def time_bars(seconds: Mapping[str, float]) -> str:
 
     def draw(axes: Axes) -> None:
         names = list(seconds)
-        bars = axes.barh(names, [seconds[name] for name in names], color=_COLOURS["drama"], height=0.65)
+        bars = axes.barh(names, [seconds[name] for name in names], color=_PASSAGES, height=0.65)
         axes.bar_label(bars, [duration(seconds[name]) for name in names], padding=4)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -16,23 +16,32 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from drama_dist.distributed import ranks
 from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
 from drama_dist.run.folder import seconds_of, write_text
+from drama_dist.run.graph import CORPUS, TRAINING, stage_order
+from drama_dist.run.progress import say
+from drama_dist.run.runner import Run
+from drama_dist.search.systems import system_called
 from drama_dist.settings import Settings, as_dict
 
 _HEADINGS = {"system": "system", "dim": "dim", "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
-_MEANING = {
-    "drama": "the small retriever of this run",
-    "random-init": "the same shape and training, from random weights",
-    "llm-unpruned": "the LLM as it is, mean pooled",
-    "teacher": "the retriever that ranked the training data",
-    "bm25": "lexical search",
-}
-_STAGE_ORDER = ("corpus", "prune", "augment", "train", "train-random-init", "encode", "evaluate", "export")
-_LOSS_FOLDERS = {"drama": "train", "random-init": "train-random-init"}
+
+
+def report(run: Run) -> None:
+    """Write report.html and report.json into the run's folder, and the tables to the terminal."""
+    if ranks.rank() == 0:
+        path = write_report(run.folder, run.settings)
+        for name, rows in _results(run.folder, run.settings).items():
+            print(
+                f"{name}\n{results_table(rows)}" if run.settings.evaluate.collections else results_table(rows),
+                flush=True,
+            )
+        say(f"report: {path}")
+    ranks.barrier()
 
 
 def write_report(run: Path, settings: Settings) -> Path:
@@ -41,12 +50,10 @@ def write_report(run: Path, settings: Settings) -> Path:
     Raises FileNotFoundError where the run has not been evaluated. Parts whose files are not there
     (a run without training, say) are left out of the page.
     """
-    results_path = run / "evaluate" / "results.json"
-    if not results_path.is_file():
-        raise FileNotFoundError(f"{results_path}: not found; run `drama evaluate` for this run first")
-    rows: list[dict[str, Any]] = json.loads(results_path.read_text("utf-8"))
-    seconds = stage_seconds(run)
-    record = {"results": rows, "seconds": seconds, "settings": as_dict(settings)}
+    results, seconds = _results(run, settings), stage_seconds(run)
+    rows = results[CORPUS]
+    others = {name: rows for name, rows in results.items() if name != CORPUS}
+    record = {"results": rows, "collections": others, "seconds": seconds, "settings": as_dict(settings)}
     write_text(run / "report.json", json.dumps(record, indent=2) + "\n")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -56,11 +63,17 @@ def write_report(run: Path, settings: Settings) -> Path:
         llm=settings.llm,
         seed=settings.seed,
         headings=[_HEADINGS[name] for name in _HEADINGS],
-        table=_table_cells(rows),
-        meaning={name: text for name, text in _MEANING.items() if any(row["system"] == name for row in rows)},
-        comparisons=_comparisons(run, rows, settings.seed),
+        collections=[
+            {
+                "name": name,
+                "table": _table_cells(rows),
+                "comparisons": _comparisons(run / "evaluate" / name, rows, settings.seed),
+            }
+            for name, rows in results.items()
+        ],
+        meaning={label: system_called(label, settings).meaning for label in settings.evaluate.labels},
         cost=_training_cost(_metrics(run / "train")),
-        figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds)],
+        figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
         counts={name: found for name in ("corpus", "augment") if (found := _json(run / name / "counts.json"))},
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
     )
@@ -87,12 +100,20 @@ def stage_seconds(run: Path) -> dict[str, float]:
     """Wall seconds of every finished stage of a run, in the order in which stages run."""
     names = [path.parent.relative_to(run).as_posix() for path in run.rglob("provenance.json")]
     finished = [name for name in names if ".partial" not in name]
-    return {name: seconds_of(run, name) for name in sorted(finished, key=_stage_rank)}
+    return {name: seconds_of(run, name) for name in sorted(finished, key=stage_order)}
 
 
-def _stage_rank(name: str) -> tuple[int, str]:
-    first = name.split("/")[0]
-    return (_STAGE_ORDER.index(first) if first in _STAGE_ORDER else len(_STAGE_ORDER), name)
+def _results(run: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Result rows of each collection that the run is evaluated on."""
+    paths = {name: run / "evaluate" / name / "results.json" for name in (CORPUS, *settings.evaluate.collection_labels)}
+    for path in paths.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; run `drama evaluate` for this run first")
+    return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
+
+
+def _colours(settings: Settings) -> dict[str, str]:
+    return {label: system_called(label, settings).colour for label in settings.evaluate.labels}
 
 
 def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
@@ -106,13 +127,13 @@ def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]
     ]
 
 
-def _comparisons(run: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
+def _comparisons(evaluated: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
     """nDCG@10 of drama at its largest dim against every other system at its largest, with p."""
     largest: dict[str, int | None] = {}
     for row in rows:
         largest[row["system"]] = max(row["dim"] or 0, largest.get(row["system"]) or 0) or None
     names = {system: label(system, dim) for system, dim in largest.items()}
-    values = {system: _json(ndcg_path(run / "evaluate", name)) or {} for system, name in names.items()}
+    values = {system: _json(ndcg_path(evaluated, name)) or {} for system, name in names.items()}
     ours = values.pop("drama", {})
     comparable = [system for system, theirs in values.items() if ours and theirs.keys() == ours.keys()]
     return [_comparison(names[system], ours, values[system], seed) for system in comparable]
@@ -130,19 +151,21 @@ def _comparison(other: str, ours: dict[str, float], theirs: dict[str, float], se
     }
 
 
-def _figures(run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float]) -> list[tuple[str, str, str]]:
+def _figures(
+    run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float], colours: dict[str, str]
+) -> list[tuple[str, str, str]]:
     """(title, what to know when reading it, SVG) of every figure that the run has data for."""
     drawn = []
     if any(row["dim"] is not None for row in rows):
         note = "One encoding, cut to its first components and normalised again. Systems without vectors are lines."
-        drawn.append(("Quality by dim", note, figures.quality_by_dim(rows)))
-    curves = {name: curve for name, folder in _LOSS_FOLDERS.items() if (curve := _loss(_metrics(run / folder)))}
+        drawn.append(("Quality by dim", note, figures.quality_by_dim(rows, colours)))
+    curves = {name: curve for name, folder in TRAINING.items() if (curve := _loss(_metrics(run / folder)))}
     if curves:
-        drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves)))
+        drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves, colours)))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:
         note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."
-        drawn.append(("Loss by dim", note, figures.loss_curves(_loss_by_dim(steps))))
+        drawn.append(("Loss by dim", note, figures.loss_curves(_loss_by_dim(steps), {})))
         note = "Score of the positive less that of the best negative, over the temperature; right of 0 it ranks first."
         shown = {f"step {line['step']}": line["margins"] for line in (steps[0], steps[len(steps) // 2], steps[-1])}
         drawn.append(("Margins in training", note, figures.margins(shown)))

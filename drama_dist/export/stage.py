@@ -15,15 +15,25 @@ import numpy as np
 import torch
 import yaml
 
+from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
 from drama_dist.evaluate.report import results_table
-from drama_dist.run.folder import write_text
+from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.graph import CORPUS
+from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, as_dict
 
 _CARD = Path(__file__).with_name("model_card.md")
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 _PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "x", "word " * 600]
+
+
+def export(run: Run, folder: StageFolder) -> None:
+    """Do the stage: RUN/export."""
+    if ranks.rank() == 0:
+        export_encoder(run.settings, run.path("train"), folder.folder)
+    folder.finish()
 
 
 def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
@@ -60,7 +70,7 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
     config, run = encoder.backbone.config, Path(settings.run)
     weights = sum(weight.numel() for weight in encoder.parameters())
     embeddings = config.vocab_size * config.hidden_size
-    rows = _json(run / "evaluate" / "results.json")
+    rows = _json(run / "evaluate" / CORPUS / "results.json")
     told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(_CARD.read_text("utf-8")).render(

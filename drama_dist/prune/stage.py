@@ -10,62 +10,58 @@ import json
 import random
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from drama_dist.corpus.collection import PassageTable
+from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
-from drama_dist.encoder.backbone import Encoder, from_config, probe
+from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
 from drama_dist.encoder.sources import resolve
 from drama_dist.prune.extractor import Kept, choose, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
-from drama_dist.run.folder import open_stage, write_text
-from drama_dist.settings import EncoderSettings, Settings, as_dict
+from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.runner import Run
+from drama_dist.settings import EncoderSettings, Settings
 
 
-def prune(settings: Settings, table: PassageTable, inputs: dict[str, str]) -> Path:
-    """Run the stage; the artefact is RUN/prune.
+def inputs(run: Run) -> dict[str, str]:
+    """The LLM's fingerprint."""
+    return {"llm": run.model_fingerprint(run.settings.llm)}
+
+
+def prune(run: Run, folder: StageFolder) -> None:
+    """Do the stage: RUN/prune.
 
     Raises ValueError where the LLM is not of Llama type, SettingsError where the wanted shape or
     dims do not fit it.
     """
+    settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
-    sections = {
-        "seed": settings.seed,
-        "llm": settings.llm,
-        "prune": as_dict(settings.prune),
-        "encoder": as_dict(settings.encoder),
-    }
-    stage = open_stage(settings.run, "prune", sections, inputs)
-    if stage.done:
-        return stage.final
-    source, tokenizer = _load(settings.llm)
-    sequences = _calibration(tokenizer, table, settings)
+    source, tokenizer = _load(settings.llm, settings.trust_remote_code)
+    sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
     kept = choose(measure_importance(source, sequences), settings.prune)
     small = shrink(source, kept)
     if settings.prune.heal_steps:
-        small = heal(stage, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
+        small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
     if ranks.rank() == 0:
-        _save(stage.folder, small, tokenizer, settings.encoder, kept)
-    return stage.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
+        _save(folder.folder, small, tokenizer, settings.encoder, kept)
+    folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
 
 
-def random_twin(pruned: Encoder, seed: int) -> Encoder:
-    """A randomly initialised encoder of the pruned one's shape."""
-    config = AutoConfig.for_model(**pruned.backbone.config.to_dict())
-    return from_config(config, pruned.tokenizer, pruned.contract, seed).to(pruned.device)
-
-
-def _load(name: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def _load(name: str, trust_remote_code: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     folder = resolve(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(AUTO), use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype_of(AUTO), use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     if not isinstance(model, LlamaForCausalLM):
         raise ValueError(f"{name}: model type {model.config.model_type!r}; only Llama-type models can be pruned")
     model.config._attn_implementation = attention.NAME
-    return model.to(ranks.device()).eval(), wire_tokenizer(AutoTokenizer.from_pretrained(folder))
+    return model.to(ranks.device()).eval(), wire_tokenizer(
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:

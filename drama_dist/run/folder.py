@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -45,6 +47,7 @@ class StageFolder:
     folder: where to work and to read the artefact (RUN/NAME.partial until finished).
     done: the artefact is whole and was made with these settings and inputs.
     resumed: an earlier attempt left a part in `folder`.
+    share: of the work, where it is a task of an array job that does it; only the whole is finished.
     """
 
     run: Path
@@ -53,8 +56,14 @@ class StageFolder:
     inputs: dict[str, str]
     done: bool = False
     resumed: bool = False
+    share: Share = WHOLE
     began: float = field(default_factory=time.monotonic)
     lock: StageLock | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the artefact depends on, as its settings.yaml has it."""
+        return {"settings": self.settings, "inputs": self.inputs}
 
     @property
     def final(self) -> Path:
@@ -115,13 +124,13 @@ def open_stage(
     this stage's artefact, or a part of it, made with others; the message lists the differences. Raises InUse where
     processes of another start work on the stage; tasks with shares may, beside each other.
     """
-    stage = StageFolder(Path(run), name, settings, inputs)
+    stage = StageFolder(Path(run), name, settings, inputs, share=share)
     _find(stage)
     if not _of_rank_0(stage.done):
         stage.lock = StageLock(stage.run / _LOCKS / name.replace("/", "-"), share)
         found = _of_rank_0(_find(stage))
         if ranks.rank() == 0 and not found and not _create(stage):
-            _refuse_others(stage)
+            _refuse_others(stage.folder, stage.record)
         ranks.barrier()
     stage.done = _of_rank_0(stage.done)  # another start may have finished meanwhile
     if stage.done and ranks.rank() == 0:
@@ -129,6 +138,14 @@ def open_stage(
     if stage.done or stage.resumed:
         _say_once(f"{name}: {'already done' if stage.done else 'going on from what is there'} ({stage.folder})")
     return stage
+
+
+def refuse_other_settings(run: Path | str, name: str, settings: dict[str, Any]) -> None:
+    """Raise OtherSettings where a run has this artefact, or a part of it, made with other settings."""
+    for folder in (Path(run) / name, Path(run) / f"{name}.partial"):
+        if (folder / "settings.yaml").exists():
+            _refuse_others(folder, {"settings": settings})
+            return
 
 
 def fingerprint(path: Path | str) -> str:
@@ -146,10 +163,20 @@ def fingerprint(path: Path | str) -> str:
 
 def fingerprint_of_folder(folder: Path) -> str:
     """SHA-256 over names and contents of all files but the stage's own records."""
+    paths = [path for path in folder.rglob("*") if _RECORDS_OF_THE_RUN.isdisjoint(path.relative_to(folder).parts)]
+    return _hash_files(folder, [path for path in paths if path.is_file()])
+
+
+def fingerprint_of_files(paths: Sequence[Path]) -> str:
+    """SHA-256 over names and contents of some files, wherever their common folder lies; missing ones are left out."""
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    return _hash_files(common, [path for path in paths if path.is_file()])
+
+
+def _hash_files(folder: Path, paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and _RECORDS_OF_THE_RUN.isdisjoint(path.relative_to(folder).parts):
-            total.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
+    for path in sorted(paths):
+        total.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
     return total.hexdigest()
 
 
@@ -170,7 +197,7 @@ def _find(stage: StageFolder) -> bool:
     for done in (True, False):
         stage.done = done
         if (stage.folder / "settings.yaml").exists():
-            _refuse_others(stage)
+            _refuse_others(stage.folder, stage.record)
             stage.resumed = not done
             return True
     return False
@@ -183,8 +210,7 @@ def _create(stage: StageFolder) -> bool:
     """
     fresh = stage.folder.with_name(f"{stage.folder.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir(parents=True)
-    record = {"settings": stage.settings, "inputs": stage.inputs}
-    (fresh / "settings.yaml").write_text(yaml.safe_dump(record, sort_keys=False), "utf-8")
+    (fresh / "settings.yaml").write_text(yaml.safe_dump(stage.record, sort_keys=False), "utf-8")
     try:
         fresh.rename(stage.folder)
     except OSError:
@@ -205,10 +231,10 @@ def _say_once(message: str) -> None:
     say(message)
 
 
-def _refuse_others(stage: StageFolder) -> None:
-    found = yaml.safe_load((stage.folder / "settings.yaml").read_text("utf-8"))
-    wanted = {"settings": stage.settings, "inputs": stage.inputs}
-    old, new = dict(_flatten(found)), dict(_flatten(wanted))
+def _refuse_others(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare the parts of settings.yaml that are in `wanted`."""
+    recorded = yaml.safe_load((folder / "settings.yaml").read_text("utf-8"))
+    old, new = dict(_flatten({part: recorded[part] for part in wanted})), dict(_flatten(wanted))
     differences = [
         f"  {key}: {old.get(key, '(absent)')!r} in the folder, {new.get(key, '(absent)')!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -216,9 +242,9 @@ def _refuse_others(stage: StageFolder) -> None:
     ]
     if differences:
         raise OtherSettings(
-            f"{stage.folder} was made with other settings or inputs:\n"
+            f"{folder} was made with other settings or inputs:\n"
             + "\n".join(differences)
-            + f"\nName another run (run=runs/NAME), or delete {stage.folder} and every later stage."
+            + f"\nName another run (run=runs/NAME), or delete {folder} and every later stage."
         )
 
 

@@ -1,8 +1,8 @@
 """Slurm jobs: which a stage needs, filled from the settings, printed or submitted.
 
-Encoding and the LLM's writing are array jobs, whose tasks share only files; the job after each finishes its stage.
-Jobs of a chain wait for one another. The batch script is launcher/slurm/job.sh; what a job does when it is
-warned of its time limit is in interrupts.py.
+Which stages have jobs, and which are array jobs, says run/graph.py. Tasks of an array share only files; the job after
+each finishes its stage. Jobs of a chain wait for one another. The batch script is launcher/slurm/job.sh; what a job
+does when it is warned of its time limit is in interrupts.py.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, is_finished, order_of
 from drama_dist.run.interrupts import STOPPED
 from drama_dist.settings import Settings
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch job: a verb of `drama` with its options, on `nodes` machines, or as an array of tasks of one each.
+    """One batch job: a command of `drama`, on `nodes` machines, or as an array of tasks of one each.
 
     alone: one process does it all.
     """
 
     name: str
-    verb: str
-    options: tuple[str, ...] = ()
+    command: tuple[str, ...]
     nodes: int = 1
     array: bool = False
     alone: bool = False
@@ -40,44 +40,33 @@ class _Script(Template):
     delimiter = "%%"  # the shell's own $ stays as it is
 
 
-def chain(settings: Settings, stage: str) -> list[Job]:
-    """The jobs that end with a stage (corpus, augment, train, encode) done, or with everything (run), in order.
+def submitted_verbs() -> list[str]:
+    """The commands that can be submitted: those of stages with jobs of their own, and run."""
+    return ["run", *dict.fromkeys(stage.verb for stage in STAGES if stage.processes or stage.verb == "encode")]
 
-    What the stages before `train` and `encode` make is expected to be there; what is there already is not made again.
-    """
-    nodes, systems = settings.slurm.nodes, settings.evaluate.systems
-    corpus = [Job("corpus", "corpus", alone=True)]
-    teacher = [
-        Job("teacher-shards", "encode", ("--system", "teacher"), array=True),
-        Job("teacher", "encode", ("--system", "teacher")),
-    ]
-    writing = [Job("write", "augment", array=True)] if settings.augment.synthetic_queries else []
-    augment = [*writing, Job("augment", "augment")]
-    prune = [] if settings.train.start else [Job("prune", "prune")]
-    train = [Job("train", "train", nodes=nodes)]
-    encode = [Job("shards", "encode", array=True), Job("encode", "encode")]
-    last = Job("rest", "run", nodes=nodes if "random-init" in systems else 1)  # that one is trained there
-    trains = not {"drama", "random-init"}.isdisjoint(systems)
-    chains = {
-        "augment": corpus + teacher + augment,
-        "train": train,
-        "encode": encode,
-        "run": [
-            *corpus,
-            *(teacher if trains or "teacher" in systems else []),
-            *(augment + prune if trains else []),
-            *(train + encode if "drama" in systems else []),
-            last,
-        ],
-    }
-    return chains[stage]
+
+def chain(settings: Settings, verb: str) -> list[Job]:
+    """The jobs, in order, that make what a command makes, and what that needs and is not finished yet."""
+    order = order_of(settings, *artefacts_of(settings, verb))
+    missing = [artefact for artefact in order if not is_finished(settings.run, artefact.name)]
+    jobs = [job for artefact in missing for job in _jobs(settings, artefact)]
+    return [*jobs, Job("rest", ("run",))] if verb == "run" else jobs
+
+
+def _jobs(settings: Settings, artefact: Artefact) -> list[Job]:
+    name, command, processes = artefact.name.replace("/", "-"), tuple(command_of(artefact)), artefact.stage.processes
+    nodes = settings.slurm.nodes if processes == "nodes" else 1
+    if artefact.is_array(settings):
+        return [Job(f"{name}-array", command, array=True), Job(name, command)]
+    return [Job(name, command, nodes, alone=processes == "one")] if processes else []
 
 
 def script(settings: Settings, job: Job, arguments: Sequence[str], title: str) -> str:
     """The batch script of a job. arguments: the settings file and overrides, as `drama` takes them."""
     choice = settings.slurm
     share = ("--share", f"$SLURM_ARRAY_TASK_ID/{choice.array}") if job.array else ()
-    words = [sys.executable, "-m", "drama_dist.cli", job.verb, *arguments, *job.options]
+    verb, *chosen = job.command
+    words = [sys.executable, "-m", "drama_dist.cli", verb, *arguments, *chosen]
     threads = [f"export OMP_NUM_THREADS={choice.cpus_per_task}"] if choice.cpus_per_task else []
     return _Script(files("drama_dist.launcher").joinpath("slurm", "job.sh").read_text("utf-8")).substitute(
         title=title,
@@ -92,12 +81,12 @@ def script(settings: Settings, job: Job, arguments: Sequence[str], title: str) -
 def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bool) -> list[str]:
     """Print the stage's batch scripts, or write them to RUN/slurm and submit them; return the jobs' numbers.
 
-    Raises FileNotFoundError where there is no sbatch, or no trained encoder to encode with, ValueError with slurm's
-    message where it refuses a job; those submitted before are cancelled then.
+    Raises FileNotFoundError where there is no sbatch, ValueError where nothing is left to do, and with slurm's message
+    where it refuses a job; those submitted before are cancelled then.
     """
     jobs = chain(settings, stage)
-    if stage == "encode" and not dry_run and not (Path(settings.run) / "train" / "provenance.json").exists():
-        raise FileNotFoundError(f"{settings.run}/train: not there; submit that first, with --stage train")
+    if not jobs:
+        raise ValueError(f"{settings.run}: {stage} is finished already")
     folder = _folder(settings)
     numbers: list[str] = []
     for place, job in enumerate(jobs):
@@ -139,7 +128,11 @@ def _options(settings: Settings, job: Job) -> list[str]:
         "array": f"0-{choice.array - 1}" if job.array else None,
     }
     options += [f"--{name}={value}" for name, value in optional.items() if value]
-    return options + choice.options
+    options += choice.options
+    for option in options:
+        if len(option.splitlines()) > 1:
+            raise ValueError(f"{option!r}: a batch script's options cannot have line breaks; rename what has one")
+    return options
 
 
 def _folder(settings: Settings) -> Path:

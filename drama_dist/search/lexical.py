@@ -44,6 +44,12 @@ class LexicalIndex:
         self._bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75, backend="numpy")
         self._bm25.index(tokens, show_progress=False)
 
+    @classmethod
+    def open(cls, folder):
+        import pickle
+
+        return cls(*pickle.loads((folder / "lexical.pickle").read_bytes()))
+
     def __len__(self) -> int:
         return self._count
 

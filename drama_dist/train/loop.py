@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -22,45 +21,22 @@ from drama_dist.distributed.checkpoints import Checkpoints
 from drama_dist.distributed.engine import Engine, OptimiserSettings, learning_rate_at
 from drama_dist.distributed.precision import agreed_dtype_name
 from drama_dist.encoder.backbone import Encoder
-from drama_dist.records import Example, read_records
+from drama_dist.records import Example
 from drama_dist.run import interrupts
-from drama_dist.run.folder import CHECKPOINTS, StageFolder, open_stage, write_text
+from drama_dist.run.folder import CHECKPOINTS, StageFolder, write_text
 from drama_dist.run.progress import progress_bar
-from drama_dist.settings import Settings, TrainSettings, as_dict
+from drama_dist.settings import Settings, TrainSettings
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
 
-# Settings that change what training costs, and not what comes of it: a run may go on with others.
-_WITHOUT_EFFECT = {
-    "zero_stage",
-    "offload_optimizer",
-    "travels",
-    "activation_budget",
-    "checkpoint_layers",
-    "tensorboard",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
 
-
-@interrupts.deferred()
-def train(
-    settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
-) -> Path:
-    """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it.
-
-    Raises ValueError where there are too few examples for a batch, interrupts.Stopped after the step in which a signal
-    asked for it, with a checkpoint saved.
-    """
-    chosen = {name: value for name, value in as_dict(settings.train).items() if name not in _WITHOUT_EFFECT}
-    sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": chosen}
-    stage = open_stage(settings.run, name, sections, inputs)
-    if stage.done:
-        return stage.final
-    examples = read_records(augment / "examples.jsonl", Example.from_json)
+def train_encoder(
+    settings: Settings, stage: StageFolder, start: Encoder, examples: list[Example], table: PassageTable
+) -> dict[str, Any]:
+    """Train `start` and save it in the stage's folder; returns facts for its provenance."""
     choice = settings.train
     if choice.batch_size < ranks.world_size():
         raise ValueError(f"train.batch_size={choice.batch_size} for {ranks.world_size()} ranks: each needs a query")
@@ -76,7 +52,7 @@ def train(
         write_text(stage.folder / "token_lengths.json", json.dumps(lengths) + "\n")
     _steps(settings, stage, start, engine, examples, table)
     _save_encoder(stage, start, engine)
-    return stage.finish(examples=len(examples), steps=choice.steps, dtype=dtype)
+    return {"examples": len(examples), "steps": choice.steps, "dtype": dtype}
 
 
 def _steps(

@@ -13,13 +13,14 @@ import pytest
 from drama_dist.augment import stage as build_examples
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
-from drama_dist.augment.stage import augment
 from drama_dist.augment.written import Written, in_parts
-from drama_dist.corpus.collection import Corpus, open_corpus
-from drama_dist.corpus.stage import build_corpus
+from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.records import Example, Query, read_records
+from drama_dist.run.progress import Progress
+from drama_dist.run.runner import make
 from drama_dist.run.shares import Share
 from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.systems import TeacherSystem
 from drama_dist.settings import AugmentSettings, Settings
 
 CHOICE = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
@@ -31,7 +32,9 @@ class LetterCounts:
     def __init__(self, fail_after: int | None = None):
         self.seen, self.fail_after = 0, fail_after
 
-    def encode_passages(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
         rows = np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
         return (rows / np.linalg.norm(rows + 1e-9, axis=1, keepdims=True)).astype(np.float32)
 
@@ -48,28 +51,28 @@ def settings(small_settings: Callable[..., Settings]) -> Settings:
 
 
 @pytest.fixture
-def corpus(settings: Settings) -> Corpus:
-    return open_corpus(build_corpus(settings))
+def corpus(settings: Settings) -> Collection:
+    return open_collection(make(settings, "corpus"))
 
 
-def run(settings: Settings, corpus: Corpus, teacher: LetterCounts) -> list[Example]:
-    folder = augment(settings, corpus, teacher, vectors(settings, corpus), {})
-    return read_records(folder / "examples.jsonl", Example.from_json)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings, LetterCounts], list[Example]]:
+    """Run the stage with a teacher; returns the examples."""
+
+    def augment(settings: Settings, teacher: LetterCounts) -> list[Example]:
+        monkeypatch.setattr(TeacherSystem, "load", lambda system, settings: teacher)
+        return read_records(make(settings, "augment") / "examples.jsonl", Example.from_json)
+
+    return augment
 
 
-def vectors(settings: Settings, corpus: Corpus) -> Path:
-    """The corpus as LetterCounts encodes it."""
-    folder = Path(settings.run) / "encode" / "letters"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(
-        folder / "shard-00000.npy",
-        LetterCounts().encode_passages(corpus.passages.contents(range(len(corpus.passages)))),
-    )
-    return folder
+Augment = Callable[[Settings, LetterCounts], list[Example]]
 
 
-def test_every_example_names_real_passages_and_where_it_comes_from(settings: Settings, corpus: Corpus) -> None:
-    examples = run(settings, corpus, LetterCounts())
+def test_every_example_names_real_passages_and_where_it_comes_from(
+    settings: Settings, corpus: Collection, run: Augment
+) -> None:
+    examples = run(settings, LetterCounts())
     known = set(corpus.passages.ids)
     assert len(examples) > 60 and {row.source for row in examples} == {"crop"}
     for row in examples:
@@ -82,58 +85,62 @@ def test_every_example_names_real_passages_and_where_it_comes_from(settings: Set
     assert most[True] > most[False]
 
 
-def test_a_test_query_never_becomes_an_example(settings: Settings, corpus: Corpus) -> None:
+def test_a_test_query_never_becomes_an_example(
+    settings: Settings, corpus: Collection, run: Augment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = list(crops(corpus.passages, settings.augment, settings.seed))
     corpus.queries.append(Query("t", f"  {written[0].query.upper()} "))
-    examples = run(settings, corpus, LetterCounts())
+    monkeypatch.setattr(build_examples, "open_collection", lambda folder: corpus)
+    examples = run(settings, LetterCounts())
     assert written[0].query not in {row.query for row in examples}
     lines = (Path(settings.run) / "augment" / "set_aside.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["reason"] for line in lines] == ["is a test query"]
 
 
 def test_an_interrupted_stage_ends_the_same_and_does_not_repeat_its_parts(
-    small_settings: Callable[..., Settings], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_settings: Callable[..., Settings], run: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_examples, "_PART", 20)
     whole, broken = (small_settings("augment.synthetic_queries=0", f"run={tmp_path / n}") for n in "ab")
-    run(whole, corpus, LetterCounts())
+    run(whole, LetterCounts())
     with pytest.raises(RuntimeError, match="power cut"):
-        run(broken, corpus, LetterCounts(fail_after=45))
+        run(broken, LetterCounts(fail_after=45))
     teacher = LetterCounts()
-    examples = run(broken, corpus, teacher)
+    examples = run(broken, teacher)
     assert teacher.seen == len(examples) - 60
     first, second = (tmp_path / name / "augment" / "examples.jsonl" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_too_many_unusable_answers_stop_the_stage(small_settings: Callable[..., Settings]) -> None:
+def test_too_many_unusable_answers_stop_the_stage(small_settings: Callable[..., Settings], run: Augment) -> None:
     settings = small_settings("augment.synthetic_queries=3", "augment.bad_answer_limit=0.3")
-    corpus = open_corpus(build_corpus(settings))
     with pytest.raises(ValueError, match=r"3 of 3 answers of .* more than augment.bad_answer_limit=0.3 allows"):
-        run(settings, corpus, LetterCounts())
+        run(settings, LetterCounts())
 
 
 def test_tasks_write_their_shares_and_a_plain_run_finishes(
-    small_settings_in: Callable[..., Settings], tmp_path: Path
+    small_settings_in: Callable[..., Settings], run: Augment, tmp_path: Path
 ) -> None:
     changes = ["augment.synthetic_queries=5", "augment.generation_batch=2"]
     alone, shared = (small_settings_in(tmp_path, f"run={tmp_path / name}", *changes) for name in ("alone", "shared"))
-    corpus = open_corpus(build_corpus(alone))
-    expected = run(alone, corpus, LetterCounts())
+    expected = run(alone, LetterCounts())
     for number, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
-        folder = augment(shared, corpus, LetterCounts(), vectors(shared, corpus), {}, Share(number, 2))
+        if number:
+            make(shared, "encode", system="teacher")
+            make(shared, "encode", system="bm25")
+        folder = make(shared, "augment", Share(number, 2))
         assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "checkpoints" / "ranked").exists()
         assert {path.name for path in (folder / "checkpoints" / "synthetic").iterdir()} == parts
-    assert run(shared, corpus, LetterCounts()) == expected
+    assert run(shared, LetterCounts()) == expected
 
 
-def test_nothing_written_is_an_error(small_settings: Callable[..., Settings]) -> None:
+def test_nothing_written_is_an_error(small_settings: Callable[..., Settings], run: Augment) -> None:
     settings = small_settings("augment.synthetic_queries=0", "augment.crops_per_passage=0")
     with pytest.raises(ValueError, match="no training query could be written"):
-        run(settings, open_corpus(build_corpus(settings)), LetterCounts())
+        run(settings, LetterCounts())
 
 
-def test_negatives_come_from_the_asked_ranks(corpus: Corpus) -> None:
+def test_negatives_come_from_the_asked_ranks(corpus: Collection) -> None:
     ids = corpus.passages.ids
     ranking = np.arange(40)
     seen: Counter[str] = Counter()
@@ -144,7 +151,7 @@ def test_negatives_come_from_the_asked_ranks(corpus: Corpus) -> None:
     assert set(seen) == {ids[position] for position in (4, 5, 7, 8, 9)}
 
 
-def test_ranking_fuses_the_teacher_with_words(corpus: Corpus) -> None:
+def test_ranking_fuses_the_teacher_with_words(corpus: Collection) -> None:
     contents = corpus.passages.contents(range(len(corpus.passages)))
     teacher = LetterCounts()
     embeddings = teacher.encode_passages(contents)

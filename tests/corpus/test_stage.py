@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from drama_dist.corpus.collection import Corpus, open_corpus
-from drama_dist.corpus.stage import build_corpus
+from drama_dist.corpus.collection import Collection, open_collection
+from drama_dist.run.runner import make
 from drama_dist.settings import Settings
 
-Build = Callable[..., Corpus]
+Build = Callable[..., Collection]
 LONG = "It then says so much more about this one thing that nobody who reads it can be in doubt of what is meant."
 ROWS: list[dict[str, Any]] = [
     {"_id": f"d{n}", "title": "", "text": f"The number {n} is described in this place. {LONG} {n}"} for n in range(30)
@@ -23,8 +23,8 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def build(small_settings: Callable[..., Settings], tmp_path: Path) -> Build:
-    def run(path: Path, *overrides: str) -> Corpus:
-        return open_corpus(build_corpus(small_settings(f"corpus.path={path}", *overrides)))
+    def run(path: Path, *overrides: str) -> Collection:
+        return open_collection(make(small_settings(f"corpus.path={path}", *overrides), "corpus"))
 
     return run
 

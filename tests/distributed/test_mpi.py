@@ -49,7 +49,7 @@ def test_two_ranks_of_mpirun_write_and_encode_what_one_process_does(
     for verb in ("augment", "encode"):
         done = mpirun("drama", verb, str(paths[1]))
         assert done.returncode == 0, done.stdout + done.stderr
-    for folder in ("augment", "encode/teacher", "encode/drama"):
+    for folder in ("augment", "encode/corpus/teacher", "encode/corpus/drama"):
         assert '"world_size": 2' in (run / folder / "provenance.json").read_text("utf-8")
         names = {file.name for file in (whole / folder).iterdir()} - {"provenance.json"}
         assert names == {file.name for file in (run / folder).iterdir()} - {"provenance.json"}

@@ -32,7 +32,7 @@ COST = {
 @pytest.fixture
 def run(small_settings: Callable[..., Settings]) -> Settings:
     settings = small_settings()
-    for name in ("train", "evaluate"):
+    for name in ("train", "evaluate/corpus"):
         stage = open_stage(settings.run, name, {}, {})
         if name == "train":
             for step in range(1, 6):
@@ -51,7 +51,7 @@ def run(small_settings: Callable[..., Settings]) -> Settings:
 def test_the_json_holds_results_and_seconds(run: Settings) -> None:
     write_report(Path(run.run), run)
     report = json.loads((Path(run.run) / "report.json").read_text("utf-8"))
-    assert report["results"] == ROWS and set(report["seconds"]) == {"train", "evaluate"}
+    assert report["results"] == ROWS and set(report["seconds"]) == {"train", "evaluate/corpus"}
 
 
 def test_the_page_holds_table_figures_and_comparison_and_loads_nothing(run: Settings) -> None:

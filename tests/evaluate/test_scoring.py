@@ -1,4 +1,4 @@
-"""Scoring systems: every dim from one encoding, BM25, run files."""
+"""Scoring rankings: measures, values of each query, run files."""
 
 from __future__ import annotations
 
@@ -8,52 +8,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drama_dist.corpus.collection import Corpus, PassageTable
-from drama_dist.evaluate.scoring import evaluate_system, write_run
+from drama_dist.corpus.collection import Collection, PassageTable
+from drama_dist.evaluate.scoring import score, write_run
 from drama_dist.records import Hit, Passage, Query
+from drama_dist.search.systems import Ranking
 
 TEXTS = ["alpha beta gamma", "beta delta", "gamma epsilon zeta", "alpha alpha", "eta theta"]
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
+def corpus(tmp_path: Path) -> Collection:
     PassageTable.write(tmp_path / "p", [Passage(f"p{n}", text, "", "en") for n, text in enumerate(TEXTS)])
     queries = [Query("q0", "alpha", "en"), Query("q1", "theta", "en")]
-    return Corpus(PassageTable.open(tmp_path / "p"), queries, {"q0": {"p3": 1}, "q1": {"p4": 1, "p1": 1}})
+    return Collection(PassageTable.open(tmp_path / "p"), queries, {"q0": {"p3": 1}, "q1": {"p4": 1, "p1": 1}})
 
 
-def vectors(rows: int) -> np.ndarray:
-    found = np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+def test_a_ranking_is_scored_and_kept_as_a_run(corpus: Collection, tmp_path: Path) -> None:
+    positions = np.array([[0, 3, -1], [4, 0, 2]])
+    scores = np.array([[0.9, 0.8, 0.0], [0.5, 0.4, 0.3]], dtype=np.float32)
+    result = score("drama", Ranking(8, scores, positions), corpus, tmp_path)
+    ndcg = {"q0": 1 / np.log2(3), "q1": 1 / (1 + 1 / np.log2(3))}
+    assert result.as_row()["ndcg@10"] == pytest.approx(sum(ndcg.values()) / 2)
+    assert result.as_row() == {"system": "drama", "dim": 8, **result.metrics}
+    assert result.metrics["mrr@10"] == 0.75 and result.metrics["recall@100"] == 0.75
+    assert json.loads((tmp_path / "drama-8.ndcg.json").read_text("utf-8")) == pytest.approx(ndcg)
+    lines = (tmp_path / "drama-8.trec").read_text("utf-8").splitlines()
+    assert [line.split()[2] for line in lines] == ["p0", "p3", "p4", "p0", "p2"]
 
 
-def test_each_dim_equals_a_ranking_by_the_cut_vectors(corpus: Corpus, tmp_path: Path) -> None:
-    queries, passages = vectors(2), vectors(5)
-    results = evaluate_system("drama", [3, 8], queries, passages, corpus, 4, tmp_path)
-    assert [(result.system, result.dim) for result in results] == [("drama", 8), ("drama", 3)]
-    for result in results:
-        cut_q, cut_p = (rows[:, : result.dim] for rows in (queries, passages))
-        cosine = (cut_q / np.linalg.norm(cut_q, axis=1, keepdims=True)) @ (
-            cut_p / np.linalg.norm(cut_p, axis=1, keepdims=True)
-        ).T
-        order = np.argsort(-cosine, axis=1)[:, :4]
-        lines = (tmp_path / f"drama-{result.dim}.trec").read_text("utf-8").splitlines()
-        assert [line.split()[2] for line in lines] == [f"p{position}" for row in order for position in row]
-        first = next(rank for rank, position in enumerate(order[0], 1) if position == 3)
-        values = json.loads((tmp_path / f"drama-{result.dim}.ndcg.json").read_text("utf-8"))
-        assert values["q0"] == pytest.approx(1 / np.log2(first + 1))
-        assert result.metrics["ndcg@10"] == pytest.approx(sum(values.values()) / 2)
-
-
-def test_bm25_has_no_dim(corpus: Corpus, tmp_path: Path) -> None:
-    (result,) = evaluate_system("bm25", [], None, None, corpus, 4, tmp_path)
-    assert result.as_row().keys() == {"system", "dim", "ndcg@10", "recall@100", "mrr@10"}
-    assert result.dim is None and result.metrics["mrr@10"] == 1.0 and result.metrics["recall@100"] == 0.75
-
-
-def test_vectors_of_another_corpus_are_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 query and 4 passage vectors for 2 queries and 5 passages"):
-        evaluate_system("drama", [8], vectors(2), vectors(4), corpus, 4, tmp_path)
+def test_a_ranking_of_other_queries_is_refused(corpus: Collection, tmp_path: Path) -> None:
+    ranking = Ranking(None, np.zeros((3, 1), dtype=np.float32), np.zeros((3, 1), dtype=np.int64))
+    with pytest.raises(ValueError, match="bm25: rankings of 3 for 2 queries"):
+        score("bm25", ranking, corpus, tmp_path)
 
 
 def test_run_files_keep_the_order_of_equal_scores_and_encode_spaces(tmp_path: Path) -> None:

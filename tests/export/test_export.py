@@ -10,9 +10,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import drama_dist
-from drama_dist import pipeline
 from drama_dist.export import stage as export_module
 from drama_dist.export.stage import export_encoder
+from drama_dist.run.runner import make
 from drama_dist.settings import Settings
 
 TEXTS = ["the bread", "x", "A longer text about a river and its banks. " * 9]
@@ -21,8 +21,8 @@ TEXTS = ["the bread", "x", "A longer text about a river and its banks. " * 9]
 @pytest.fixture
 def exported(small_settings: Callable[..., Settings]) -> tuple[Settings, Path]:
     settings = small_settings("train.steps=2")
-    pipeline.evaluate(settings)
-    return settings, pipeline.export(settings)
+    make(settings, "evaluate")
+    return settings, make(settings, "export")
 
 
 def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from drama_dist import pipeline
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load
 from drama_dist.prune import healing as heal_module
 from drama_dist.prune.stage import random_twin
+from drama_dist.run.runner import make
 from drama_dist.settings import PruneSettings, Settings
 
 SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
@@ -58,7 +58,7 @@ def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
     small_settings: Callable[..., Settings],
 ) -> None:
     settings = small_settings("prune.heal_steps=12", "prune.heal_learning_rate=0.005")
-    folder = pipeline.prune(settings)
+    folder = make(settings, "prune")
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
     encoder = load(folder)
@@ -68,7 +68,7 @@ def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
 
 
 def test_the_random_twin_has_the_same_shape_and_other_weights(small_settings: Callable[..., Settings]) -> None:
-    pruned = load(pipeline.prune(small_settings("prune.heal_steps=0")))
+    pruned = load(make(small_settings("prune.heal_steps=0"), "prune"))
     twin, again, other = (random_twin(pruned, seed) for seed in (1, 1, 2))
     shapes = {name: weight.shape for name, weight in pruned.named_parameters()}
     assert {name: weight.shape for name, weight in twin.named_parameters()} == shapes

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from drama_dist import pipeline
 from drama_dist.cli import main
 from drama_dist.distributed import ranks
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder
+from drama_dist.run.runner import make
 from drama_dist.settings import Settings, write_settings
 
 SIGNALS = [signal.SIGUSR1, signal.SIGTERM]
@@ -56,9 +56,9 @@ def test_training_saves_ends_with_its_own_status_and_goes_on_to_the_same_weights
 ) -> None:
     changes = ["train.steps=5", "train.checkpoint_every=100"]
     whole, stopped = (small_settings_in(tmp_path, f"run={tmp_path / name}", *changes) for name in ("whole", "stopped"))
-    pipeline.train(whole)
-    pipeline.prune(stopped)
-    pipeline.augment(stopped)
+    make(whole, "train")
+    make(stopped, "prune")
+    make(stopped, "augment")
     log = StageFolder.log
 
     def log_and_signal(self: StageFolder, **values: Any) -> None:
@@ -93,6 +93,6 @@ def test_a_signal_in_the_last_step_lets_training_finish_and_nothing_follow(
 
     monkeypatch.setattr(StageFolder, "log", log_and_signal)
     with pytest.raises(interrupts.Stopped):
-        pipeline.train(settings)
+        make(settings, "train")
     assert (Path(settings.run) / "train" / "model.safetensors").exists()
-    assert pipeline.train(settings) == Path(settings.run) / "train"
+    assert make(settings, "train") == Path(settings.run) / "train"

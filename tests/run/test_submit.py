@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from drama_dist.cli import main
 from drama_dist.run.submit import chain, script, submit
 from drama_dist.settings import Settings, write_settings
 
-CHAIN = ["corpus", "teacher-shards", "teacher", "write", "augment", "prune", "train", "shards", "encode", "rest"]
+TEACHER, DRAMA = ([f"encode-corpus-{name}-array", f"encode-corpus-{name}"] for name in ("teacher", "drama"))
+CHAIN = ["corpus", *TEACHER, "augment-array", "augment", "prune", "train", *DRAMA, "rest"]
 
 
 def options(text: str) -> dict[str, str]:
@@ -29,40 +31,73 @@ def scripts(settings: Settings, stage: str = "run") -> dict[str, str]:
     }
 
 
-def trained(settings: Settings) -> Settings:
-    folder = Path(settings.run) / "train"
-    folder.mkdir(parents=True)
-    (folder / "provenance.json").write_text("{}", "utf-8")
+def finished(settings: Settings, *names: str) -> Settings:
+    """As if these artefacts were there."""
+    for name in names:
+        folder = Path(settings.run) / name
+        folder.mkdir(parents=True)
+        (folder / "provenance.json").write_text("{}", "utf-8")
     return settings
 
 
+def trained(settings: Settings) -> Settings:
+    return finished(settings, "corpus", "encode/corpus/teacher", "encode/corpus/bm25", "augment", "prune", "train")
+
+
+def names(settings: Settings, verb: str = "run") -> list[str]:
+    return [job.name for job in chain(settings, verb)]
+
+
 def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: Callable[..., Settings]) -> None:
-    assert [job.name for job in chain(small_settings(), "run")] == CHAIN
-    without = chain(small_settings("augment.synthetic_queries=0", "train.start=models/x"), "run")
-    assert [job.name for job in without] == [name for name in CHAIN if name not in ("write", "prune")]
-    others = chain(small_settings("evaluate.systems=[bm25]"), "run")
-    assert [job.name for job in others] == ["corpus", "rest"]
-    teacher = chain(small_settings("evaluate.systems=[teacher]"), "run")
-    assert [job.name for job in teacher] == ["corpus", "teacher-shards", "teacher", "rest"]
-    ends = {stage: [job.name for job in chain(small_settings(), stage)] for stage in ("augment", "train", "encode")}
-    assert ends == {"augment": CHAIN[:5], "train": ["train"], "encode": ["shards", "encode"]}
+    assert names(small_settings()) == CHAIN
+    without = names(small_settings("augment.synthetic_queries=0", "train.start=models/x"))
+    assert without == [name for name in CHAIN if name not in ("augment-array", "prune")]
+    assert names(small_settings("evaluate.systems=[bm25]")) == ["corpus", "rest"]
+    assert names(small_settings("evaluate.systems=[teacher]")) == ["corpus", *TEACHER, "rest"]
+    ends = {verb: names(small_settings(), verb) for verb in ("augment", "train", "encode")}
+    assert ends == {"augment": CHAIN[:5], "train": CHAIN[:7], "encode": CHAIN[:9]}
+
+
+def test_what_is_finished_is_not_submitted_again(small_settings: Callable[..., Settings]) -> None:
+    settings = finished(small_settings(), "corpus", "encode/corpus/teacher")
+    assert names(settings, "train") == ["augment-array", "augment", "prune", "train"]
+    finished(settings, "encode/corpus/bm25", "augment", "prune", "train")
+    assert names(settings, "encode") == DRAMA and names(settings) == [*DRAMA, "rest"]
+    with pytest.raises(ValueError, match="run: train is finished already"):
+        submit(settings, "train", ["s.yaml"], dry_run=True)
+
+
+def test_other_collections_are_stored_before_tasks_share_their_encoding(
+    small_settings: Callable[..., Settings],
+) -> None:
+    chosen = trained(small_settings("evaluate.collections=[data/cisi]"))
+    jobs = {job.name: " ".join(job.command) for job in chain(chosen, "run")}
+    assert jobs["collections-cisi"] == "corpus --collection cisi"
+    assert jobs["encode-cisi-drama-array"] == "encode --collection cisi"
+    assert list(jobs).index("collections-cisi") < list(jobs).index("encode-cisi-drama-array")
 
 
 def test_only_training_takes_several_nodes(small_settings: Callable[..., Settings]) -> None:
-    settings = small_settings("slurm.nodes=3", "slurm.tasks_per_node=2")
-    found = {name: options(text) for name, text in scripts(settings).items()}
-    assert {name: one["nodes"] for name, one in found.items() if one["nodes"] != "1"} == {"train": "3"}
-    assert {name for name, one in found.items() if one["ntasks-per-node"] != "2"} == {"corpus"}
-    twin = small_settings("slurm.nodes=3", "evaluate.systems=[drama,random-init]")
-    assert options(scripts(twin)["rest"])["nodes"] == "3"  # trains the random twin
+    settings = small_settings("slurm.nodes=3", "slurm.tasks_per_node=2", "evaluate.systems=[drama,random-init]")
+    of_jobs = {name: options(text) for name, text in scripts(settings).items()}
+    several = {name for name, options in of_jobs.items() if options["nodes"] == "3"}
+    assert several == {"train", "train-random-init"}
+    assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {"corpus"}
+
+
+def test_a_line_break_does_not_become_a_line_of_the_script(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings()
+    settings.slurm.partition = "all\nrm -rf /"
+    with pytest.raises(ValueError, match=r"partition=all.*cannot have line breaks"):
+        scripts(settings)
 
 
 def test_every_setting_reaches_the_script(small_settings: Callable[..., Settings]) -> None:
-    plain = options(scripts(small_settings())["shards"])
+    plain = options(scripts(small_settings())["encode-corpus-drama-array"])
     assert not plain.keys() & {"partition", "account", "gpus-per-node", "cpus-per-task"}
     changes = ["partition=p", "account=a", "minutes=90", "warning_seconds=60", "tasks_per_node=4", "gpus_per_node=4"]
     changes += ["cpus_per_task=8", "array=5", "options=[--mem=0]", "setup=[module load cuda,echo hello]"]
-    text = scripts(small_settings(*(f"slurm.{change}" for change in changes)))["shards"]
+    text = scripts(small_settings(*(f"slurm.{change}" for change in changes)))["encode-corpus-drama-array"]
     expected = {"partition": "p", "account": "a", "time": "90", "signal": "B:USR1@60", "ntasks-per-node": "4"}
     expected |= {"gpus-per-node": "4", "cpus-per-task": "8", "array": "0-4", "mem": "0", "chdir": os.getcwd()}
     assert expected.items() <= options(text).items()
@@ -90,16 +125,15 @@ def test_jobs_wait_for_one_another(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     settings = small_settings()
-    with pytest.raises(FileNotFoundError, match="run/train: not there; submit that first"):
-        submit(settings, "encode", ["s.yaml"], dry_run=False)
     trained(settings)
     assert submit(settings, "encode", ["s.yaml"], dry_run=False) == ["1", "2"]
     first, second = (tmp_path / "calls").read_text("utf-8").splitlines()
     folder = Path(settings.run) / "slurm"
-    assert first == f"--parsable --kill-on-invalid-dep=yes {folder}/shards.sh"
-    assert second == f"--parsable --kill-on-invalid-dep=yes --dependency=afterany:1 {folder}/encode.sh"
-    assert "--share" in (folder / "shards.sh").read_text("utf-8")
-    assert f"2  {folder}/encode.sh, after shards" in capsys.readouterr().out
+    assert first == f"--parsable --kill-on-invalid-dep=yes {folder}/encode-corpus-drama-array.sh"
+    assert second == f"--parsable --kill-on-invalid-dep=yes --dependency=afterany:1 {folder}/encode-corpus-drama.sh"
+    assert "--share" in (folder / "encode-corpus-drama-array.sh").read_text("utf-8")
+    assert f"2  {folder}/encode-corpus-drama.sh, after encode-corpus-drama-array" in capsys.readouterr().out
+    shutil.rmtree(settings.run)
     submit(settings, "augment", ["s.yaml"], dry_run=False)
     calls = (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
     waits = [found[1] if (found := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
@@ -111,13 +145,13 @@ def test_where_a_job_is_refused_those_before_it_are_cancelled(
     small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, does in {
-        "sbatch": 'case "$*" in *encode.sh) echo no such account >&2; exit 1;; esac; echo 7',
+        "sbatch": 'case "$*" in *drama.sh) echo no such account >&2; exit 1;; esac; echo 7',
         "scancel": f'echo "$@" >{tmp_path}/cancelled',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n", "utf-8")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ValueError, match=r"sbatch refused .*encode\.sh: no such account"):
+    with pytest.raises(ValueError, match=r"sbatch refused .*encode-corpus-drama\.sh: no such account"):
         submit(trained(small_settings()), "encode", ["s.yaml"], dry_run=False)
     assert (tmp_path / "cancelled").read_text("utf-8") == "7\n"
 
@@ -128,16 +162,13 @@ def test_the_command_prints_or_says_that_there_is_no_slurm(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = small_settings()
+    settings = trained(small_settings())
     write_settings(settings, tmp_path / "s.yaml")
     monkeypatch.setenv("PATH", str(tmp_path))
     words = ["submit", str(tmp_path / "s.yaml"), "slurm.array=3", "--stage", "encode"]
     assert main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("#!/bin/bash\n") == 2 and "#SBATCH --array=0-2\n" in printed and "slurm.array=3" in printed
-    assert not Path(settings.run).exists()
-    assert main(words) == 2
-    assert "run/train: not there" in capsys.readouterr().err
-    trained(settings)
+    assert not (Path(settings.run) / "slurm").exists()
     assert main(words) == 2
     assert "no sbatch here" in capsys.readouterr().err

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist import pipeline
 from drama_dist.distributed import ranks
 from drama_dist.run.folder import fingerprint
+from drama_dist.run.runner import make
 from drama_dist.run.submit import submit
 from drama_dist.settings import Settings, write_settings
 
@@ -63,8 +63,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def examples(tmp_path_factory: pytest.TempPathFactory, small_settings_in: Callable[..., Settings]) -> Settings:
     """A run in which everything before training is done."""
     settings = small_settings_in(tmp_path_factory.mktemp("examples"), *CHANGES)
-    pipeline.augment(settings)
-    pipeline.prune(settings)
+    make(settings, "augment")
+    make(settings, "prune")
     return settings
 
 
@@ -126,7 +126,7 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     settings = _copy(examples, tmp_path / "run", trained)
     settings.slurm = replace(settings.slurm, tasks_per_node=2)  # ranks inside each task
     shards, encode = _submit(settings, "encode")
-    folder = Path(settings.run) / "encode" / "drama.partial"
+    folder = Path(settings.run) / "encode" / "corpus" / "drama.partial"
     log = Path(settings.run) / "slurm" / f"shards-{shards}_1.log"
     _wait_until(lambda: log.exists() and "corpus: already done" in log.read_text("utf-8"), "the beginning of task 1")
     subprocess.run(["scontrol", "requeue", f"{shards}_1"], check=True)
@@ -136,7 +136,7 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     _wait_for([shards, encode], settings)
     assert sorted(task["Restarts"] for task in _facts(shards)) == ["0", "0", "0", "1"]
     local = _copy(examples, tmp_path / "local", trained)
-    assert fingerprint(folder.with_suffix("")) == fingerprint(pipeline.encode(local))
+    assert fingerprint(folder.with_suffix("")) == fingerprint(make(local, "encode"))
 
 
 def test_a_warned_last_task_of_an_array_comes_back_alone(examples: Settings, trained: Path, tmp_path: Path) -> None:
@@ -150,16 +150,16 @@ def test_a_warned_last_task_of_an_array_comes_back_alone(examples: Settings, tra
     restarts = {task["ArrayTaskId"]: task["Restarts"] for task in _facts(shards)}
     assert restarts == {"0": "0", "1": "0", "2": "0", "3": "1"}
     local = _copy(examples, tmp_path / "local", trained)
-    assert fingerprint(Path(settings.run) / "encode" / "drama") == fingerprint(pipeline.encode(local))
+    assert fingerprint(Path(settings.run) / "encode" / "corpus" / "drama") == fingerprint(make(local, "encode"))
 
 
-def test_the_whole_pipeline_ends_with_the_table_of_a_local_run(
+def test_the_whole_run_ends_with_the_table_of_a_local_run(
     examples: Settings, trained: Path, small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     settings = small_settings(*CHANGES)
     _wait_for(_submit(settings, "run"), settings)
     local = _copy(examples, tmp_path / "local", trained)
-    pipeline.run(local)
+    make(local, "run")
     results = [json.loads((Path(one.run) / "report.json").read_text("utf-8"))["results"] for one in (settings, local)]
     assert results[0] == results[1]
     assert (Path(settings.run) / "export" / "provenance.json").exists()

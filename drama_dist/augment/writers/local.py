@@ -34,8 +34,8 @@ class LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), trust_remote_code=self.trust_remote_code)
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"llm={self.name}: has no chat template, so it cannot be asked for queries; "
-                "name an instruction-tuned LLM, or set augment.synthetic_queries=0"
+                f"{self.name}: has no chat template, so it cannot be asked for queries; name an instruction-tuned LLM "
+                "in augment.writer, or set augment.synthetic_queries=0"
             )
         return tokenizer
 

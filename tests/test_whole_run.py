@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 import drama_dist
-from drama_dist import pipeline
+from drama_dist.corpus.collection import open_collection
 from drama_dist.run.folder import OtherSettings
+from drama_dist.run.runner import make
+from drama_dist.search.shards import load_embeddings
 from drama_dist.settings import Settings, write_settings
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +28,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def rows(run: Path) -> list[dict[str, object]]:
-    return json.loads((run / "evaluate" / "results.json").read_text("utf-8"))
+    return json.loads((run / "evaluate" / "corpus" / "results.json").read_text("utf-8"))
 
 
 def steps(run: Path) -> list[dict[str, float]]:
@@ -45,11 +47,11 @@ def start(settings: Settings, verb: str = "run") -> subprocess.Popen[str]:
 def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]")
     run = Path(settings.run)
-    pipeline.run(settings)
+    make(settings, "run")
     found = {(row["system"], row["dim"]) for row in rows(run)}
     expected = {(system, dim) for system in ("drama", "random-init") for dim in (32, 16)}
     assert found == expected | {("llm-unpruned", 48), ("teacher", 384), ("bm25", None)}
-    for stage in ("corpus", "prune", "augment", "train", "encode/drama", "evaluate", "export"):
+    for stage in ("corpus", "prune", "augment", "train", "encode/corpus/drama", "evaluate/corpus", "export"):
         kept = {path.name for path in (run / stage).iterdir()}
         assert {"settings.yaml", "provenance.json"} <= kept
     assert not list(run.rglob("*.partial")) and not list(run.rglob("*.bin"))
@@ -58,32 +60,32 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     encoder = drama_dist.load(run / "export")
     assert encoder.encode_queries(["the bread"], dim=16).shape == (1, 16)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
-    pipeline.run(settings)
+    make(settings, "run")
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert {path.name for path in changed} <= {"settings.yaml"} and all(path.parent == run for path in changed)
     cheaper = ["train.activation_budget=0", "train.checkpoint_layers=true", "train.tensorboard=false"]
-    assert pipeline.train(small_settings(*cheaper)) == run / "train"  # what only costs otherwise is no other run
+    assert make(small_settings(*cheaper), "train") == run / "train"  # what only costs otherwise is no other run
 
 
 def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..., Settings]) -> None:
-    pipeline.corpus(small_settings())
+    make(small_settings(), "corpus")
     with pytest.raises(OtherSettings, match=r"corpus.held_out_queries: 12 in the folder, 3 now"):
-        pipeline.corpus(small_settings("corpus.held_out_queries=3"))
+        make(small_settings("corpus.held_out_queries=3"), "corpus")
 
 
 def test_another_model_can_be_the_start_and_be_evaluated(small_settings: Callable[..., Settings], llm: Path) -> None:
     settings = small_settings(
         f"train.start={llm}", "encoder.dims=[48,16]", f"evaluate.systems=[drama,model:{llm}]", "train.steps=2"
     )
-    pipeline.run(settings)
+    make(settings, "run")
     run = Path(settings.run)
     assert not (run / "prune").exists()
     assert [(row["system"], row["dim"]) for row in rows(run)] == [("drama", 48), ("drama", 16), (llm.name, 48)]
     as_it_is = drama_dist.load(llm)
     as_it_is.contract.max_passage_tokens = 256
-    expected = as_it_is.encode_passages(pipeline.open_corpus(run / "corpus").passages.contents(range(5)))
-    np.testing.assert_allclose(pipeline.load_embeddings(run / "encode" / llm.name)[:5], expected, atol=1e-5)
+    expected = as_it_is.encode_passages(open_collection(run / "corpus").passages.contents(range(5)))
+    np.testing.assert_allclose(load_embeddings(run / "encode" / "corpus" / llm.name)[:5], expected, atol=1e-5)
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
@@ -96,7 +98,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     for moment in (
         "augment.partial/checkpoints/synthetic/part-00000.jsonl",
         "train.partial/checkpoints/step-0000002",
-        "encode/drama.partial/shard-00000.npy",
+        "encode/corpus/drama.partial/shard-00000.npy",
     ):
         process = start(killed)
         until = time.monotonic() + 120
@@ -108,7 +110,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     last = start(killed)
     messages = last.communicate(timeout=300)[1]
     assert last.returncode == 0, messages
-    assert "encode/drama: going on from what is there" in messages
+    assert "encode/corpus/drama: going on from what is there" in messages
     assert rows(run) == rows(Path(whole.run))
     assert [line["step"] for line in steps(run)] == list(range(1, 41))
     assert [line["loss"] for line in steps(run)] == [line["loss"] for line in steps(Path(whole.run))]
@@ -121,10 +123,10 @@ def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[...
     changes = ["train.zero_stage=2", "train.steps=6", "train.batch_size=13", "evaluate.systems=[drama]"]
     one = small_settings(f"run={tmp_path / 'one'}", *changes)
     two = small_settings(f"run={tmp_path / 'two'}", *changes)
-    pipeline.augment(one)
-    pipeline.prune(one)
+    make(one, "augment")
+    make(one, "prune")
     shutil.copytree(one.run, two.run)
-    pipeline.train(one)
+    make(one, "train")
     saving = [
         "train.zero_stage=3",
         "train.travels=queries",

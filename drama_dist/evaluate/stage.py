@@ -1,0 +1,30 @@
+"""The evaluate stage: every system on a collection's test queries, RUN/evaluate/COLLECTION.
+
+The artefact is results.json, and for each result a TREC run and its values by query (scoring.py).
+"""
+
+from __future__ import annotations
+
+import json
+
+from drama_dist.corpus.collection import open_collection
+from drama_dist.distributed import ranks
+from drama_dist.evaluate.scoring import score
+from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.graph import stored_collection
+from drama_dist.run.runner import Run
+from drama_dist.search.systems import system_called
+
+
+def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
+    """Do the stage."""
+    settings, stored = run.settings, open_collection(run.path(stored_collection(collection)))
+    if ranks.rank() == 0:
+        queries = [query.text for query in stored.queries]
+        rows = []
+        for label in settings.evaluate.labels:
+            encoded = run.path(f"encode/{collection}/{label}")
+            for ranking in system_called(label, settings).rank(settings, encoded, queries, settings.evaluate.depth):
+                rows.append(score(label, ranking, stored, folder.folder).as_row())
+        write_text(folder.folder / "results.json", json.dumps(rows, indent=2) + "\n")
+    folder.finish(queries=len(stored.queries))

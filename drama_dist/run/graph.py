@@ -1,0 +1,278 @@
+"""The table of stages: what each is called, needs, depends on, and who does it.
+
+The command line, the runner, submit and report read it. What a stage does is in the stage.py of its room, named here
+as "module:function" and imported when it is needed: `drama --help` must not wait for torch. Making the artefacts is
+runner.py's affair. Artefacts are named by their folder in the run: `train`, `encode/corpus/drama`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from drama_dist.settings import Settings, recorded
+
+CORPUS = "corpus"  # the collection that a run trains on
+TRAINING = {"drama": "train", "random-init": "train-random-init"}  # the stage that makes a system
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of artefact.
+
+    name: of its folder; {collection} and {system} stand for any. verb: of the command that makes it.
+    work: called with the Run, the StageFolder and the parameters; it finishes the folder.
+    sections: the settings that the artefact depends on, sections or single keys; or "module:function" that gives them
+    from the settings and the parameters.
+    needs: names of the artefacts that it reads, from the settings and the parameters.
+    inputs: "module:function" that gives fingerprints of what else is read, from the Run and the parameters.
+    processes: that slurm starts for it: "one", those of one machine ("node") or of several ("nodes"); None where it has
+    no job of its own. array: whether tasks of an array job can share the work, from the settings and the parameters.
+    constants: parameters that are not in the name. foldered: False for what writes into the run's own folder.
+    """
+
+    name: str
+    verb: str
+    help: str
+    work: str
+    sections: tuple[str, ...] | str
+    needs: Callable[..., Sequence[str]] = lambda settings, **_: ()
+    inputs: str | None = None
+    processes: str | None = None
+    array: Callable[..., bool] = lambda settings, **_: False
+    constants: dict[str, str] = field(default_factory=dict)
+    foldered: bool = True
+
+    def parameters(self, name: str) -> dict[str, str] | None:
+        """The parameters in an artefact's name; None where it is not one of this stage's."""
+        match = re.fullmatch(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(self.name)), name)
+        return None if match is None else {**match.groupdict(), **self.constants}
+
+
+def _of_training(settings: Settings, **_: str) -> list[str]:
+    return ["corpus", "augment", *([] if settings.train.start else ["prune"])]
+
+
+def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
+    return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
+
+
+def _of_evaluation(settings: Settings, collection: str) -> list[str]:
+    return [stored_collection(collection), *(f"encode/{collection}/{label}" for label in settings.evaluate.labels)]
+
+
+def _of_augmentation(settings: Settings) -> list[str]:
+    rankers = ["teacher", *(["bm25"] if settings.teacher.fuse_bm25 else [])]
+    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in rankers)]
+
+
+def _of_export(settings: Settings) -> list[str]:
+    results = f"evaluate/{CORPUS}"  # for the model card, where there are any
+    return ["train", *([results] if is_finished(settings.run, results) else [])]
+
+
+def stored_collection(collection: str) -> str:
+    """The artefact that holds a collection's passages, queries and judgements."""
+    return "corpus" if collection == CORPUS else f"collections/{collection}"
+
+
+STAGES = (
+    Stage(
+        name="corpus",
+        verb="corpus",
+        help="read, clean and store the corpus",
+        work="drama_dist.corpus.stage:build_corpus",
+        sections=("seed", "corpus"),
+        inputs="drama_dist.corpus.stage:corpus_inputs",
+        processes="one",
+    ),
+    Stage(
+        name="collections/{collection}",
+        verb="corpus",
+        help="read another collection",
+        work="drama_dist.corpus.stage:build_collection",
+        sections="drama_dist.corpus.stage:collection_sections",
+        inputs="drama_dist.corpus.stage:collection_inputs",
+        processes="one",
+    ),
+    Stage(
+        name="prune",
+        verb="prune",
+        help="cut the LLM down to a small encoder",
+        work="drama_dist.prune.stage:prune",
+        sections=("seed", "llm", "prune", "encoder"),
+        needs=lambda settings: ["corpus"],
+        inputs="drama_dist.prune.stage:inputs",
+        processes="node",
+    ),
+    Stage(
+        name="augment",
+        verb="augment",
+        help="write training examples",
+        work="drama_dist.augment.stage:augment",
+        sections=("seed", "teacher", "augment"),
+        needs=_of_augmentation,
+        inputs="drama_dist.augment.stage:inputs",
+        array=lambda settings: settings.augment.synthetic_queries > 0,  # they are what takes long
+        processes="node",
+    ),
+    Stage(
+        name="train",
+        verb="train",
+        help="train the encoder",
+        work="drama_dist.train.stage:train",
+        sections=("seed", "encoder", "train"),
+        needs=_of_training,
+        inputs="drama_dist.train.stage:inputs",
+        processes="nodes",
+        constants={"system": "drama"},
+    ),
+    Stage(
+        name="train-random-init",
+        verb="train",
+        help="train an encoder of the same shape from random weights",
+        work="drama_dist.train.stage:train",
+        sections=("seed", "encoder", "train"),
+        needs=_of_training,
+        inputs="drama_dist.train.stage:inputs",
+        processes="nodes",
+        constants={"system": "random-init"},
+    ),
+    Stage(
+        name="encode/{collection}/{system}",
+        verb="encode",
+        help="encode a collection with a system, and index it",
+        work="drama_dist.search.stage:encode",
+        sections="drama_dist.search.stage:sections",
+        needs=_of_encoding,
+        inputs="drama_dist.search.stage:inputs",
+        array=lambda settings, collection, system: system != "bm25",
+    ),
+    Stage(
+        name="evaluate/{collection}",
+        verb="evaluate",
+        help="compare the systems on the test queries",
+        work="drama_dist.evaluate.stage:evaluate",
+        sections=("evaluate.systems", "evaluate.depth", "encoder"),
+        needs=_of_evaluation,
+    ),
+    Stage(
+        name="export",
+        verb="export",
+        help="write a folder that sentence-transformers loads",
+        work="drama_dist.export.stage:export",
+        sections=("export",),
+        needs=_of_export,
+    ),
+    Stage(
+        name="report",
+        verb="report",
+        help="write report.html and report.json",
+        work="drama_dist.evaluate.report:report",
+        sections=(),
+        needs=lambda settings: evaluations(settings),
+        foldered=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One artefact of a run: a stage with its parameters."""
+
+    name: str
+    stage: Stage
+    parameters: dict[str, str]
+
+    @classmethod
+    def named(cls, name: str) -> Artefact:
+        """Raises KeyError where no stage makes such an artefact."""
+        for stage in STAGES:
+            parameters = stage.parameters(name)
+            if parameters is not None:
+                return cls(name, stage, parameters)
+        raise KeyError(f"{name}: no stage makes it")
+
+    def needs(self, settings: Settings) -> Sequence[str]:
+        """Names of the artefacts that it reads."""
+        return self.stage.needs(settings, **self.parameters)
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        """The settings that it depends on."""
+        if isinstance(self.stage.sections, str):
+            sections: dict[str, Any] = function_named(self.stage.sections)(settings, **self.parameters)
+            return sections
+        return {name: _recorded(settings, name) for name in self.stage.sections}
+
+    def is_array(self, settings: Settings) -> bool:
+        """Whether tasks of an array job can share the work."""
+        return self.stage.array(settings, **self.parameters)
+
+
+def order_of(settings: Settings, *names: str) -> list[Artefact]:
+    """What is to be made, each artefact once, after all that it needs."""
+    order: dict[str, Artefact] = {}
+
+    def visit(name: str) -> None:
+        if name not in order:
+            artefact = Artefact.named(name)
+            for needed in artefact.needs(settings):
+                visit(needed)
+            order[name] = artefact
+
+    for name in names:
+        visit(name)
+    return list(order.values())
+
+
+def evaluations(settings: Settings) -> list[str]:
+    """The artefacts that compare the systems, one for each collection."""
+    return [f"evaluate/{collection}" for collection in (CORPUS, *settings.evaluate.collection_labels)]
+
+
+def stage_order(name: str) -> tuple[int, str]:
+    """Sorts artefacts' names as their stages stand in the table."""
+    return STAGES.index(Artefact.named(name).stage), name
+
+
+def command_of(artefact: Artefact) -> list[str]:
+    """Verb and options of the command that makes an artefact of the corpus, or of another parameter."""
+    defaults = {"collection": CORPUS, "system": "drama"}
+    given = {name: value for name, value in artefact.parameters.items() if value != defaults[name]}
+    return [artefact.stage.verb, *(word for name, value in given.items() for word in (f"--{name}", value))]
+
+
+def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system: str = "drama") -> list[str]:
+    """What a command makes: the inverse of `command_of`, and `run`, which makes everything."""
+    if verb == "run":
+        trained = [stage for name, stage in TRAINING.items() if name in settings.evaluate.systems]
+        exported = ["export"] if "drama" in settings.evaluate.systems else []
+        return [*trained, *evaluations(settings), *exported, "report"]
+    if verb == "evaluate":
+        return evaluations(settings)
+    if verb == "train" and system not in TRAINING:
+        raise ValueError(f"--system {system}: expected one that is trained: {', '.join(TRAINING)}")
+    parameters = {"corpus": stored_collection(collection), "train": TRAINING.get(system, "")}
+    return [parameters.get(verb, f"encode/{collection}/{system}" if verb == "encode" else verb)]
+
+
+def is_finished(run: Path | str, name: str) -> bool:
+    """Whether a run has a whole artefact of this name."""
+    return (Path(run) / name / "provenance.json").exists()
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function that the table means by "module:function"."""
+    module, _, function = name.partition(":")
+    named: Callable[..., Any] = getattr(import_module(module), function)
+    return named
+
+
+def _recorded(settings: Settings, key: str) -> Any:
+    value = attrgetter(key)(settings)
+    return recorded(value) if is_dataclass(value) else value

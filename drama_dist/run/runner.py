@@ -1,0 +1,84 @@
+"""Making the artefacts of a run: in the table's order, each once.
+
+Covers opening each stage's folder with its settings and inputs, refusing other settings before anything is made, and
+shares of array jobs. Which stages there are says graph.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drama_dist.distributed import ranks
+from drama_dist.run.folder import fingerprint, open_stage, refuse_other_settings
+from drama_dist.run.graph import Artefact, artefacts_of, command_of, function_named, is_finished, order_of
+from drama_dist.run.shares import WHOLE, Share
+from drama_dist.settings import Settings, write_settings
+
+
+class Run:
+    """A run with its settings: makes artefacts, each once, and knows where those are that it made."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.folder = Path(settings.run)
+        self._made: dict[str, Path] = {}
+        self._models: dict[str, str] = {}
+
+    def make(self, *names: str, share: Share = WHOLE) -> Path:
+        """Make artefacts, in order, with all that they need; what is there already is left. The folder of the last.
+
+        share: a task's share of the last; what that needs must be there. Raises OtherSettings before anything is made
+        where an artefact is there with other settings, and when its turn comes where its inputs are others;
+        FileNotFoundError where a share is asked for and what all shares read is not there.
+        """
+        order = order_of(self.settings, *names)
+        if not share.whole:
+            self._require(order[:-1])
+        for artefact in order:
+            if artefact.stage.foldered:
+                refuse_other_settings(self.folder, artefact.name, artefact.sections(self.settings))
+        if ranks.rank() == 0:
+            write_settings(self.settings, self.folder / "settings.yaml")
+        for artefact in order:
+            if artefact.name not in self._made:
+                last = artefact is order[-1]
+                self._made[artefact.name] = self._open_and_work(artefact, share if last else WHOLE)
+        return self._made[names[-1]]
+
+    def path(self, name: str) -> Path:
+        """Where an artefact is that the stage at work needs; raises KeyError where the table does not say so."""
+        return self._made[name]
+
+    def model_fingerprint(self, source: str) -> str:
+        """What identifies a model (see encoder/sources.py); its files are read once."""
+        if source not in self._models:
+            self._models[source] = function_named("drama_dist.encoder.sources:model_fingerprint")(source)
+        return self._models[source]
+
+    def _open_and_work(self, artefact: Artefact, share: Share) -> Path:
+        stage, parameters = artefact.stage, artefact.parameters
+        if not stage.foldered:
+            function_named(stage.work)(self, **parameters)
+            return self.folder
+        inputs = {needed: fingerprint(self._made[needed]) for needed in artefact.needs(self.settings)}
+        if stage.inputs:
+            inputs |= function_named(stage.inputs)(self, **parameters)
+        folder = open_stage(self.folder, artefact.name, artefact.sections(self.settings), inputs, share)
+        if not folder.done:
+            function_named(stage.work)(self, folder, **parameters)
+        return folder.folder
+
+    def _require(self, order: Sequence[Artefact]) -> None:
+        """Tasks of an array must not make what all of them read: several would make it at once."""
+        for artefact in order:
+            if not is_finished(self.folder, artefact.name):
+                raise FileNotFoundError(
+                    f"{self.folder / artefact.name}: not there, and every share reads it; run first: "
+                    f"drama {' '.join(command_of(artefact))} SETTINGS"
+                )
+
+
+def make(settings: Settings, command: str, share: Share = WHOLE, **parameters: str) -> Path:
+    """Make what a command of `drama` makes, as `Run.make` does; parameters: collection, system."""
+    return Run(settings).make(*artefacts_of(settings, command, **parameters), share=share)

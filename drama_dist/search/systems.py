@@ -1,0 +1,196 @@
+"""Systems: everything that encodes texts or ranks passages, in one table.
+
+Covers what each is called and means, the settings and the model that it depends on, how it is loaded, how it encodes a
+collection and ranks it for queries. Which of them are trained is in run/graph.py; scoring their rankings is evaluate's.
+Shapes: Q queries, K components, k hits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drama_dist.corpus.collection import Collection
+from drama_dist.distributed import ranks
+from drama_dist.distributed.precision import dtype_name
+from drama_dist.encoder.backbone import load
+from drama_dist.encoder.pooling import matryoshka_cut_array
+from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import TRAINING
+from drama_dist.search.dense import DenseIndex
+from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.shards import TextEncoder, encode_corpus, load_embeddings
+from drama_dist.search.teacher import Teacher
+from drama_dist.settings import OTHER_MODEL, Settings, SettingsError, recorded
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Hits of every query: scores Q × k float32 and positions Q × k int64, best first, -1 where there are fewer.
+
+    dim: how many components of the vectors were compared; None for a system without vectors.
+    """
+
+    dim: int | None
+    scores_Qk: np.ndarray
+    positions_Qk: np.ndarray
+
+
+@dataclass(frozen=True)
+class System(ABC):
+    """name: as in evaluate.systems. meaning and colour: in the report."""
+
+    name: str
+    meaning: str
+    colour: str
+
+    @abstractmethod
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        """The settings that its encoding of a collection depends on."""
+
+    def model(self, settings: Settings) -> str | None:
+        """The model that it takes from elsewhere; None for what a run trains, and for what needs none."""
+        return None
+
+    @abstractmethod
+    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+        """Write the collection's encoding, or a share of it, and finish the folder where it is whole."""
+
+    @abstractmethod
+    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
+        """Rank an encoded collection for queries, at every dim that is compared, the largest first."""
+
+
+class DenseSystem(System):
+    """A system of vectors; its encoding is a folder of embedding shards."""
+
+    @abstractmethod
+    def load(self, settings: Settings) -> TextEncoder:
+        """The encoder, ready for queries and passages."""
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        return {"encode": recorded(settings.encode), "encoder": recorded(settings.encoder)}
+
+    def dtype(self, settings: Settings) -> str:
+        """bfloat16 or float32."""
+        return dtype_name(settings.encode.dtype)
+
+    def dims(self, settings: Settings, size: int) -> list[int]:
+        """How many components are compared; size: all of them."""
+        return [size]
+
+    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+        encoder, dtype = self.load(settings), self.dtype(settings)
+        encode_corpus(folder, collection.passages, encoder, settings.encode.shard_passages, folder.share, dtype=dtype)
+
+    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
+        passages_NK = load_embeddings(encoded)
+        queries_QK = self.load(settings).encode_queries(queries)
+        for dim in sorted(self.dims(settings, passages_NK.shape[1]), reverse=True):
+            index = DenseIndex(matryoshka_cut_array(passages_NK, dim))
+            yield Ranking(dim, *index.search(matryoshka_cut_array(queries_QK, dim), depth))
+
+
+class TrainedSystem(DenseSystem):
+    """An encoder that this run trains."""
+
+    def load(self, settings: Settings) -> TextEncoder:
+        return _encoder(settings, str(Path(settings.run) / TRAINING[self.name]), contract=settings.encoder)
+
+    def dims(self, settings: Settings, size: int) -> list[int]:
+        return settings.encoder.dims
+
+
+class UnprunedSystem(DenseSystem):
+    """The LLM as it is: causal, mean pooled."""
+
+    def model(self, settings: Settings) -> str:
+        return settings.llm
+
+    def load(self, settings: Settings) -> TextEncoder:
+        return _encoder(settings, settings.llm, contract=settings.encoder, bidirectional=False)
+
+
+class TeacherSystem(DenseSystem):
+    """The retriever that ranks the training data: a sentence-transformers model."""
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        return {"teacher": recorded(settings.teacher)}
+
+    def model(self, settings: Settings) -> str:
+        return settings.teacher.model
+
+    def dtype(self, settings: Settings) -> str:
+        return dtype_name(settings.teacher.dtype)
+
+    def load(self, settings: Settings) -> TextEncoder:
+        return Teacher(settings.teacher, settings.trust_remote_code)
+
+
+class OtherModel(DenseSystem):
+    """Any Llama-type encoder, with the contract of its own folder."""
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        return {"encode": recorded(settings.encode)}
+
+    def model(self, settings: Settings) -> str:
+        return self.name.removeprefix(OTHER_MODEL)
+
+    def load(self, settings: Settings) -> TextEncoder:
+        return _encoder(settings, self.model(settings))
+
+
+class LexicalSystem(System):
+    """BM25; its encoding of a collection is the index."""
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        return {}
+
+    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+        import pickle
+
+        texts = collection.passages.contents(range(len(collection.passages)))
+        if ranks.rank() == 0:
+            language = collection.passages[0].language
+            (folder.folder / "lexical.pickle").write_bytes(pickle.dumps((texts, language)))
+        folder.finish(passages=len(collection.passages))
+
+    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
+        yield Ranking(None, *LexicalIndex.open(encoded).search(queries, depth))
+
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        TrainedSystem("drama", "the small retriever of this run", "#0b6e99"),
+        TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
+        UnprunedSystem("llm-unpruned", "the LLM as it is, mean pooled", "#8f6bb3"),
+        TeacherSystem("teacher", "the retriever that ranked the training data", "#d98324"),
+        LexicalSystem("bm25", "lexical search", "#4d8b45"),
+    )
+}
+
+
+def system_called(label: str, settings: Settings) -> System:
+    """The system that folders and tables of a run call so; raises SettingsError where there is none."""
+    name = settings.evaluate.labels.get(label, label)
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    if name.startswith(OTHER_MODEL):
+        return OtherModel(name, f"the model {name.removeprefix(OTHER_MODEL)}", "#333a42")
+    raise SettingsError(
+        f"system {label!r}: expected {', '.join(SYSTEMS)}, or a model of evaluate.systems: {settings.evaluate.systems}"
+    )
+
+
+def _encoder(settings: Settings, source: str, **options: Any) -> TextEncoder:
+    encoder = load(source, dtype=dtype_name(settings.encode.dtype), **options)
+    if settings.encode.max_passage_tokens:
+        encoder.contract = replace(encoder.contract, max_passage_tokens=settings.encode.max_passage_tokens)
+    encoder.tokens_per_batch = settings.encode.batch_tokens
+    return encoder

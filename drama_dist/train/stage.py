@@ -1,0 +1,36 @@
+"""The train stage: RUN/train, and RUN/train-random-init, the same from random weights.
+
+Covers what training starts from. The training itself is in loop.py and step.py.
+"""
+
+from __future__ import annotations
+
+from drama_dist.corpus.collection import open_collection
+from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.records import Example, read_records
+from drama_dist.run import interrupts
+from drama_dist.run.folder import StageFolder
+from drama_dist.run.runner import Run
+from drama_dist.train.loop import train_encoder
+
+
+def inputs(run: Run, system: str) -> dict[str, str]:
+    """The fingerprint of a model to start from that is not this run's own."""
+    start = run.settings.train.start
+    return {} if start is None else {"start": run.model_fingerprint(start)}
+
+
+@interrupts.deferred()
+def train(run: Run, folder: StageFolder, system: str) -> None:
+    """Do the stage; system: drama or random-init.
+
+    Raises ValueError where there are too few examples for a batch, interrupts.Stopped after the step in which a signal
+    asked for it, with a checkpoint saved.
+    """
+    settings = run.settings
+    start = load(settings.train.start or run.path("prune"), contract=settings.encoder)
+    if system == "random-init":
+        start = random_twin(start, settings.seed)
+    examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
+    facts = train_encoder(settings, folder, start, examples, open_collection(run.path("corpus")).passages)
+    folder.finish(**facts)

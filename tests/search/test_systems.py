@@ -1,0 +1,74 @@
+"""Systems: every dim from one encoding, BM25, and names that are two systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drama_dist.run.progress import Progress
+from drama_dist.run.runner import make
+from drama_dist.search.shards import TextEncoder
+from drama_dist.search.systems import SYSTEMS, OtherModel, TrainedSystem, system_called
+from drama_dist.settings import Settings, SettingsError
+
+
+class Vectors:
+    """An encoder with given vectors for queries."""
+
+    def __init__(self, queries: np.ndarray):
+        self.queries = queries
+
+    def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+        return self.queries
+
+    def encode_passages(
+        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+    ) -> np.ndarray:
+        raise NotImplementedError
+
+
+def vectors(rows: int) -> np.ndarray:
+    drawn = np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def test_each_dim_equals_a_ranking_by_the_cut_vectors(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, passages = vectors(2), vectors(5)
+    np.save(tmp_path / "shard-00000.npy", passages[:3])
+    np.save(tmp_path / "shard-00001.npy", passages[3:])
+    encoder: TextEncoder = Vectors(queries)
+    monkeypatch.setattr(TrainedSystem, "load", lambda self, settings: encoder)
+    rankings = list(SYSTEMS["drama"].rank(small_settings("encoder.dims=[3,8]"), tmp_path, ["a", "b"], 4))
+    assert [ranking.dim for ranking in rankings] == [8, 3]
+    for ranking in rankings:
+        cut_q, cut_p = (rows[:, : ranking.dim].astype(np.float64) for rows in (queries, passages))
+        cut_q /= np.linalg.norm(cut_q, axis=1, keepdims=True)
+        cut_p /= np.linalg.norm(cut_p, axis=1, keepdims=True)
+        order = np.argsort(-(cut_q @ cut_p.T), axis=1)[:, :4]
+        np.testing.assert_array_equal(ranking.positions_Qk, order)
+        np.testing.assert_allclose(ranking.scores_Qk, np.take_along_axis(cut_q @ cut_p.T, order, 1), atol=1e-6)
+
+
+def test_bm25_has_no_dim_and_finds_words(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings()
+    folder = make(settings, "encode", system="bm25")
+    (ranking,) = SYSTEMS["bm25"].rank(settings, folder, ["river delta", "zzz"], 5)
+    assert ranking.dim is None and (ranking.positions_Qk[0] >= 0).all() and (ranking.positions_Qk[1] == -1).all()
+
+
+def test_two_models_of_one_name_are_two_systems_and_an_unknown_one_is_refused(
+    small_settings: Callable[..., Settings],
+) -> None:
+    settings = small_settings("evaluate.systems=[drama,model:a/export,model:b/export,model:x/teacher]")
+    labels = list(settings.evaluate.labels)
+    assert labels[0] == "drama" and len(set(labels)) == 4 and "teacher" not in labels
+    assert all(label.startswith("export-") for label in labels[1:3])
+    system = system_called(labels[2], settings)
+    assert isinstance(system, OtherModel) and system.model(settings) == "b/export"
+    with pytest.raises(SettingsError, match=r"system 'tacher': expected drama, random-init, .* or a model of"):
+        system_called("tacher", settings)
