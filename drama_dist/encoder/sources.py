@@ -47,9 +47,28 @@ def locate(name: str) -> Path | str:
 
 
 def model_fingerprint(name: str) -> str:
-    """What identifies a model as an input of a stage: the hash of its files, or the hub name."""
-    folder = resolve(name)
-    return fingerprint(folder) if Path(folder).exists() else f"hub:{folder}"
+    """What identifies a model as an input of a stage: the hash of its files, or the hub name with its revision.
+
+    Raises FileNotFoundError as `resolve` does, and where the hub does not know the name or cannot be reached.
+    """
+    source = resolve(name)
+    return fingerprint(source) if Path(source).exists() else f"hub:{source}@{_revision(source)}"
+
+
+def _revision(name: str) -> str:
+    """The commit of a model of the hub, in the cache or, where it is not there yet, on the hub."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    try:
+        return str(model_info(name, timeout=10).sha)
+    except Exception as error:  # of the network's library, which changes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no such folder here, and not to be had from the hub ({reason}); name a local folder"
+        ) from error
 
 
 def _inside_package(name: str) -> Path:

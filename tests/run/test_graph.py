@@ -1,0 +1,103 @@
+"""The table of stages, and a run that makes each artefact once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drama_dist.encoder import sources
+from drama_dist.run.folder import OtherSettings
+from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, function_named, order_of
+from drama_dist.run.runner import Run, make
+from drama_dist.settings import Settings
+
+SYSTEMS = "evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]"
+
+
+def test_what_the_table_names_is_there() -> None:
+    for stage in STAGES:
+        named = [stage.work, stage.inputs, stage.sections]
+        assert all(callable(function_named(name)) for name in named if isinstance(name, str)), stage.name
+
+
+def test_everything_comes_after_what_it_needs(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(SYSTEMS, "evaluate.collections=[data/cisi]")
+    order = [artefact.name for artefact in order_of(settings, *artefacts_of(settings, "run"))]
+    assert len(set(order)) == len(order) and order[-1] == "report"
+    for name in order:
+        needs = Artefact.named(name).needs(settings)
+        assert set(needs) <= set(order[: order.index(name)]), name
+    assert {"collections/cisi", "encode/cisi/drama", "evaluate/cisi", "train-random-init"} <= set(order)
+    without = [artefact.name for artefact in order_of(small_settings("train.start=models/x"), "train")]
+    assert "prune" not in without and "augment" in without
+
+
+def test_the_command_of_an_artefact_makes_it(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(SYSTEMS, "evaluate.collections=[data/cisi]")
+    for artefact in order_of(settings, *artefacts_of(settings, "run")):
+        verb, *options = command_of(artefact)
+        chosen = dict(zip((name.removeprefix("--") for name in options[::2]), options[1::2], strict=True))
+        if artefact.stage.verb != "evaluate":  # which evaluates on all collections
+            assert artefacts_of(settings, verb, **chosen) == [artefact.name]
+    with pytest.raises(ValueError, match=r"--system teacher: expected one that is trained: drama, random-init"):
+        artefacts_of(settings, "train", system="teacher")
+    with pytest.raises(KeyError, match="no stage makes it"):
+        Artefact.named("bake")
+
+
+def test_a_model_is_read_once_a_run(small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    fingerprint = sources.model_fingerprint
+    monkeypatch.setattr(sources, "model_fingerprint", lambda name: (read.append(name), fingerprint(name))[1])
+    settings = small_settings("evaluate.systems=[drama,llm-unpruned]", "train.steps=1", "prune.heal_steps=0")
+    make(settings, "evaluate")
+    assert sorted(read) == sorted([settings.llm, settings.teacher.model])
+
+
+def test_other_settings_are_refused_before_anything_is_written(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings()
+    run = Path(settings.run)
+    make(settings, "encode", system="bm25")
+    before = (run / "settings.yaml").read_text("utf-8")
+    (run / "train.partial").mkdir()
+    (run / "train.partial" / "settings.yaml").write_text("settings: {seed: 9, encoder: {}, train: {}}\ninputs: {}\n")
+    with pytest.raises(
+        OtherSettings, match=r"train.partial was made with other settings or inputs:\n(.*\n)*  .*seed: 9"
+    ):
+        make(small_settings("train.steps=7"), "train")
+    assert (run / "settings.yaml").read_text("utf-8") == before and not (run / "augment.partial").exists()
+
+
+def test_a_stage_asks_only_for_what_the_table_says_it_needs(small_settings: Callable[..., Settings]) -> None:
+    run = Run(small_settings())
+    run.make("corpus")
+    assert run.path("corpus") == run.folder / "corpus"
+    with pytest.raises(KeyError):
+        run.path("augment")
+
+
+def test_a_model_is_evaluated_on_collections_it_was_not_trained_on(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    other = tmp_path / "data" / "other"
+    (other / "qrels").mkdir(parents=True)
+    texts = ["Bread needs flour, yeast and a hot oven.", "A river floods its banks.", "The engine burns fuel."]
+    rows = [json.dumps({"_id": f"d{n}", "title": "", "text": text}) for n, text in enumerate(texts)]
+    (other / "corpus.jsonl").write_text("\n".join(rows), "utf-8")
+    (other / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "river banks"}), "utf-8")
+    (other / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n", "utf-8")
+    settings = small_settings(f"evaluate.collections=[{other}]", "train.steps=2")
+    make(settings, "run")
+    run = Path(settings.run)
+    found = json.loads((run / "evaluate" / "other" / "results.json").read_text("utf-8"))
+    assert [(row["system"], row["dim"]) for row in found] == [("drama", 32), ("drama", 16), ("bm25", None)]
+    assert found[-1]["ndcg@10"] == 1.0  # one passage has the words
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    assert report["collections"] == {"other": found} and "Results: other" in (run / "report.html").read_text("utf-8")
+    assert len(list((run / "encode" / "other" / "drama").glob("shard-*.npy"))) == 1
+    (other / "qrels" / "test.tsv").unlink()
+    with pytest.raises(ValueError, match=r"evaluate.collections: .*other: no judged queries"):
+        make(small_settings(f"evaluate.collections=[{other}]", f"run={tmp_path / 'again'}"), "evaluate")
