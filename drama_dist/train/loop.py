@@ -26,24 +26,12 @@ from drama_dist.records import Example, read_records
 from drama_dist.run import interrupts
 from drama_dist.run.folder import CHECKPOINTS, StageFolder, open_stage, write_text
 from drama_dist.run.progress import progress_bar
-from drama_dist.settings import Settings, TrainSettings, as_dict
+from drama_dist.settings import Settings, TrainSettings, as_dict, recorded
 from drama_dist.train.batches import Batch, batches
 from drama_dist.train.grad_cache import Encoded, GradCache
 from drama_dist.train.objective import Objective, contrastive_objective
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
-
-# Settings that change what training costs, and not what comes of it: a run may go on with others.
-_WITHOUT_EFFECT = {
-    "zero_stage",
-    "offload_optimizer",
-    "travels",
-    "activation_budget",
-    "checkpoint_layers",
-    "tensorboard",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
 
 
 @interrupts.deferred()
@@ -55,8 +43,7 @@ def train(
     Raises ValueError where there are too few examples for a batch, interrupts.Stopped after the step in which a signal
     asked for it, with a checkpoint saved.
     """
-    chosen = {name: value for name, value in as_dict(settings.train).items() if name not in _WITHOUT_EFFECT}
-    sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": chosen}
+    sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": recorded(settings.train)}
     stage = open_stage(settings.run, name, sections, inputs)
     if stage.done:
         return stage.final

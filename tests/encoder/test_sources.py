@@ -96,5 +96,5 @@ def test_a_folder_that_pools_otherwise_is_refused(llm: Path, tmp_path: Path) -> 
 
 def test_an_unknown_key_in_the_contract_is_refused(tmp_path: Path) -> None:
     (tmp_path / "drama.json").write_text('{"prefix": "Query: "}', "utf-8")
-    with pytest.raises(SettingsError, match=r"drama.json: unknown key 'prefix'"):
+    with pytest.raises(SettingsError, match=r"drama.json: prefix: no such setting; known are query_prefix"):
         read_contract(tmp_path, 48)
