@@ -63,6 +63,7 @@ Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many
+Rank = Annotated[int, Field(ge=1, le=2**16)]  # of a passage for a query; no search looks further down
 TextTokens = Annotated[int, Field(ge=3, le=2**24)]  # BOS and EOS are two
 Amount = Annotated[float, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -142,7 +143,7 @@ class AugmentSettings:
     """How training examples are written."""
 
     writer: Name | None = None  # the LLM that writes queries; null: `llm`, the one that is pruned
-    crops_per_passage: CountOrZero = 2
+    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 2
     min_crop_words: Count = 4
     max_crop_words: Count = 40
     synthetic_queries: CountOrZero = 0
@@ -152,10 +153,10 @@ class AugmentSettings:
     bad_answer_limit: CostOnly[Share] = 0.5  # of the writer's answers, without a usable query before the stage fails
     generation_batch: Count = 32
     prompt_passage_tokens: Size = 128
-    positives: Count = 1  # the top ranks
+    positives: Rank = 1  # the top ranks
     negatives: CountOrZero = 8  # hard negatives kept per example
-    negatives_from_rank: Count = 10  # ranks before this one are neither
-    negatives_to_rank: Count = 60
+    negatives_from_rank: Rank = 10  # ranks before this one are neither
+    negatives_to_rank: Rank = 60
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
@@ -178,7 +179,7 @@ class TrainSettings:
 
     start: Name | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
     steps: Count = 1000
-    batch_size: Count = 256  # queries, over all ranks
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
     learning_rate: LearningRate = 3e-4
     warmup_share: Share = 0.1
@@ -248,7 +249,7 @@ class EvaluateSettings:
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
-    depth: Count = 100
+    depth: Rank = 100
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -40,8 +40,9 @@ def read_yaml(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
     origins: Origins = {}
     values = _read_file(path, origins)
     declared = _declared(kind)
-    for name in (name for name, section in declared.items() if dataclasses.is_dataclass(section)):
-        values[name] = {} if values.get(name) is None else values[name]
+    for name, section in declared.items():
+        if dataclasses.is_dataclass(section) and values.get(name) is None:
+            values[name] = {}
     for override in overrides:
         _apply(override, declared, values, origins)
     try:
@@ -113,9 +114,9 @@ def _apply(override: str, declared: Mapping[str, Any], values: dict[str | int, A
 def _read_override(text: str, kind: Any, location: Location, origins: Origins, source: str) -> Any:
     """Text as it is where the setting is text, or may be; YAML for lists and numbers."""
     kinds = (kind,) if get_origin(kind) in (None, list, Literal) else get_args(kind)  # of a union
-    if str not in kinds and all(get_origin(one) is not Literal for one in kinds):
-        return _parse(text, location, origins, lambda line: source)
-    return None if types.NoneType in kinds and text in _NULLS else text
+    if str in kinds or any(get_origin(one) is Literal for one in kinds):
+        return None if types.NoneType in kinds and text in _NULLS else text
+    return _parse(text, location, origins, lambda line: source)
 
 
 def _parse(text: str, location: Location, origins: Origins, source: Callable[[int], str]) -> Any:

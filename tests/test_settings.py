@@ -241,6 +241,8 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.dim_weights=[1.0]", "must be one weight for each of encoder.dims"),
         ("train.dim_weights=[0,0,0]", "one must be more than 0"),
         ("train.dim_weights=[1,-1,1]", "train.dim_weights.1='-1': must be greater than or equal to 0"),
+        ("train.batch_size=99999999", "train.batch_size='99999999': must be less than or equal to 1048576"),
+        ("evaluate.depth=99999999", "evaluate.depth='99999999': must be less than or equal to 65536"),
         ("train.hard_negatives=9", "train.hard_negatives=9.0 is more than augment.negatives=8"),
         ("train.hard_negatives=-1", "train.hard_negatives='-1': must be greater than or equal to 0"),
         ("encoder.dims=[]", "encoder.dims=.*at least 1 item"),

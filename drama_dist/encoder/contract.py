@@ -82,7 +82,7 @@ def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettin
                     f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported"
                 )
     described = folder / "config_sentence_transformers.json"
-    prompts = json.loads(described.read_text("utf-8")).get("prompts", {}) if described.exists() else {}
+    prompts = (json.loads(described.read_text("utf-8")).get("prompts") if described.exists() else None) or {}
     longest = folder / "sentence_bert_config.json"
     limit = json.loads(longest.read_text("utf-8")).get("max_seq_length") if longest.exists() else None
     values = {
