@@ -49,7 +49,7 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
     (1, ("zero_stage=2", "activation_budget=0.5")),
     (2, ("zero_stage=0", "activation_budget=0", "dtype=float32")),
     (2, ("zero_stage=1", "activation_budget=0")),
-    (2, ("zero_stage=1", "activation_budget=0.25", "hard_negatives=7", "travels=passages")),
+    (2, ("zero_stage=1", "activation_budget=0.25", "hard_negatives=7", "loss_partition=passages")),
     (2, ("zero_stage=2", "activation_budget=0", "hard_negatives=7")),
     (2, ("zero_stage=2", "activation_budget=0", "checkpoint_layers=true")),
     (2, ("zero_stage=3", "activation_budget=0")),

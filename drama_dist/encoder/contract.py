@@ -7,7 +7,7 @@ text, EOS; truncation keeps EOS), wired into the tokenizer so that every program
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drama_dist.run.folder import write_text
 from drama_dist.settings import EncoderSettings, SettingsError
+from drama_dist.settings_file import read_json
 
 FILE = "drama.json"
 
@@ -23,18 +24,14 @@ def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
     """The contract that a model folder declares; defaults where it declares none.
 
     Raises ValueError where a sentence-transformers folder pools otherwise than by the mean,
-    SettingsError where drama.json has an unknown key or a dim beyond the hidden size.
+    SettingsError where a file has an unknown key, a value of another type or a dim beyond the hidden size.
     """
     if (folder / FILE).exists():
-        value = json.loads((folder / FILE).read_text("utf-8"))
-        unknown = set(value) - {item.name for item in fields(EncoderSettings)}
-        if unknown:
-            raise SettingsError(f"{folder / FILE}: unknown key {sorted(unknown)[0]!r}")
-        return check_dims(EncoderSettings(**value), hidden_size, str(folder / FILE))
-    contract = EncoderSettings(dims=[hidden_size])
+        contract = read_json(EncoderSettings, (folder / FILE).read_bytes(), str(folder / FILE))
+        return check_dims(contract, hidden_size, str(folder / FILE))
     if (folder / "modules.json").exists():
-        contract = _from_sentence_transformers(folder, contract)
-    return contract
+        return _from_sentence_transformers(folder, hidden_size)
+    return EncoderSettings(dims=[hidden_size])
 
 
 def write_contract(folder: Path, contract: EncoderSettings) -> None:
@@ -75,7 +72,7 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _from_sentence_transformers(folder: Path, contract: EncoderSettings) -> EncoderSettings:
+def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettings:
     for module in json.loads((folder / "modules.json").read_text("utf-8")):
         config_file = folder / module["path"] / "config.json"
         if module["type"].endswith("Pooling") and config_file.exists():
@@ -85,15 +82,16 @@ def _from_sentence_transformers(folder: Path, contract: EncoderSettings) -> Enco
                     f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported"
                 )
     described = folder / "config_sentence_transformers.json"
-    prompts = json.loads(described.read_text("utf-8")).get("prompts", {}) if described.exists() else {}
+    prompts = (json.loads(described.read_text("utf-8")).get("prompts") if described.exists() else None) or {}
     longest = folder / "sentence_bert_config.json"
     limit = json.loads(longest.read_text("utf-8")).get("max_seq_length") if longest.exists() else None
-    contract = replace(
-        contract,
-        query_prefix=prompts.get("query", ""),
-        passage_prefix=prompts.get("document", prompts.get("passage", "")),
-    )
-    return replace(contract, max_query_tokens=limit, max_passage_tokens=limit) if limit else contract
+    values = {
+        "query_prefix": prompts.get("query", ""),
+        "passage_prefix": prompts.get("document", prompts.get("passage", "")),
+        "dims": [hidden_size],
+        **({"max_query_tokens": limit, "max_passage_tokens": limit} if limit else {}),
+    }
+    return read_json(EncoderSettings, json.dumps(values), str(folder))
 
 
 def _is_mean(pooling: dict[str, object]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig, LlamaConfig
 
 from drama_dist.distributed.engine import BUCKET
@@ -194,11 +195,11 @@ def what_fits(settings: Settings, plan: Plan) -> list[str]:
     chosen: list[tuple[str, object]] = []
     for change in _changes(settings, plan):
         chosen.append(change)
-        if _with(settings, plan, chosen).fits:
+        if _fits_with(settings, plan, chosen):
             needed = list(chosen)
             for one in reversed(chosen[:-1]):
                 rest = [other for other in needed if other is not one]
-                needed = rest if _with(settings, plan, rest).fits else needed
+                needed = rest if _fits_with(settings, plan, rest) else needed
             last = {key: value for key, value in needed}  # a later value of a key replaces an earlier one
             return [f"--ranks {value}" if key == "ranks" else f"train.{key}={value}" for key, value in last.items()]
     return []
@@ -228,11 +229,14 @@ def _changes(settings: Settings, plan: Plan) -> Iterator[tuple[str, object]]:
             yield from (("zero_stage", stage) for stage in stages)
 
 
-def _with(settings: Settings, plan: Plan, changes: Sequence[tuple[str, object]]) -> Plan:
+def _fits_with(settings: Settings, plan: Plan, changes: Sequence[tuple[str, object]]) -> bool:
     values = dict(changes)
     ranks = int(str(values.pop("ranks", plan.costs.share.ranks)))
-    changed = replace(settings, train=replace(settings.train, **values))  # type: ignore[arg-type]
-    return make_plan(changed, ranks, plan.device, plan.costs.shape)
+    try:
+        changed = replace(settings, train=replace(settings.train, **values))  # type: ignore[arg-type]
+    except ValidationError:  # changes that do not go together
+        return False
+    return make_plan(changed, ranks, plan.device, plan.costs.shape).fits
 
 
 def _budget(costs: Costs, wanted: float | str, on: Device) -> float:

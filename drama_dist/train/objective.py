@@ -59,8 +59,8 @@ def queries_travel(
     queries: int, passages: int, components: int, encoder: EncoderSettings, train: TrainSettings
 ) -> bool:
     """Whether it is the queries of a global batch that travel between ranks: "auto" takes what moves fewer bytes."""
-    if train.travels != "auto":
-        return train.travels == "queries"
+    if train.loss_partition != "auto":
+        return train.loss_partition == "queries"
     dims = len(encoder.dims)
     return queries * (components + 1 + 3 * dims) < passages * components
 

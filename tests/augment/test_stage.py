@@ -135,7 +135,7 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
 
 
 def test_nothing_written_is_an_error(small_settings: Callable[..., Settings], run: Augment) -> None:
-    settings = small_settings("augment.synthetic_queries=0", "augment.crops_per_passage=0")
+    settings = small_settings("augment.synthetic_queries=0", "augment.min_crop_words=40")
     with pytest.raises(ValueError, match="no training query could be written"):
         run(settings, LetterCounts())
 

@@ -107,5 +107,15 @@ def test_a_folder_that_pools_otherwise_is_refused(llm: Path, tmp_path: Path) -> 
 
 def test_an_unknown_key_in_the_contract_is_refused(tmp_path: Path) -> None:
     (tmp_path / "drama.json").write_text('{"prefix": "Query: "}', "utf-8")
-    with pytest.raises(SettingsError, match=r"drama.json: unknown key 'prefix'"):
+    with pytest.raises(SettingsError, match=r"drama.json: prefix: no such setting; known are query_prefix"):
+        read_contract(tmp_path, 48)
+
+
+def test_a_value_of_another_type_is_named_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]", "utf-8")
+    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": 5}}', "utf-8")
+    with pytest.raises(SettingsError, match=rf"^{tmp_path}: query_prefix=5: must be a valid string"):
+        read_contract(tmp_path, 48)
+    (tmp_path / "drama.json").write_text('{"dims": [48, "16"]}', "utf-8")
+    with pytest.raises(SettingsError, match=r"drama.json: dims.1='16': must be a valid integer"):
         read_contract(tmp_path, 48)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from sentence_transformers import SentenceTransformer
 
 import drama_dist
 from drama_dist.export import stage as export_module
-from drama_dist.export.stage import export_encoder
+from drama_dist.export.stage import export_encoder, model_card
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings
 
@@ -55,6 +57,8 @@ def test_the_card_tells_data_settings_and_results(exported: tuple[Settings, Path
     card = (folder / "README.md").read_text("utf-8")
     for part in ("2 layers × 32", "crop examples", "zero_stage: 1", "| drama", "| bm25", "`Query: `", settings.llm):
         assert part in card, part
+    norwegian = replace(settings, corpus=replace(settings.corpus, language="no"))
+    assert yaml.safe_load(model_card(norwegian, drama_dist.load(folder)).split("---")[1])["language"] == "no"
 
 
 def test_vectors_that_differ_stop_the_export(

@@ -97,7 +97,7 @@ def run(model: str, out: Path, full_name: str) -> dict[str, object]:
     cache = GradCache(encoder, engine, CHUNK, BUDGET if kept == "kept" else 0.0)
     saved = Checkpoints(out / "checkpoints", keep=1)
     steps = range(engine.resume(saved) if what == "resume" else 0, SAVED if what == "save" else STEPS)
-    figures = step_losses(encoder, engine, cache, TrainSettings(temperature=TEMPERATURE, travels=travels), steps)
+    figures = step_losses(encoder, engine, cache, TrainSettings(temperature=TEMPERATURE, loss_partition=travels), steps)
     if what == "save":
         engine.save(saved, SAVED)
         saved.wait()
@@ -118,7 +118,7 @@ def traffic() -> dict[str, dict[str, int]]:
             torch.arange(queries),
             torch.arange(passages),
             EncoderSettings(dims=dims),
-            TrainSettings(travels=travels),
+            TrainSettings(loss_partition=travels),
         )
         found[travels] = ranks.take_traffic()
     return found
