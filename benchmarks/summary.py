@@ -1,6 +1,7 @@
-"""Put the figures of benchmarks/results/ into the README, between its two markers: python benchmarks/summary.py.
+"""Put the comparisons of benchmarks/results/ into docs/benchmarks.md, between markers: python benchmarks/summary.py.
 
-It measures nothing: every figure comes from a results file, and a comparison whose sides did not agree is left out.
+One row a claim: its newest measurement, and the gain on other processors beside it. A comparison whose sides did not
+agree is left out. It measures nothing; the other claims of that page are written by hand.
 """
 
 from __future__ import annotations
@@ -8,103 +9,124 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from measure import DTYPES, RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- comparisons -->", "<!-- /comparisons -->"
+HEAD = ["claim", "ours", "best peer", "gain", "memory, ours / peer", "the peer's setting", "measured", "elsewhere"]
 
 
-def results(name: str) -> dict[str, Any]:
-    """A results file; empty where it was not measured."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
+@dataclass(frozen=True)
+class Comparison:
+    """One measurement of a claim. row: of the results file NAME.json; side, peer: the two of its `measured`.
+
+    encoded: of the peer's tokens, the share that ours encodes, where equal texts are encoded once.
+    """
+
+    claim: str
+    name: str
+    row: dict[str, Any]
+    side: str
+    peer: str
+    encoded: float = 1.0
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast ours is."""
+        return self.row["measured"][self.peer]["seconds"] / self.row["measured"][self.side]["seconds"]
 
 
-def loss_lines(device: str, dtype: str) -> Iterator[list[str]]:
-    """The loss alone, at the largest square batch that was measured on each machine."""
-    square = [row for row in results(f"loss-{device}-{dtype}")["rows"] if row["rows"] == row["columns"]]
-    largest = {_machine(row): row["rows"] for row in sorted(square, key=lambda row: row["rows"])}
+def loss_comparisons(device: str, dtype: str) -> Iterator[Comparison]:
+    """The loss alone, at the largest square batch that was measured."""
+    name = f"loss-{device}-{dtype}"
+    square = [row for row in _rows(name) if row["rows"] == row["columns"] and row["agree"][row["best_peer"]]]
+    largest = max((row["rows"] for row in square), default=0)
     for row in square:
-        if row["rows"] == largest[_machine(row)] and row["agree"][row["best_peer"]]:
+        if row["rows"] == largest:
             dims = f"{len(row['dims'])} dim{'s' if len(row['dims']) > 1 else ''}"
-            what = f"loss and gradients, {row['rows']} × {row['columns']}, {dims}"
-            yield _line(what, row, "ours", row["best_peer"])
+            yield Comparison(f"loss and gradients, {largest} × {largest}, {dims}", name, row, "ours", row["best_peer"])
 
 
-def step_lines(device: str, dtype: str) -> Iterator[list[str]]:
-    """The whole step, against the peer's best at the same precision."""
-    for row in results(f"step-{device}-{dtype}")["rows"]:
+def step_comparisons(device: str, dtype: str) -> Iterator[Comparison]:
+    """The whole training step, against the peer's best setting at the same precision."""
+    name = f"step-{device}-{dtype}"
+    for row in sorted(_rows(name), key=lambda row: (row["texts"], row["batch"])):
+        for side in row["measured"]:
+            if row["agree"] and side.startswith("ours"):
+                claim = f"training step, {row['texts']}, batch {row['batch']}, {side.removeprefix(f'ours {dtype}, ')}"
+                yield Comparison(claim, name, row, side, row["best_peer"], row["distinct_tokens"] / row["tokens"])
+
+
+def encode_comparisons(device: str, dtype: str) -> Iterator[Comparison]:
+    """Encoding, against the peer's best batch at the same precision."""
+    name = f"encode-{device}-{dtype}"
+    for row in _rows(name):
         if row["agree"]:
-            for side in row["measured"]:
-                if side.startswith("ours"):
-                    setting = side.removeprefix(f"ours {dtype}, ")
-                    what = f"training step, {row['texts']}, batch {row['batch']}, {setting}"
-                    share = row["distinct_tokens"] / row["tokens"]
-                    if share < 1:
-                        times = row["measured"][row["best_peer"]]["seconds"] / row["measured"][side]["seconds"]
-                        what += f"; texts repeat: {share * times:.1f}× for each token encoded"
-                    yield _line(what, row, side, row["best_peer"])
+            peers = [side for side in row["measured"] if side.startswith(f"peer {dtype}")]
+            best = min(peers, key=lambda side: row["measured"][side]["seconds"])
+            claim = f"encoding {row['passages']} passages of {row['texts'].upper()}"
+            yield Comparison(claim, name, row, f"ours {dtype}", best)
 
 
-def encode_lines(device: str, dtype: str) -> Iterator[list[str]]:
-    """Encoding, against the peer's best at the same precision."""
-    for row in results(f"encode-{device}-{dtype}")["rows"]:
-        if row["agree"]:
-            peers = [name for name in row["measured"] if name.startswith(f"peer {dtype}")]
-            best = min(peers, key=lambda name: row["measured"][name]["seconds"])
-            what = f"encoding {row['passages']} passages of {row['texts'].upper()}"
-            yield _line(what, row, f"ours {dtype}", best)
+KINDS = (loss_comparisons, step_comparisons, encode_comparisons)
 
 
-def _line(what: str, row: dict[str, Any], side: str, best: str) -> list[str]:
-    own, peer = row["measured"][side], row["measured"][best]
+def table(comparisons: list[Comparison]) -> str:
+    """Markdown: a line for each claim."""
+    by_claim: dict[str, list[Comparison]] = {}
+    for comparison in sorted(comparisons, key=lambda comparison: comparison.row["date"], reverse=True):
+        by_claim.setdefault(comparison.claim, []).append(comparison)
+    claims = dict.fromkeys(comparison.claim for comparison in comparisons)  # in the order of the files
+    lines = [HEAD, ["---", *["--:"] * 4, *["---"] * 3], *(_cells(*by_claim[claim]) for claim in claims)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cells(newest: Comparison, *older: Comparison) -> list[str]:
+    ours, peer = newest.row["measured"][newest.side], newest.row["measured"][newest.peer]
+    per_token = f" ({newest.encoded * newest.gain:.2f}× a token encoded)" if newest.encoded < 1 else ""
     return [
-        what,
-        f"{own['seconds']:.2f} s",
+        newest.claim,
+        f"{ours['seconds']:.2f} s",
         f"{peer['seconds']:.2f} s",
-        f"**{peer['seconds'] / own['seconds']:.2f}×**",
-        f"{own['megabytes'] / max(1.0, peer['megabytes']):.2f}",
-        re.sub(f"peer ({'|'.join(DTYPES)}), ", "", best),
-        f"{_machine(row)}, {row['date'][:10]}",
+        f"**{newest.gain:.2f}×**{per_token}",
+        f"{ours['megabytes'] / max(1.0, peer['megabytes']):.2f}",
+        re.sub(f"peer ({'|'.join(DTYPES)}), ", "", newest.peer),
+        f"[{_machine(newest.row)}, {newest.row['date'][:10]}](../benchmarks/results/{newest.name}.md)",
+        "; ".join(f"{other.gain:.2f}×: {_machine(other.row)}" for other in older),
     ]
 
 
 def _machine(row: dict[str, Any]) -> str:
-    return f"{row['processor']}, {row['threads']} threads"
+    return f"{row['processor'].replace('(R)', '').replace(' Processor', '')}, {row['threads']} threads"
 
 
-HEAD = ["ours", "best peer", "times as fast", "memory, ours / peer", "the peer's setting", "measured on"]
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
 
 
 def summary() -> str:
-    """The README's table, a block for each device and dtype that has results."""
+    """The block of the page: a table for each device and dtype that has results."""
     parts = []
     for device, dtype in product(("cpu", "cuda"), DTYPES):
-        lines = [*loss_lines(device, dtype), *step_lines(device, dtype), *encode_lines(device, dtype)]
-        if not lines:
-            continue
-        head = [f"what, in {dtype}", *HEAD]
-        parts.append(
-            "Medians, both sides in one run on the same vectors, or the same checkpoint and texts. Memory: what a call "
-            "adds at its peak; of losses and steps alone in a process, of steps with weights and optimiser. Ours "
-            "encodes equal texts once. All figures, with versions and commands, in "
-            "[benchmarks/results](benchmarks/results).\n\n"
-            + "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
-        )
+        comparisons = [comparison for kind in KINDS for comparison in kind(device, dtype)]
+        if comparisons:
+            parts.append(f"In {dtype}, {'CPUs' if device == 'cpu' else 'GPUs'}:\n\n{table(comparisons)}")
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    text = README.read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     block = f"{BEGIN}\n{summary()}\n{END}"
     replaced, count = re.subn(f"{BEGIN}.*{END}", lambda _: block, text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"{README}: expected one block between {BEGIN} and {END}, found {count}")
-    README.write_text(replaced, "utf-8")
+        raise SystemExit(f"{PAGE}: expected one block between {BEGIN} and {END}, found {count}")
+    PAGE.write_text(replaced, "utf-8")
 
 
 if __name__ == "__main__":

@@ -327,6 +327,11 @@ class Settings:
     export: ExportSettings = field(default_factory=ExportSettings)
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
 
+    @property
+    def writer(self) -> str:
+        """The LLM that writes: augment.writer, or else the one that is pruned."""
+        return self.augment.writer or self.llm
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         dims, weights = self.encoder.dims, self.train.dim_weights

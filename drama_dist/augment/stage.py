@@ -33,7 +33,7 @@ _PART = 512
 def inputs(run: Run) -> dict[str, str]:
     """The fingerprint of the LLM that writes; none where it writes nothing."""
     settings = run.settings
-    return {"writer": run.model_fingerprint(writer_name(settings))} if settings.augment.synthetic_queries else {}
+    return {"writer": run.model_fingerprint(settings.writer)} if settings.augment.synthetic_queries else {}
 
 
 def augment(run: Run, folder: StageFolder) -> None:
@@ -55,11 +55,6 @@ def augment(run: Run, folder: StageFolder) -> None:
         write_text(folder.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
     say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     folder.finish(examples=len(examples), set_aside=len(aside))
-
-
-def writer_name(settings: Settings) -> str:
-    """The LLM that writes: augment.writer, or else the one that is pruned."""
-    return settings.augment.writer or settings.llm
 
 
 def _ranker(run: Run) -> Ranker:
@@ -95,7 +90,7 @@ def _write(
 def _synthetic(
     settings: Settings, folder: StageFolder, collection: Collection
 ) -> tuple[list[Written], list[dict[str, Any]]]:
-    writer = LanguageModel(writer_name(settings), settings.augment, settings.trust_remote_code)
+    writer = LanguageModel(settings.writer, settings.augment, settings.trust_remote_code)
     parts = folder.folder / CHECKPOINTS / "synthetic"
     return write_queries(parts, collection.passages, writer, settings.augment, settings.seed, folder.share)
 

@@ -32,7 +32,8 @@ class Stage:
     needs: names of the artefacts that it reads, from the settings and the parameters.
     inputs: "module:function" that gives fingerprints of what else is read, from the Run and the parameters.
     processes: that slurm starts for it: "one", those of one machine ("node") or of several ("nodes"); None where it has
-    no job of its own. array: whether tasks of an array job can share the work, from the settings and the parameters.
+    no job of its own. array: whether tasks of an array job share the work, from the settings and the parameters; a job
+    of one machine then finishes it.
     constants: parameters that are not in the name. foldered: False for what writes into the run's own folder.
     """
 
@@ -151,6 +152,7 @@ STAGES = (
         sections="drama_dist.search.stage:sections",
         needs=_of_encoding,
         inputs="drama_dist.search.stage:inputs",
+        processes="one",
         array=lambda settings, collection, system: system != "bm25",
     ),
     Stage(

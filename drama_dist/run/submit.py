@@ -42,7 +42,7 @@ class _Script(Template):
 
 def submitted_verbs() -> list[str]:
     """The commands that can be submitted: those of stages with jobs of their own, and run."""
-    return ["run", *dict.fromkeys(stage.verb for stage in STAGES if stage.processes or stage.verb == "encode")]
+    return ["run", *dict.fromkeys(stage.verb for stage in STAGES if stage.processes)]
 
 
 def chain(settings: Settings, verb: str) -> list[Job]:

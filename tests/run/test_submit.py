@@ -16,7 +16,7 @@ from drama_dist.run.submit import chain, script, submit
 from drama_dist.settings import Settings, write_settings
 
 TEACHER, DRAMA = ([f"encode-corpus-{name}-array", f"encode-corpus-{name}"] for name in ("teacher", "drama"))
-CHAIN = ["corpus", *TEACHER, "augment-array", "augment", "prune", "train", *DRAMA, "rest"]
+CHAIN = ["corpus", *TEACHER, "encode-corpus-bm25", "augment-array", "augment", "prune", "train", *DRAMA, "rest"]
 
 
 def options(text: str) -> dict[str, str]:
@@ -52,16 +52,16 @@ def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: C
     assert names(small_settings()) == CHAIN
     without = names(small_settings("augment.synthetic_queries=0", "train.start=models/x"))
     assert without == [name for name in CHAIN if name not in ("augment-array", "prune")]
-    assert names(small_settings("evaluate.systems=[bm25]")) == ["corpus", "rest"]
+    assert names(small_settings("evaluate.systems=[bm25]")) == ["corpus", "encode-corpus-bm25", "rest"]
     assert names(small_settings("evaluate.systems=[teacher]")) == ["corpus", *TEACHER, "rest"]
     ends = {verb: names(small_settings(), verb) for verb in ("augment", "train", "encode")}
-    assert ends == {"augment": CHAIN[:5], "train": CHAIN[:7], "encode": CHAIN[:9]}
+    assert ends == {"augment": CHAIN[:6], "train": CHAIN[:8], "encode": CHAIN[:10]}
 
 
 def test_what_is_finished_is_not_submitted_again(small_settings: Callable[..., Settings]) -> None:
-    settings = finished(small_settings(), "corpus", "encode/corpus/teacher")
+    settings = finished(small_settings(), "corpus", "encode/corpus/teacher", "encode/corpus/bm25")
     assert names(settings, "train") == ["augment-array", "augment", "prune", "train"]
-    finished(settings, "encode/corpus/bm25", "augment", "prune", "train")
+    finished(settings, "augment", "prune", "train")
     assert names(settings, "encode") == DRAMA and names(settings) == [*DRAMA, "rest"]
     with pytest.raises(ValueError, match="run: train is finished already"):
         submit(settings, "train", ["s.yaml"], dry_run=True)
@@ -82,7 +82,7 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
     of_jobs = {name: options(text) for name, text in scripts(settings).items()}
     several = {name for name, options in of_jobs.items() if options["nodes"] == "3"}
     assert several == {"train", "train-random-init"}
-    assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {"corpus"}
+    assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {"corpus", "encode-corpus-bm25"}
 
 
 def test_a_line_break_does_not_become_a_line_of_the_script(small_settings: Callable[..., Settings]) -> None:
@@ -138,7 +138,7 @@ def test_jobs_wait_for_one_another(
     calls = (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
     waits = [found[1] if (found := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
     # After arrays: however their tasks ended.
-    assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:5,afterany:6"]
+    assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:6", "afterok:6,afterany:7"]
 
 
 def test_where_a_job_is_refused_those_before_it_are_cancelled(

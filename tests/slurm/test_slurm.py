@@ -127,7 +127,7 @@ def test_an_array_with_a_killed_task_ends_with_the_whole_index(
     settings.slurm = replace(settings.slurm, tasks_per_node=2)  # ranks inside each task
     shards, encode = _submit(settings, "encode")
     folder = Path(settings.run) / "encode" / "corpus" / "drama.partial"
-    log = Path(settings.run) / "slurm" / f"shards-{shards}_1.log"
+    log = Path(settings.run) / "slurm" / f"encode-corpus-drama-array-{shards}_1.log"
     _wait_until(lambda: log.exists() and "corpus: already done" in log.read_text("utf-8"), "the beginning of task 1")
     subprocess.run(["scontrol", "requeue", f"{shards}_1"], check=True)
     _wait_until(lambda: "PENDING" in {task["JobState"] for task in _facts(f"{shards}_1")}, "the end of task 1")
@@ -143,7 +143,7 @@ def test_a_warned_last_task_of_an_array_comes_back_alone(examples: Settings, tra
     """Its job number is that of the whole array."""
     settings = _copy(examples, tmp_path / "run", trained)
     shards, encode = _submit(settings, "encode")
-    log = Path(settings.run) / "slurm" / f"shards-{shards}_3.log"
+    log = Path(settings.run) / "slurm" / f"encode-corpus-drama-array-{shards}_3.log"
     _wait_until(lambda: log.exists() and "corpus: already done" in log.read_text("utf-8"), "the beginning of task 3")
     subprocess.run(["scancel", "--signal=USR1", "--batch", f"{shards}_3"], check=True)
     _wait_for([shards, encode], settings)
