@@ -82,7 +82,10 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
     of_jobs = {name: options(text) for name, text in scripts(settings).items()}
     several = {name for name, options in of_jobs.items() if options["nodes"] == "3"}
     assert several == {"train", "train-random-init"}
-    assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {"corpus", "encode-corpus-bm25"}
+    assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {
+        "corpus",
+        "encode-corpus-bm25",
+    }
 
 
 def test_a_line_break_does_not_become_a_line_of_the_script(small_settings: Callable[..., Settings]) -> None:
