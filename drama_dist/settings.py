@@ -116,7 +116,7 @@ class TrainSettings:
     dtype: str = "auto"  # bfloat16 | float32 | auto: bfloat16 where the device is fast in it
     zero_stage: int = 1  # 0: every rank holds all; 1: optimiser, 2: gradients too, 3: weights too are split over ranks
     offload_optimizer: bool = False  # float32 weights and moments in the machine's memory: less on the GPU, slower
-    travels: str = "auto"  # between ranks, for the loss: passages | queries; auto: what moves fewer bytes
+    loss_partition: str = "auto"  # what all ranks gather for the loss: passages | queries; auto: what moves fewer bytes
     chunk_tokens: int = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
     # twice. "auto" measures: half of what is free.
@@ -196,7 +196,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layer_choice": ("even", "influence"),
     "teacher.dtype": ("auto", "bfloat16", "float32"),
     "train.dtype": ("auto", "bfloat16", "float32"),
-    "train.travels": ("auto", "passages", "queries"),
+    "train.loss_partition": ("auto", "passages", "queries"),
     "encode.dtype": ("auto", "bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float32"),
 }

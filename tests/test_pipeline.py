@@ -127,7 +127,7 @@ def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[...
     pipeline.train(one)
     saving = [
         "train.zero_stage=3",
-        "train.travels=queries",
+        "train.loss_partition=queries",
         "train.checkpoint_layers=true",
         "train.activation_budget=0",
     ]

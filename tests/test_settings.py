@@ -69,7 +69,7 @@ def test_a_bad_file_is_refused_with_line_and_reason(file: Path, text: str, messa
         ("train.activation_budget=-1", "train.activation_budget=-1: expected auto, or GiB"),
         ("train.zero_stage=4", "train.zero_stage=4: expected 0, 1, 2 or 3"),
         ("train.zero_stage=0", "train.zero_stage=0 takes train.dtype=float32 only"),
-        ("train.travels=both", "train.travels='both': expected one of auto, passages, queries"),
+        ("train.loss_partition=both", "train.loss_partition='both': expected one of auto, passages, queries"),
         ("encoder.dims=[]", "encoder.dims"),
         ("encoder.dims=[8,8]", "expected different positive numbers"),
         ("train.dim_weights=[1.0]", "expected one weight for each of encoder.dims"),

@@ -89,7 +89,7 @@ def test_a_control_groups_limit_counts_without_cached_files(tmp_path: Path, monk
     ):
         (inner.parent / name).write_text(value)
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_own_group", lambda: inner)
+    monkeypatch.setattr(memory, "_control_group", lambda: inner)
     assert memory.free_bytes(CPU) == 400.0
 
 
