@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def plain_steps(model: Path, batches: list[TextBatch], positive_texts: list[list
     weights = list(encoder.parameters())
     matrices, vectors = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim == 1]
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0}])
+    start = {name: weight.detach().clone() for name, weight in encoder.named_parameters()}
     losses, norms = [], []
     for step, (batch, positives) in enumerate(zip(batches, positive_texts, strict=True)):
         sequences = encoder.tokenize_queries(batch.queries) + encoder.tokenize_passages(batch.passages)
@@ -81,16 +83,22 @@ def plain_steps(model: Path, batches: list[TextBatch], positive_texts: list[list
             group["lr"] = rate(step)
         optimiser.step()
         losses.append(float(loss.detach()))
-    return {
-        "losses": losses,
-        "norms": norms,
-        "weights": {name: weight.detach() for name, weight in encoder.named_parameters()},
-    }
+    ends = {name: weight.detach() for name, weight in encoder.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": ends, "start": start}
 
 
 def drawn_texts(batch: TextBatch) -> list[set[str]]:
     """Of each query the text of the positive that stands in the batch for it."""
     return [{batch.passages[column]} for column in batch.relevance.positives_B.tolist()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the ranks' processes: a tiny model has nothing to share, and threads that share a core wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +174,28 @@ def test_every_combination_ends_where_one_process_ends(
 def test_without_the_scaling_by_ranks_the_comparison_fails(two_ranks: Path, expected: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):  # by the norms: clipping and AdamW hide a factor from the weights
         compare(torch.load(two_ranks / f"{UNSCALED}.pt"), expected)
+
+
+def test_bfloat16_over_two_ranks_is_as_good_as_in_one_process(
+    two_ranks: Path, llm: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """No further from float32 than one process in bfloat16, but for one rounding."""
+    two, one = torch.load(two_ranks / f"{NARROW}.pt"), run(llm, tmp_path, NARROW)
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert errors(one, expected)["norms"] > rounding  # it is bfloat16
+    assert all(error <= errors(one, expected)[name] + rounding for name, error in errors(two, expected).items())
+    averaged = {**two, "norms": [norm / 2 for norm in two["norms"]]}
+    assert errors(averaged, expected)["norms"] > errors(one, expected)["norms"] + rounding
+
+
+def errors(ended: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The largest relative error of losses and norms, and how far weights are apart over how far they went."""
+    worst = {
+        name: max(abs(found / exact - 1) for found, exact in zip(ended[name], expected[name], strict=True))
+        for name in ("losses", "norms")
+    }
+    went = distance(expected["start"], expected["weights"])
+    return worst | {"weights": distance(ended["weights"], expected["weights"]) / went}
 
 
 def test_other_positives_of_a_query_are_no_negatives_of_it(two_ranks: Path, llm: Path, tmp_path: Path) -> None:
