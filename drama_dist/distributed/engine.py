@@ -85,15 +85,15 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._own_norm() if self._engine.zero_optimization_stage() == 0 else None
+        measured = self._gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
-        found = float(self._engine.get_global_grad_norm() if norm is None else norm)
-        if not math.isfinite(found):
+        norm = float(self._engine.get_global_grad_norm() if measured is None else measured)
+        if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient's norm is {found}: lower the learning rate, or train in float32; "
+                f"the gradient's norm is {norm}: lower the learning rate, or train in float32; "
                 "the last checkpoint is from before it"
             )
-        return found
+        return norm
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The float32 master weights by name, on the CPU; every rank must call it."""
@@ -125,8 +125,8 @@ class Engine:
         say(f"going on from step {step} ({newest})")
         return step
 
-    def _own_norm(self) -> torch.Tensor:
-        """The gradients', which are the same on all ranks; DeepSpeed does not tell it without ZeRO."""
+    def _gradient_norm(self) -> torch.Tensor:
+        """Of gradients that are the same on all ranks, as without ZeRO, where DeepSpeed does not tell it."""
         gradients = [weight.grad for _, weight in self._weights() if weight.grad is not None]
         return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
 
@@ -149,10 +149,10 @@ def _map_large_blocks() -> None:
 
 def _random_state() -> dict[str, Piece]:
     """This rank's generators, for dropout."""
-    found = {f"random/cpu/{ranks.rank()}": torch.get_rng_state()}
+    states = {f"random/cpu/{ranks.rank()}": torch.get_rng_state()}
     if ranks.device().type == "cuda":
-        found[f"random/cuda/{ranks.rank()}"] = torch.cuda.get_rng_state()
-    return {name: Piece(state, 0, tuple(state.shape)) for name, state in found.items()}
+        states[f"random/cuda/{ranks.rank()}"] = torch.cuda.get_rng_state()
+    return {name: Piece(state, 0, tuple(state.shape)) for name, state in states.items()}
 
 
 def _restore_random_state(reader: Reader) -> None:

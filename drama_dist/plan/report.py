@@ -25,7 +25,7 @@ from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.settings import Settings
 from drama_dist.train.grad_cache import SHARE_OF_FREE
-from drama_dist.train.objective import queries_travel
+from drama_dist.train.info_nce_term import gathers_queries
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
 # 31,842 different tokens of four passes in 5.7 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
@@ -84,7 +84,7 @@ def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
         chunk_tokens=train.chunk_tokens,
         budget=math.inf,
         checkpoint_layers=train.checkpoint_layers,
-        queries_travel=ranks > 1 and queries_travel(train.batch_size, passages, shape.hidden, encoder, train),
+        queries_travel=ranks > 1 and gathers_queries(train.batch_size, passages, shape.hidden, encoder, train),
         loss=loss_backend(not on.is_cpu),
         fused=on.is_cpu and layers_fuse(shape),
         bucket=BUCKET,

@@ -1,4 +1,4 @@
-"""Batches: which examples make up each global batch, in an order fixed by the seed.
+"""Batches: which examples make up each global batch, in an order fixed by the seed; and their texts.
 
 A batch is a pure function of (examples, seed, step), so resuming needs no stored state, and every
 rank knows the whole batch and takes its share. Passages that several examples name stand once.
@@ -12,19 +12,34 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example
+from drama_dist.train.term import Relevance
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B queries and N different passages.
+    """B queries, and N different passages by id.
 
-    positives: for each query the place of its positive in `passages`.
+    positives: for each query the column in `passages` of the positive that was drawn for it. other_positives: the ids
+    of those that were not; where they stand in the batch, they are no negatives of this query.
     """
 
     queries: list[str]
     passages: list[str]
     positives: list[int]
+    other_positives: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The texts of a global batch, the same on every rank, and which passage answers which query."""
+
+    queries: list[str]
+    passages: list[str]
+    relevance: Relevance
 
 
 def batches(
@@ -32,9 +47,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield global batches without end, beginning with step `first_step`.
 
-    Every epoch is a new shuffle. No two examples of a batch share a positive; an example that
-    would is put off to the next batch. hard_negatives: per query; of a fraction, that share of the
-    queries gets one. Raises ValueError where there are too few examples.
+    Every epoch is a new shuffle, and draws one positive for every example. No two queries of a batch have the same
+    drawn positive; an example that would is put off to the next batch. hard_negatives: per query; of a fraction, that
+    share of the queries gets one. Raises ValueError where there are too few examples.
     """
     distinct = len({example.positives[0] for example in examples})
     if distinct < batch_size:
@@ -42,41 +57,70 @@ def batches(
             f"train.batch_size={batch_size}, but the examples have only {distinct} different first positives: "
             "lower the batch size or write more examples"
         )
-    order = _orders(examples, batch_size, seed)
-    for step, members in enumerate(itertools.islice(order, first_step, None), first_step):
-        yield _batch([examples[i] for i in members], hard_negatives, random.Random(f"{seed} negatives {step}"))
+    drawn_batches = itertools.islice(_drawn_batches(examples, batch_size, seed), first_step, None)
+    for step, drawn in enumerate(drawn_batches, first_step):
+        members = [(examples[index], positive) for index, positive in drawn]
+        yield _batch(members, hard_negatives, random.Random(f"{seed} negatives {step}"))
 
 
-def _orders(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Example numbers of each batch."""
-    shuffled = _epochs(len(examples), seed)
-    waiting: deque[int] = deque()
+def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
+    """Look up the texts; equal texts count as one passage, whatever their ids.
+
+    Raises KeyError where the table lacks a passage.
+    """
+    others = list(dict.fromkeys(itertools.chain(*batch.other_positives)))
+    contents = table.contents([table.position(passage) for passage in [*batch.passages, *others]])
+    passages = contents[: len(batch.passages)]
+    text_of_other = dict(zip(others, contents[len(batch.passages) :], strict=True))
+    id_of_text: dict[str, int] = {}
+    passage_ids = [id_of_text.setdefault(text, column) for column, text in enumerate(passages)]
+    excluded_ids = [
+        [id_of_text[text_of_other[other]] for other in ids if text_of_other[other] in id_of_text]
+        for ids in batch.other_positives
+    ]
+    relevance = Relevance(torch.tensor(batch.positives), torch.tensor(passage_ids), _padded(excluded_ids))
+    return TextBatch(batch.queries, passages, relevance)
+
+
+def _drawn_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[tuple[int, str]]]:
+    """The (index of the example, its drawn positive) of each batch."""
+    epochs = _epochs(examples, seed)
+    waiting: deque[tuple[int, str]] = deque()
     while True:
-        chosen: dict[str, int] = {}
-        put_off: list[int] = []
-        while len(chosen) < batch_size:
-            number = waiting.popleft() if waiting else next(shuffled)
-            positive = examples[number].positives[0]
-            if positive in chosen:
-                put_off.append(number)
+        batch: dict[str, tuple[int, str]] = {}
+        put_off: list[tuple[int, str]] = []
+        while len(batch) < batch_size:
+            index, positive = waiting.popleft() if waiting else next(epochs)
+            if positive in batch:
+                put_off.append((index, positive))
             else:
-                chosen[positive] = number
+                batch[positive] = index, positive
         waiting.extendleft(reversed(put_off))
-        yield list(chosen.values())
+        yield list(batch.values())
 
 
-def _epochs(count: int, seed: int) -> Iterator[int]:
+def _epochs(examples: Sequence[Example], seed: int) -> Iterator[tuple[int, str]]:
     for epoch in itertools.count():
-        yield from random.Random(f"{seed} epoch {epoch}").sample(range(count), count)
+        generator = random.Random(f"{seed} positives {epoch}")
+        for index in random.Random(f"{seed} epoch {epoch}").sample(range(len(examples)), len(examples)):
+            yield index, generator.choice(examples[index].positives)
 
 
-def _batch(members: list[Example], hard_negatives: float, choice: random.Random) -> Batch:
-    places: dict[str, int] = {}
+def _batch(members: list[tuple[Example, str]], hard_negatives: float, generator: random.Random) -> Batch:
+    columns: dict[str, int] = {}
     positives = []
-    for example in members:
-        positive = choice.choice(example.positives)
-        positives.append(places.setdefault(positive, len(places)))
-        wanted = int(hard_negatives) + (choice.random() < hard_negatives % 1)
-        for negative in choice.sample(example.negatives, min(wanted, len(example.negatives))):
-            places.setdefault(negative, len(places))
-    return Batch([example.query for example in members], list(places), positives)
+    for example, positive in members:
+        positives.append(columns.setdefault(positive, len(columns)))
+        # Positives were drawn here once. With one of them the draw stays, so that a seed keeps its negatives.
+        generator.choice((positive,))
+        wanted = int(hard_negatives) + (generator.random() < hard_negatives % 1)
+        for negative in generator.sample(example.negatives, min(wanted, len(example.negatives))):
+            columns.setdefault(negative, len(columns))
+    others = [tuple(id for id in example.positives if id != positive) for example, positive in members]
+    return Batch([example.query for example, _ in members], list(columns), positives, others)
+
+
+def _padded(rows: list[list[int]]) -> torch.Tensor | None:
+    """Rows of ids as one tensor, filled up with -1; None where all are empty."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows]) if width else None

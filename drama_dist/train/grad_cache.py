@@ -6,8 +6,9 @@ each has. The graphs of as many chunks as the activation budget holds are kept; 
 again when the backward pass reaches them. Either way the gradients are the same. Autograd adds the chunks' gradients
 in the weights' precision: in bfloat16 keep to at most some hundred chunks.
 
-The step's words are looked up once, and chunks take theirs from these: a chunk's gradient of the embeddings is
-then as large as the step's words, not as the vocabulary. Shapes: W different words of a step, K components.
+The step's vocabulary, the token ids that come in it, is looked up once, and chunks take their tokens' embeddings from
+there: a chunk's gradient of them is then as large as the step's vocabulary, not as the model's.
+Shapes: N sequences, T tokens of a chunk, W token ids of the step's vocabulary, V of the model's, K components.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ class GradCache:
         distinct = list(row_of)
         lengths = [len(sequence) for sequence in distinct]
         embeddings = torch.empty(len(distinct), self.encoder.hidden_size, device=self.encoder.device)
-        words = self._look_up(distinct)
+        vocabulary = self._look_up(distinct)
         chunks = token_budget_chunks(lengths, self.chunk_tokens)
         packs = [self.encoder.pack([distinct[row] for row in chunk]) for chunk in chunks]
-        self._try_longest(packs[-1], words)
+        self._try_longest(packs[-1], vocabulary)
         for _ in range(self._missing(len(chunks))):  # the shortest text again, of which nothing is taken
             chunks.insert(0, [])
             packs.insert(0, self.encoder.pack([min(distinct, key=len)]))
@@ -67,11 +68,11 @@ class GradCache:
         for chunk, packed in zip(chunks, packs, strict=True):
             tokens = sum(packed.lengths)
             if self._keeps(tokens):
-                pooled, held = self._keep(packed, words)
+                pooled, held = self._keep(packed, vocabulary)
                 self.held_bytes += held
                 self._bytes_per_token = max(self._bytes_per_token, held / tokens)
             else:
-                pooled = self._forward(packed, words, keep=False)
+                pooled = self._forward(packed, vocabulary, keep=False)
                 repeated += sum(lengths[row] for row in chunk)
             self._encoded.append((chunk, pooled[: len(chunk)]))
             embeddings[chunk] = pooled[: len(chunk)].detach()
@@ -98,13 +99,13 @@ class GradCache:
             self.activation_budget = SHARE_OF_FREE * free_bytes(self.encoder.device)
         return self.activation_budget
 
-    def _try_longest(self, packed: Packed, words: _Words) -> None:
+    def _try_longest(self, packed: Packed, vocabulary: _Vocabulary) -> None:
         """Before anything is kept, see what the longest texts need: the most for each token."""
         if math.isinf(self._bytes_per_token) and self.activation_budget != 0:
-            _, held = self._keep(packed, words)
+            _, held = self._keep(packed, vocabulary)
             self._bytes_per_token = held / sum(packed.lengths)
 
-    def _keep(self, packed: Packed, words: _Words) -> tuple[torch.Tensor, int]:
+    def _keep(self, packed: Packed, vocabulary: _Vocabulary) -> tuple[torch.Tensor, int]:
         """Encode a chunk with its graph; and the bytes that the graph holds, without the weights."""
         storages: dict[int, int] = {}
 
@@ -116,26 +117,25 @@ class GradCache:
             return tensor.detach()  # the tensor itself could hold the graph that holds it
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            pooled = self._forward(packed, words, keep=True)
+            pooled = self._forward(packed, vocabulary, keep=True)
         return pooled, sum(storages.values())
 
-    def _look_up(self, sequences: Sequence[Sequence[int]]) -> _Words:
-        used_W = torch.tensor(
-            sorted({token for sequence in sequences for token in sequence}), device=self.encoder.device
-        )
-        place_V = torch.zeros(self.encoder.backbone.config.vocab_size, dtype=torch.int64, device=used_W.device)
-        place_V[used_W] = torch.arange(len(used_W), device=used_W.device)
-        return _Words(place_V, self.encoder.backbone.embed_tokens(used_W))
+    def _look_up(self, sequences: Sequence[Sequence[int]]) -> _Vocabulary:
+        device = self.encoder.device
+        token_ids_W = torch.tensor(sorted({token for sequence in sequences for token in sequence}), device=device)
+        row_V = torch.zeros(self.encoder.backbone.config.vocab_size, dtype=torch.int64, device=device)
+        row_V[token_ids_W] = torch.arange(len(token_ids_W), device=device)
+        return _Vocabulary(row_V, self.encoder.backbone.embed_tokens(token_ids_W))
 
-    def _forward(self, packed: Packed, words: _Words, keep: bool) -> torch.Tensor:
+    def _forward(self, packed: Packed, vocabulary: _Vocabulary, keep: bool) -> torch.Tensor:
         def encoded(embedding_WK: torch.Tensor) -> torch.Tensor:
-            embedded_TK = embedding(words.place_V[packed.token_ids_T], embedding_WK)
+            embedded_TK = embedding(vocabulary.row_V[packed.token_ids_T], embedding_WK)
             return mean_pool(self.encoder.hidden_states(packed, embedded_TK), packed)
 
         if keep:
-            return encoded(words.embedding_WK)
+            return encoded(vocabulary.embedding_WK)
         random = self.encoder.training and self.encoder.backbone.config.attention_dropout > 0
-        return checkpoint(encoded, words.embedding_WK, use_reentrant=False, preserve_rng_state=random)
+        return checkpoint(encoded, vocabulary.embedding_WK, use_reentrant=False, preserve_rng_state=random)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Words:
-    """place_V: row of each token id of the vocabulary among the step's words; embedding_WK: their embeddings."""
+class _Vocabulary:
+    """Of a step. row_V: of each of the model's token ids; embedding_WK: the rows."""
 
-    place_V: torch.Tensor
+    row_V: torch.Tensor
     embedding_WK: torch.Tensor

@@ -19,7 +19,7 @@ def free_bytes(device: torch.device) -> float:
     """Bytes that this rank may still take: its part of what the machine, or its control group, has left."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return min(float(psutil.virtual_memory().available), *_left_in_groups(_own_group())) / ranks.local_world_size()
+    return min(float(psutil.virtual_memory().available), *_left_in_groups(_control_group())) / ranks.local_world_size()
 
 
 def reset_peak(device: torch.device) -> None:
@@ -41,13 +41,12 @@ def peak_bytes(device: torch.device) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def _own_group() -> Path:
+def _control_group() -> Path:
     try:
         lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
         return _CONTROL_GROUPS
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    return _CONTROL_GROUPS / own
+    return _CONTROL_GROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
 
 
 def _left_in_groups(group: Path) -> list[float]:

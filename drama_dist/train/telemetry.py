@@ -18,13 +18,14 @@ import torch
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.train.memory import peak_bytes, reset_peak
-from drama_dist.train.objective import Objective
+from drama_dist.train.step import StepResult
+from drama_dist.train.term import TermResult
 
 _SMALLEST_PRODUCT = 256  # rows of the square matrices whose product shows the peak
 _LARGEST_PRODUCT = {"cpu": 2048, "cuda": 8192}
 _LONG_ENOUGH = 0.05  # seconds
 _REPEATS = 8
-_MARGIN_BINS = 20
+_HISTOGRAM_BINS = 20
 
 
 class Telemetry:
@@ -40,18 +41,16 @@ class Telemetry:
 
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def figures(
-        self, lengths: Sequence[int], objective: Objective, seconds: float, recomputed_share: float
-    ) -> dict[str, Any]:
-        """What metrics.jsonl holds of a step's cost; lengths: of what this rank encoded. All ranks must call it."""
-        own = torch.tensor(
-            [sum(lengths), len(lengths), _operations(self.encoder, lengths), recomputed_share * sum(lengths)],
+    def figures(self, result: StepResult, seconds: float) -> dict[str, Any]:
+        """What metrics.jsonl holds of a step's cost, and of its distributions. All ranks must call it."""
+        tokens = sum(result.lengths)
+        on_this_rank = torch.tensor(
+            [tokens, len(result.lengths), _operations(self.encoder, result.lengths), result.recomputed * tokens],
             dtype=torch.float64,
             device=self.encoder.device,
         )
-        tokens, sequences, operations, repeated = ranks.sum_over_ranks(own).tolist()
-        longest = max(ranks.on_every_rank(max(lengths)))
-        counts, edges = np.histogram(objective.margins, bins=_MARGIN_BINS)
+        tokens, sequences, operations, repeated = ranks.sum_over_ranks(on_this_rank).tolist()
+        longest = max(ranks.on_every_rank(max(result.lengths)))
         return {
             "tokens": int(tokens),
             "tokens_per_second": round(tokens / seconds, 1),
@@ -60,25 +59,31 @@ class Telemetry:
             "recomputed_share": round(repeated / tokens, 4),
             "peak_memory_gib": round(peak_bytes(self.encoder.device) / 2**30, 3),
             "bytes_sent": ranks.take_traffic(),
-            "margins": {"counts": counts.tolist(), "edges": edges.tolist()},
+            **{name: _histogram(values) for name, values in result.objective.distributions.items()},
         }
 
-    def write(self, step: int, figures: dict[str, Any], objective: Objective) -> None:
+    def write(self, step: int, figures: dict[str, Any], objective: TermResult) -> None:
         """Add a step to the event files."""
         if self._writer is None:
             return
         for name, value in figures.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"train/{name}", value, step)
-        for dim, loss in objective.per_dim.items():
+        for dim, loss in figures["per_dim"].items():
             self._writer.add_scalar(f"loss_by_dim/{dim}", loss, step)
-        if objective.margins:
-            self._writer.add_histogram("train/margins", np.array(objective.margins), step)
+        for name, values in objective.distributions.items():
+            if values:
+                self._writer.add_histogram(f"train/{name}", np.array(values), step)
 
     def close(self) -> None:
         """Write out what is still in memory."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _histogram(values: Sequence[float]) -> dict[str, list[float]]:
+    counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
+    return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
 def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:

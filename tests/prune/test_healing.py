@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load, random_twin
-from drama_dist.prune import healing as heal_module
+from drama_dist.prune import healing
 from drama_dist.run.runner import make
 from drama_dist.settings import PruneSettings, Settings
 
@@ -27,8 +27,8 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
-        chunk = heal_module._Chunk(SEQUENCES, [1, 5, 11, 13])
-        found = heal_module._chunk_loss(student, source, chunk, kl_weight)
+        chunk = healing._Chunk(SEQUENCES, [1, 5, 11, 13])
+        found = healing._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
         for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
@@ -43,12 +43,12 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
 
 def test_scored_places_have_a_next_token_and_are_as_many_as_asked() -> None:
     shape = PruneSettings(heal_tokens=16, heal_scored_share=1.0)
-    (whole,) = heal_module._step_chunks(SEQUENCES, shape, seed=1, step=0)
+    (whole,) = healing._step_chunks(SEQUENCES, shape, seed=1, step=0)
     assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
     flat = [token for ids in whole.sequences for token in ids]
     assert all(flat[place] != 1 for place in whole.scored)  # 1 ends every sequence
     half = replace(shape, heal_scored_share=0.5)
-    (first,), (again,), (later,) = (heal_module._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
+    (first,), (again,), (later,) = (healing._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
     assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)
     assert first == again != later
 

@@ -1,27 +1,34 @@
 """A program for several ranks: ten training steps in every combination asked for; rank 0 writes what came of each.
 
-torchrun tests/train/rank_steps.py MODEL OUT NAME ...; NAME is zero-travels-kept|twice-checkpointed|plain, for
-example 3-queries-twice-plain; with +save it ends with a checkpoint after SAVED steps, with +resume it goes on from
-that. The name "traffic" is the objective alone. Started by test_ranks.py, which says what must come out.
+torchrun tests/train/rank_steps.py MODEL OUT NAME ...; NAME is zero-partition-kept|twice-plain|checkpointed, for
+example 3-queries-twice-plain, and what else of +bfloat16, +positives (examples with three positives each), +unscaled
+(a fault: gradients are averaged over ranks), +save (ends with a checkpoint after SAVED steps) and +resume (goes on from
+that). The name "traffic" is the objective alone. Started by test_ranks.py, which says what must come out.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from datasets import Dataset
 
+from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
 from drama_dist.distributed.checkpoints import Checkpoints
-from drama_dist.distributed.engine import Engine, OptimiserSettings, learning_rate_at
-from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.distributed.engine import learning_rate_at
+from drama_dist.encoder.backbone import load
+from drama_dist.records import Example, Passage
 from drama_dist.settings import EncoderSettings, TrainSettings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.batches import TextBatch, batches, texts_of
+from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.step import TrainingStep
+from drama_dist.train.term import EmbeddedBatch, Relevance
 
 STEPS, SAVED, QUERIES, CHUNK, BUDGET = 10, 4, 7, 40, 200_000
 TRAFFIC = {"queries": 24, "negatives": 7, "dims": [768, 512, 256]}
@@ -33,95 +40,109 @@ def contract(hidden: int) -> EncoderSettings:
     return EncoderSettings(max_query_tokens=16, max_passage_tokens=48, dims=[hidden, hidden // 3])
 
 
-def texts(step: int) -> tuple[list[str], list[str], list[int], list[int]]:
-    """Queries, passages (hard negatives among them), the positives' places, and ids, equal for equal texts.
+def sentence(most: int, generator: torch.Generator) -> str:
+    count = int(torch.randint(1, most, (), generator=generator))
+    return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=generator))
 
-    Seven queries and an odd number of passages: ranks have different numbers of both. Some queries share a positive,
-    and a passage comes twice under two places.
+
+def batch_of(step: int) -> TextBatch:
+    """Seven queries and an odd number of passages, hard negatives among them: ranks have different numbers of both.
+
+    Some queries share a positive, and a passage comes twice, in two columns.
     """
     generator = torch.Generator().manual_seed(step)
-
-    def some(most: int) -> str:
-        count = int(torch.randint(1, most, (), generator=generator))
-        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=generator))
-
-    passages = [some(30) for _ in range(3 * QUERIES - 2)]
+    passages = [sentence(30, generator) for _ in range(3 * QUERIES - 2)]
     passages[4] = passages[1]
     positives = torch.randperm(2 * QUERIES, generator=generator)[:QUERIES].tolist()
     positives[3] = positives[0]
     first: dict[str, int] = {}
-    ids = [first.setdefault(passage, place) for place, passage in enumerate(passages)]
-    return [some(8) for _ in range(QUERIES)], passages, positives, ids
+    ids = [first.setdefault(passage, column) for column, passage in enumerate(passages)]
+    relevance = Relevance(torch.tensor(positives), torch.tensor(ids))
+    return TextBatch([sentence(8, generator) for _ in range(QUERIES)], passages, relevance)
+
+
+def passages_of_examples() -> list[Passage]:
+    """Every fourth has the text of the one before under an id of its own."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [sentence(30, generator) for _ in range(20)]
+    texts[3::4] = texts[2::4]
+    return [Passage(f"p{index}", text) for index, text in enumerate(texts)]
+
+
+def examples() -> list[Example]:
+    """Three positives each, which other queries have too; hard negatives are positives of others."""
+    generator, count = torch.Generator().manual_seed(1), len(passages_of_examples())
+    return [
+        Example(
+            f"{index} {sentence(8, generator)}",
+            tuple(f"p{(index + offset) % count}" for offset in (0, 1, 2)),
+            tuple(f"p{(index + offset) % count}" for offset in (5, 6, 9)),
+            "labelled",
+        )
+        for index in range(count)
+    ]
+
+
+def batches_of_examples(steps: int) -> list[TextBatch]:
+    table = PassageTable(Dataset.from_list([vars(passage) for passage in passages_of_examples()]))
+    return [texts_of(batch, table) for batch in islice(batches(examples(), QUERIES, 1, seed=1), steps)]
 
 
 def rate(step: int) -> float:
     return learning_rate_at(step, STEPS, RATE, 0.2)
 
 
-def step_losses(
-    encoder: Encoder, engine: Engine, cache: GradCache, settings: TrainSettings, steps: range
-) -> dict[str, list[float]]:
-    losses, norms = [], []
-    for step in steps:
-        queries, passages, positives, ids = texts(step)
-        mine, also = ranks.own_share(len(queries)), ranks.own_share(len(passages))
-        sequences = encoder.tokenize_queries([queries[i] for i in mine])
-        sequences += encoder.tokenize_passages([passages[i] for i in also])
-        embeddings = cache.encode(sequences).embeddings_NK
-        objective = contrastive_objective(
-            embeddings[: len(mine)],
-            embeddings[len(mine) :],
-            torch.tensor(positives, device=encoder.device),
-            torch.tensor(ids, device=encoder.device),
-            encoder.contract,
-            settings,
-        )
-        cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        norms.append(engine.step(rate(step)))
-        losses.append(objective.loss)
-    return {"losses": losses, "norms": norms}
+def settings_of(name: str, dtype: str) -> TrainSettings:
+    zero, partition, kept, layers = name.split("-")
+    return TrainSettings(
+        dtype=dtype,
+        zero_stage=int(zero),
+        weight_decay=DECAY,
+        gradient_clipping=CLIPPING,
+        temperature=TEMPERATURE,
+        loss_partition=partition,
+        chunk_tokens=CHUNK,
+        activation_budget=BUDGET / 2**30 if kept == "kept" else 0,
+        checkpoint_layers=layers == "checkpointed",
+    )
 
 
-def run(model: str, out: Path, full_name: str) -> dict[str, object]:
-    name, _, what = full_name.partition("+")
-    zero, travels, kept, layers = name.split("-")
+def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
+    """Losses and gradient norms of the steps, and the weights at their end."""
+    name, *extras = full_name.split("+")
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
-    encoder.train()
-    if layers == "checkpointed":
-        encoder.checkpoint_layers()
-    engine = Engine(encoder, OptimiserSettings("float32", int(zero), DECAY, CLIPPING))
-    if os.environ.get("DRAMA_TEST_UNSCALED"):
-        unscaled = engine.backward
-        engine.backward = lambda loss, last: unscaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
-    cache = GradCache(encoder, engine, CHUNK, BUDGET if kept == "kept" else 0.0)
+    step = TrainingStep(encoder, settings_of(name, "bfloat16" if "bfloat16" in extras else "float32"))
+    if "unscaled" in extras:
+        scaled = step.engine.backward
+        step.engine.backward = lambda loss, last: scaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
     saved = Checkpoints(out / "checkpoints", keep=1)
-    steps = range(engine.resume(saved) if what == "resume" else 0, SAVED if what == "save" else STEPS)
-    figures = step_losses(encoder, engine, cache, TrainSettings(temperature=TEMPERATURE, loss_partition=travels), steps)
-    if what == "save":
-        engine.save(saved, SAVED)
+    numbers = range(step.engine.resume(saved) if "resume" in extras else 0, SAVED if "save" in extras else STEPS)
+    texts = batches_of_examples(STEPS) if "positives" in extras else [batch_of(number) for number in range(STEPS)]
+    results = [step(texts[number], rate(number)) for number in numbers]
+    if "save" in extras:
+        step.engine.save(saved, SAVED)
         saved.wait()
-    return {**figures, "weights": engine.full_weights()}
+    return {
+        "losses": [result.objective.loss for result in results],
+        "norms": [result.gradient_norm for result in results],
+        "weights": step.engine.full_weights(),
+    }
 
 
 def traffic() -> dict[str, dict[str, int]]:
     """Bytes that rank 0 sends for one loss, by partition and kind."""
     dims, queries = TRAFFIC["dims"], TRAFFIC["queries"]
     passages = queries * (1 + TRAFFIC["negatives"])
-    found = {}
-    for travels in ("passages", "queries"):
+    sent = {}
+    for partition in ("passages", "queries"):
         rows, columns = len(ranks.own_share(queries)), len(ranks.own_share(passages))
+        objective = Objective(objective_terms(EncoderSettings(dims=dims), TrainSettings(loss_partition=partition)))
         ranks.take_traffic()
-        contrastive_objective(
-            torch.randn(rows, dims[0]),
-            torch.randn(columns, dims[0]),
-            torch.arange(queries),
-            torch.arange(passages),
-            EncoderSettings(dims=dims),
-            TrainSettings(loss_partition=travels),
-        )
-        found[travels] = ranks.take_traffic()
-    return found
+        relevance = Relevance(torch.arange(queries), torch.arange(passages))
+        objective(EmbeddedBatch(torch.randn(rows, dims[0]), torch.randn(columns, dims[0]), relevance))
+        sent[partition] = ranks.take_traffic()
+    return sent
 
 
 def main() -> None:
@@ -129,9 +150,9 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks.start()
     for name in names:
-        found = traffic() if name == "traffic" else run(model, Path(out), name)
+        result = traffic() if name == "traffic" else run(Path(model), Path(out), name)
         if ranks.rank() == 0:
-            torch.save(found, Path(out) / f"{name}.pt")
+            torch.save(result, Path(out) / f"{name}.pt")
     ranks.stop()
     ranks.end(0)
 

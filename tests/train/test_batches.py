@@ -1,4 +1,4 @@
-"""Batches: a function of examples, seed and step; no doubled positives; nothing left out."""
+"""Batches: a function of examples, seed and step; no doubled positives; nothing left out; and their texts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import itertools
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 
-from drama_dist.records import Example
-from drama_dist.train.batches import Batch, batches
+from drama_dist.corpus.collection import PassageTable
+from drama_dist.records import Example, Passage
+from drama_dist.train.batches import Batch, batches, texts_of
 
 
 def examples(count: int, positives: int) -> list[Example]:
@@ -16,6 +18,13 @@ def examples(count: int, positives: int) -> list[Example]:
     return [
         Example(f"query {n}", (f"p{n % positives}",), (f"p{(n + 1) % positives}", f"n{n}"), "crop")
         for n in range(count)
+    ]
+
+
+def with_three_positives(count: int) -> list[Example]:
+    """Examples of which the next two share two positives, and the one after those one."""
+    return [
+        Example(f"query {n}", tuple(f"p{(n + i) % count}" for i in range(3)), (f"n{n}",), "crop") for n in range(count)
     ]
 
 
@@ -28,12 +37,13 @@ def test_every_query_points_at_its_own_positive_and_passages_stand_once() -> Non
     positive_of = {row.query: row.positives[0] for row in rows}
     for batch in take(5, rows, 6, 2, 1):
         assert len(batch.queries) == len(batch.positives) == 6
-        assert [batch.passages[place] for place in batch.positives] == [positive_of[query] for query in batch.queries]
+        assert [batch.passages[column] for column in batch.positives] == [positive_of[query] for query in batch.queries]
         assert len(set(batch.passages)) == len(batch.passages)
 
 
-def test_a_later_start_gives_the_same_batches() -> None:
-    rows = examples(23, 11)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_later_start_gives_the_same_batches(several: bool) -> None:
+    rows = with_three_positives(23) if several else examples(23, 11)
     assert take(5, rows, 4, 1, 7, 6) == take(11, rows, 4, 1, 7)[6:]
 
 
@@ -68,3 +78,30 @@ def test_a_fraction_gives_that_share_of_the_queries_a_negative() -> None:
 def test_too_few_positives_for_a_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"train.batch_size=8, but the examples have only 3 different first positives"):
         take(1, examples(30, 3), 8, 1, 1)
+
+
+def test_every_positive_is_drawn_and_no_two_queries_of_a_batch_have_the_same() -> None:
+    rows = with_three_positives(30)
+    positives_of = {row.query: row.positives for row in rows}
+    drawn: Counter[tuple[str, str]] = Counter()
+    for batch in take(200, rows, 12, 1, 5):
+        assert len(set(batch.positives)) == 12
+        for query, column, others in zip(batch.queries, batch.positives, batch.other_positives, strict=True):
+            assert {batch.passages[column], *others} == set(positives_of[query]) and len(others) == 2
+            drawn[query, batch.passages[column]] += 1
+    assert len(drawn) == 90
+    by_rank = [sum(drawn[row.query, row.positives[rank]] for row in rows) for rank in range(3)]
+    assert min(by_rank) > 0.9 * 200 * 12 / 3
+
+
+def test_texts_count_as_one_passage_under_any_id() -> None:
+    texts = {"a": "one", "b": "two", "b2": "two", "c": "three", "d": "four"}
+    table = PassageTable(Dataset.from_list([vars(Passage(id, text)) for id, text in texts.items()]))
+    batch = Batch(["q", "r", "s"], ["a", "b2", "c"], [0, 1, 2], [("b", "d"), (), ("d",)])
+    found = texts_of(batch, table)
+    assert (found.queries, found.passages) == (["q", "r", "s"], ["one", "two", "three"])
+    assert found.relevance.positives_B.tolist() == [0, 1, 2] and found.relevance.passage_ids_N.tolist() == [0, 1, 2]
+    assert found.relevance.excluded_ids_BE is not None
+    assert found.relevance.excluded_ids_BE.tolist() == [[1], [-1], [-1]]  # "b" has the text of "b2", "d" none here
+    twins = texts_of(Batch(["q"], ["b", "b2"], [0], [()]), table).relevance
+    assert twins.passage_ids_N.tolist() == [0, 0] and twins.excluded_ids_BE is None

@@ -13,8 +13,9 @@ from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
 from drama_dist.settings import EncoderSettings
 from drama_dist.train import memory, telemetry
-from drama_dist.train.objective import Objective
+from drama_dist.train.step import StepResult
 from drama_dist.train.telemetry import Telemetry, _operations
+from drama_dist.train.term import TermResult
 
 CPU = torch.device("cpu")
 
@@ -24,9 +25,9 @@ def encoder(llm: Path) -> Encoder:
     return load(llm, contract=EncoderSettings(dims=[48]))
 
 
-def objective(margins: list[float]) -> Objective:
-    empty = torch.zeros(0)
-    return Objective(empty, empty, 1.5, {48: 1.5}, 0.5, 0.1, 0, margins)
+def step_with(margins: list[float]) -> StepResult:
+    empty, figures = torch.zeros(0), {"per_dim": {48: 1.5}, "accuracy": 0.5, "margin": 0.1, "masked": 0}
+    return StepResult(TermResult(1.5, empty, empty, figures, {"margins": margins}), 2.0, [10, 30], 0.25)
 
 
 def test_operations_are_those_that_pytorch_counts(encoder: Encoder) -> None:
@@ -47,18 +48,19 @@ def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> N
 
     telemetry = Telemetry(encoder, tmp_path, first_step=0)
     values = [-2.0, -1.0, 0.5, 3.0]
-    found = telemetry.figures([10, 30], objective(values), seconds=2.0, recomputed_share=0.25)
-    assert found["tokens"] == 40 and found["tokens_per_second"] == 20.0 and found["recomputed_share"] == 0.25
-    assert found["padding_avoided"] == pytest.approx(1 - 40 / 60, abs=1e-4)
-    assert found["peak_share"] == pytest.approx(_operations(encoder, [10, 30]) / 2.0 / telemetry.peak, abs=1e-4)
+    step, figures = step_with(values), telemetry.figures(step_with(values), seconds=2.0)
+    assert figures["tokens"] == 40 and figures["tokens_per_second"] == 20.0 and figures["recomputed_share"] == 0.25
+    assert figures["padding_avoided"] == pytest.approx(1 - 40 / 60, abs=1e-4)
+    assert figures["peak_share"] == pytest.approx(_operations(encoder, [10, 30]) / 2.0 / telemetry.peak, abs=1e-4)
     counts, edges = np.histogram(values, bins=20)
-    assert found["margins"] == {"counts": counts.tolist(), "edges": edges.tolist()}
-    telemetry.write(1, found, objective(values))
-    telemetry.write(2, found, objective([]))  # no query had a negative
+    assert figures["margins"] == {"counts": counts.tolist(), "edges": edges.tolist()}
+    telemetry.write(1, step.objective.figures | figures, step.objective)
+    telemetry.write(2, step.objective.figures | figures, step_with([]).objective)  # no query had a negative
     telemetry.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.value for event in events.Scalars("train/tokens_per_second")] == [20.0, 20.0]
     assert [event.step for event in events.Scalars("loss_by_dim/48")] == [1, 2]
+    assert [event.step for event in events.Histograms("train/margins")] == [1]
 
 
 def test_the_peak_counts_from_its_reset() -> None:
@@ -89,12 +91,11 @@ def test_a_control_groups_limit_counts_without_cached_files(tmp_path: Path, monk
     ):
         (inner.parent / name).write_text(value)
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_own_group", lambda: inner)
+    monkeypatch.setattr(memory, "_control_group", lambda: inner)
     assert memory.free_bytes(CPU) == 400.0
 
 
 def test_the_peak_of_products_is_the_best_size_and_ends_at_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {256: 1e-3, 512: 4e-3, 1024: 0.064}
     monkeypatch.setattr(telemetry, "_product_seconds", lambda size, dtype, device: seconds[size])
-    found = telemetry.matrix_product_peak(torch.float32, torch.device("cpu"))
-    assert found == pytest.approx(2 * 512**3 / 4e-3)
+    assert telemetry.matrix_product_peak(torch.float32, torch.device("cpu")) == pytest.approx(2 * 512**3 / 4e-3)

@@ -1,0 +1,83 @@
+"""The training step: the only definition of what lies between a batch of texts and updated weights.
+
+Tokenise this rank's share, encode it with the gradient cache, ask the objective for gradients, take them back through
+the encoder, and let the optimiser step; and how these parts are made from the settings. The loop, the tests on several
+ranks and the benchmarks call it. Which texts make up a batch is in batches.py, what a step costs in telemetry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drama_dist.distributed import ranks
+from drama_dist.distributed.engine import Engine, OptimiserSettings
+from drama_dist.distributed.precision import agreed_dtype_name
+from drama_dist.encoder.backbone import Encoder
+from drama_dist.settings import TrainSettings
+from drama_dist.train.batches import TextBatch
+from drama_dist.train.grad_cache import GradCache
+from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """objective: of the global batch. gradient_norm: of all weights, before clipping. lengths: of the sequences that
+    this rank encoded, in tokens; of these tokens the `recomputed` share was encoded twice.
+    """
+
+    objective: TermResult
+    gradient_norm: float
+    lengths: list[int]
+    recomputed: float
+
+
+class TrainingStep:
+    """An encoder under training, with its optimiser, gradient cache and objective; all ranks call it alike."""
+
+    def __init__(self, encoder: Encoder, settings: TrainSettings):
+        self.encoder, self.dtype = encoder, agreed_dtype_name(settings.dtype)
+        self.engine = Engine(
+            encoder,
+            OptimiserSettings(
+                self.dtype,
+                settings.zero_stage,
+                settings.weight_decay,
+                settings.gradient_clipping,
+                settings.offload_optimizer,
+            ),
+        )
+        encoder.train()
+        if settings.checkpoint_layers:
+            encoder.checkpoint_layers()
+        budget = None if settings.activation_budget == "auto" else float(settings.activation_budget) * 2**30
+        self.cache = GradCache(encoder, self.engine, settings.chunk_tokens, budget)
+        self.objective = Objective(objective_terms(encoder.contract, settings))
+
+    def __call__(self, batch: TextBatch, learning_rate: float) -> StepResult:
+        """One step on this rank's share of a global batch. Raises FloatingPointError as Engine.step does."""
+        queries = [batch.queries[row] for row in ranks.own_share(len(batch.queries))]
+        passages = [batch.passages[column] for column in ranks.own_share(len(batch.passages))]
+        tokens = self.encoder.tokenize_queries(queries), self.encoder.tokenize_passages(passages)
+        return self.of_tokens(*tokens, batch.relevance, learning_rate)
+
+    def of_tokens(
+        self,
+        queries: Sequence[list[int]],
+        passages: Sequence[list[int]],
+        relevance: Relevance,
+        learning_rate: float,
+    ) -> StepResult:
+        """The same from the token ids of this rank's queries and passages."""
+        encoded = self.cache.encode([*queries, *passages])
+        embeddings_NK = encoded.embeddings_NK
+        objective = self.objective(
+            EmbeddedBatch(
+                embeddings_NK[: len(queries)], embeddings_NK[len(queries) :], relevance.to(self.encoder.device)
+            )
+        )
+        self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
+        return StepResult(objective, self.engine.step(learning_rate), encoded.lengths, encoded.recomputed)

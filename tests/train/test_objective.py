@@ -1,0 +1,47 @@
+"""The objective is the weighted sum of its terms: loss, gradients, and what goes into the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from drama_dist.settings import EncoderSettings, TrainSettings
+from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
+
+
+@dataclass
+class SumOfSquares:
+    """A term whose gradients are known: factor · squares of all components."""
+
+    name: str
+    factor: float
+
+    def __call__(self, batch: EmbeddedBatch) -> TermResult:
+        squares = batch.queries_BK.square().sum() + batch.passages_NK.square().sum()
+        gradients = (2 * self.factor * embeddings for embeddings in (batch.queries_BK, batch.passages_NK))
+        return TermResult(self.factor * float(squares), *gradients, {self.name: self.factor}, {f"{self.name}s": [1.0]})
+
+
+def batch(queries: int = 3, passages: int = 5) -> EmbeddedBatch:
+    generator = torch.Generator().manual_seed(0)
+    queries_BK, passages_NK = (torch.randn(rows, 8, generator=generator) for rows in (queries, passages))
+    return EmbeddedBatch(queries_BK, passages_NK, Relevance(torch.arange(queries), torch.arange(passages)))
+
+
+def test_terms_add_up_by_their_weights() -> None:
+    first, second, embedded = SumOfSquares("first", 1.0), SumOfSquares("second", 3.0), batch()
+    total = Objective([(0.5, first), (2.0, second)])(embedded)
+    plain = SumOfSquares("plain", 0.5 * 1.0 + 2.0 * 3.0)(embedded)
+    assert abs(total.loss / plain.loss - 1) < 1e-6
+    torch.testing.assert_close(total.query_gradient_BK, plain.query_gradient_BK)
+    torch.testing.assert_close(total.passage_gradient_NK, plain.passage_gradient_NK)
+    assert total.figures == {"first": 1.0, "second": 3.0} and set(total.distributions) == {"firsts", "seconds"}
+
+
+def test_another_term_leaves_the_figures_of_info_nce() -> None:
+    terms = objective_terms(EncoderSettings(dims=[8, 4]), TrainSettings())
+    alone, both = Objective(terms)(batch()), Objective([*terms, (0.1, SumOfSquares("squares", 1.0))])(batch())
+    assert both.figures == alone.figures | {"squares": 1.0} and both.loss > alone.loss
+    assert not torch.equal(both.query_gradient_BK, alone.query_gradient_BK)
