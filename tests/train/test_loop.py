@@ -24,7 +24,13 @@ TOPICS = 4  # of the corpus, in turns
 LOSSES = [6.8218455, 4.6748056, 2.9495320, 2.6683326, 2.3856208, 2.0017977]
 LOSSES += [1.8851810, 1.4503431, 1.6266620, 1.3356533, 1.8726879, 1.5603534]
 SAME = 1e-4  # relative
-CHANGES = ["encoder.dims=[48,16]", f"train.steps={len(LOSSES)}", "train.learning_rate=0.001", "train.temperature=0.05"]
+CHANGES = [
+    "encoder.dims=[48,16]",
+    "prune.hidden=48",
+    f"train.steps={len(LOSSES)}",
+    "train.learning_rate=0.001",
+    "train.temperature=0.05",
+]
 
 
 @pytest.fixture
