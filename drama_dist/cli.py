@@ -1,6 +1,6 @@
-"""The `drama` command: a thin subcommand for each stage, for submit and search, and for looking ahead.
+"""The `drama` command: a thin subcommand for each stage, and submit, search, plan and doctor.
 
-Covers arguments and turning errors into messages. The stages are in run/graph.py, what they do in their rooms.
+Covers arguments and turning errors into messages. The stages are listed in run/graph.py.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from drama_dist.run.submit import submit, submitted_verbs
 from drama_dist.settings import Settings, read_settings
 
 VERBS = {
-    "run": "all stages, in order; each skips what is done",
+    "run": "all stages in order, skipping finished ones",
     **{stage.verb: stage.help for stage in STAGES if stage.name.split("/")[0] == stage.verb},
 }
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status (2 for a mistake in settings or data)."""
+    """Run the command; return its exit status (2 for an error in settings or data)."""
     options, rest = _parser().parse_known_args(arguments)
-    unknown = [word for word in rest if not word.startswith("--local_rank")]  # the DeepSpeed launcher adds it
+    unknown = [argument for argument in rest if not argument.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if unknown:
         _parser().error(f"unknown option {unknown[0]}")
     interrupts.listen()
@@ -50,16 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"drama {options.verb}: {error}", file=sys.stderr)
         return 2
     except interrupts.Stopped as stopped:
-        print(f"\ndrama {options.verb}: {stopped}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\ndrama {options.verb}: {stopped}: stopped; run the same command to resume", file=sys.stderr)
         return interrupts.STOPPED
     except KeyboardInterrupt:
-        print(f"\ndrama {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\ndrama {options.verb}: interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
 
 def launch(*verb: str) -> NoReturn:
-    """Entry of `drama`; with a verb that of launcher/VERB.py, for deepspeed, torchrun, srun, mpirun or plain python."""
+    """Entry point of `drama`; with a verb, of launcher/VERB.py (under deepspeed, torchrun, srun, mpirun or python)."""
     try:
         status = main([*verb, *sys.argv[1:]])
     except Exception:
@@ -77,72 +77,77 @@ def _parser() -> argparse.ArgumentParser:
         prog="drama", description="Turn a large language model and unlabelled text into a small, fast dense retriever."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, what in VERBS.items():
-        stage = _stage_parser(verbs, verb, what)
+    for verb, summary in VERBS.items():
+        stage = _stage_parser(verbs, verb, summary)
         if verb in ("encode", "augment"):
             stage.add_argument(
                 "--share",
-                metavar="NUMBER/OF",
-                help="do only this share, for example 0/8, as a task of an array job; a plain run then finishes",
+                metavar="INDEX/COUNT",
+                help="do only this share, for example 0/8, as a task of an array job; a run without it then finishes",
             )
         if verb in ("encode", "train"):
             stage.add_argument("--system", metavar="NAME", default="drama", help="which system (default drama)")
         if verb in ("encode", "corpus"):
             stage.add_argument(
-                "--collection", metavar="NAME", default=CORPUS, help="of evaluate.collections (default the run's own)"
+                "--collection",
+                metavar="NAME",
+                default=CORPUS,
+                help="one of evaluate.collections (default: the training corpus)",
             )
     submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
     submit.add_argument(
         "--stage", choices=submitted_verbs(), default="run", help="what to submit (default run: everything)"
     )
-    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts, and submit nothing")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts without submitting them")
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
-    search.add_argument("query", help="what to look for")
+    search.add_argument("query", help="what to search for")
     search.add_argument("-k", type=int, default=5, help="how many passages to show (default 5)")
     search.add_argument("--dim", type=int, help="cut vectors to this many components (default: all)")
-    plan = _stage_parser(verbs, "plan", "memory, traffic and time of training steps before they are run")
-    plan.add_argument("--ranks", type=int, default=1, help="how many processes train (default 1)")
+    plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
+    plan.add_argument("--ranks", type=int, default=1, help="number of training processes (default 1)")
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, h200, a100-80g or a100-40g")
-    plan.add_argument("--vocabulary", type=int, help="the LLM's words, where its configuration cannot be read here")
-    plan.add_argument("--head", type=int, help="and its heads' components")
-    doctor = verbs.add_parser("doctor", help="what this machine offers", description="Try what this machine offers.")
-    doctor.add_argument("--json", action="store_true", help="a JSON list")
+    plan.add_argument("--vocabulary", type=int, help="the LLM's vocabulary size, if its configuration is not here")
+    plan.add_argument("--head", type=int, help="the LLM's head size, to go with --vocabulary")
+    doctor = verbs.add_parser(
+        "doctor", help="check what this machine offers", description="Check what this machine offers."
+    )
+    doctor.add_argument("--json", action="store_true", help="print a JSON list")
     return parser
 
 
-def _stage_parser(verbs: Any, verb: str, what: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
+def _stage_parser(verbs: Any, verb: str, summary: str) -> argparse.ArgumentParser:
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=summary, description=description)
     parser.add_argument("settings", type=Path, help="a YAML file, for example configs/quickstart.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="settings to change, for example run=runs/mine train.steps=50",
+        help="settings to override, for example run=runs/mine train.steps=50",
     )
     return parser
 
 
 def _submit(options: argparse.Namespace) -> None:
-
     settings = read_settings(options.settings, options.overrides)
     submit(settings, options.stage, [str(options.settings), *options.overrides], options.dry_run)
 
 
 def _make(settings: Settings, options: argparse.Namespace) -> None:
-    """Make what the verb means."""
+    """Make the artefacts of a stage's verb, as one rank or several."""
     share = Share.read(options.share) if getattr(options, "share", None) else WHOLE
-    chosen = {name: getattr(options, name) for name in ("collection", "system") if hasattr(options, name)}
+    parameters = {name: getattr(options, name) for name in ("collection", "system") if hasattr(options, name)}
     from drama_dist.distributed import ranks
     from drama_dist.run.runner import make
 
     _quiet_libraries()
     if ranks.world_size() == 1:
-        make(settings, options.verb, share, **chosen)
+        make(settings, options.verb, share, **parameters)
         return
     ranks.start()
     try:
-        make(settings, options.verb, share, **chosen)
+        make(settings, options.verb, share, **parameters)
     finally:
         ranks.stop()
 
@@ -158,10 +163,10 @@ def _search(options: argparse.Namespace) -> None:
     corpus = open_collection(_finished(options.run, "corpus"))
     query = encoder.encode_queries([options.query], options.dim)
     scores, positions = search_folder(encoded, query, options.k)
-    for place, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
+    for rank, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
         passage = corpus.passages[int(position)]
         text = passage.content if len(passage.content) <= 200 else passage.content[:200].rsplit(" ", 1)[0] + " ..."
-        print(f"{place}. {passage.id}  ({score:.3f})\n   {text}")
+        print(f"{rank}. {passage.id}  ({score:.3f})\n   {text}")
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -177,9 +182,9 @@ def _plan(options: argparse.Namespace) -> None:
     settings = read_settings(options.settings, options.overrides)
     given = options.vocabulary is not None
     if given != (options.head is not None):
-        raise ValueError("--vocabulary and --head go together: both are of the LLM")
+        raise ValueError("--vocabulary and --head go together: give both or neither")
     if given and settings.train.start:
-        raise ValueError("--vocabulary and --head are of the LLM that is pruned; train.start names an encoder")
+        raise ValueError("--vocabulary and --head describe the LLM that is pruned, but train.start names an encoder")
     plan(
         settings,
         options.ranks,
@@ -190,12 +195,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _finished(run: Path, stage: str) -> Path:
     if not is_finished(run, stage):
-        raise FileNotFoundError(f"{run / stage}: not there; finish the run first: drama run SETTINGS run={run}")
+        raise FileNotFoundError(f"{run / stage}: not found; finish the run first: drama run SETTINGS run={run}")
     return run / stage
 
 
 def _quiet_libraries() -> None:
-    """Only our own progress bars and messages reach the terminal; errors still do."""
+    """Silence the libraries' progress bars and messages, except errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import logging

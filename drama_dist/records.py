@@ -1,8 +1,7 @@
 """The records that stages exchange, and their JSON Lines form.
 
-Covers Passage, Query, Example, Hit, and reading and writing JSONL with errors
-that name file, line and value. Does not cover where the files lie (stages.py)
-or how other formats are read (corpus/read.py).
+Covers Passage, Query, Example, Hit, and reading and writing JSONL with errors that name file, line and value. Does not
+cover where the files are (run/folder.py) or how other formats are read (corpus/read.py).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Record = TypeVar("Record")
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used: says which file, which line, which value, and why."""
+    """A record that cannot be used; the message names the file, line, value and reason."""
 
     def __init__(self, path: Path | str, line: int, reason: str, value: object = None):
         self.path, self.line, self.reason, self.value = str(path), line, reason, value
@@ -61,8 +60,8 @@ class Hit:
 class Example:
     """One training example: a query and the ids of its positives and hard negatives.
 
-    source is crop, synthetic, rerank, triplet or labelled; provenance says from which
-    passage, with which model, prompt version and seed it was made.
+    source: crop, synthetic, rerank, triplet or labelled. provenance: the passage, model, prompt version and seed that
+    it was made from.
     """
 
     query: str
@@ -79,53 +78,52 @@ class Example:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object); raise BadRecord on invalid UTF-8, JSON or a non-object.
+    """Yield (line number from 1, object); raise BadRecord on invalid UTF-8, invalid JSON or a non-object.
 
-    The error is raised when the bad line is reached; a caller that wants to go on past bad
-    lines uses `parse_json_lines`.
+    The error is raised when the bad line is reached; to skip bad lines use `parse_json_lines`.
     """
-    for number, value in parse_json_lines(path):
+    for line, value in parse_json_lines(path):
         if isinstance(value, BadRecord):
             raise value
-        yield number, value
+        yield line, value
 
 
 def parse_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """Yield (line number from 1, object or the BadRecord that says why there is none)."""
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
+    """Yield (line number from 1, object), or a BadRecord in place of an object that cannot be read."""
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield number, _parse_line(path, number, raw)
+                yield line, _parse_line(path, line, raw)
 
 
-def _parse_line(path: Path, number: int, raw: bytes) -> dict[str, Any] | BadRecord:
+def _parse_line(path: Path, line: int, raw: bytes) -> dict[str, Any] | BadRecord:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadRecord(path, number, f"invalid UTF-8 at byte {error.start}", raw[:60])
+        return BadRecord(path, line, f"invalid UTF-8 at byte {error.start}", raw[:60])
     except json.JSONDecodeError as error:
-        return BadRecord(path, number, f"not JSON ({error.msg})", raw.decode("utf-8").strip())
+        return BadRecord(path, line, f"not JSON ({error.msg})", raw.decode("utf-8").strip())
     if not isinstance(value, dict):
-        return BadRecord(path, number, "expected a JSON object", value)
+        return BadRecord(path, line, "expected a JSON object", value)
     return value
 
 
 def read_records(path: Path, build: Callable[[dict[str, Any]], Record]) -> list[Record]:
-    """Read a JSONL file that this program wrote, one record a line.
+    """Read a JSONL file that this program wrote, one record per line.
 
-    Raises BadRecord where a line lacks a field or has an unknown one.
+    Raises BadRecord if a line lacks a field or has an unknown one.
     """
     records = []
-    for number, value in read_json_lines(path):
+    for line, value in read_json_lines(path):
         try:
             records.append(build(value))
         except (TypeError, KeyError) as error:
-            raise BadRecord(path, number, f"unexpected fields ({error})", value) from error
+            raise BadRecord(path, line, f"unexpected fields ({error})", value) from error
     return records
 
 
 def write_records(path: Path, records: Iterable[Any]) -> int:
-    """Write dataclass records (or dicts) as JSONL under a temporary name, then rename; return the count."""
+    """Write dataclass records (or dicts) as JSONL under a temporary name, then rename it; return the count."""
     temporary = path.with_name(path.name + ".tmp")
     count = 0
     with open(temporary, "w", encoding="utf-8") as out:

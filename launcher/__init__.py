@@ -1,1 +1,1 @@
-"""Programs for launchers: one verb each, the same as the subcommands of `drama`."""
+"""Entry points for launchers: one file per verb, equivalent to the subcommands of `drama`."""

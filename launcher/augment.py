@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its evaluate.py would shadow a package that Hugging Face libraries import
+    sys.path.pop(0)  # this folder: its evaluate.py would shadow the `evaluate` package of Hugging Face
     from drama_dist.cli import launch
 
     launch("augment")

@@ -55,9 +55,9 @@ def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["encode", "--share", "4/4"], "--share 4/4: expected NUMBER/OF"),
-        (["encode", "--share", "0/4"], "corpus: not there, and every share reads it; run first: drama corpus"),
-        (["augment", "--share", "0/4"], "corpus: not there, and every share reads it; run first: drama corpus"),
+        (["encode", "--share", "4/4"], "--share 4/4: expected INDEX/COUNT"),
+        (["encode", "--share", "0/4"], "corpus: not found, and every share reads it; run first: drama corpus"),
+        (["augment", "--share", "0/4"], "corpus: not found, and every share reads it; run first: drama corpus"),
     ],
 )
 def test_a_share_does_not_make_what_all_shares_read(

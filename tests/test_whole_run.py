@@ -1,4 +1,4 @@
-"""The whole job on a tiny model: run, repeat, kill and go on, several ranks."""
+"""The whole job on a tiny model: run, repeat, kill and resume, several ranks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     last = start(killed)
     messages = last.communicate(timeout=300)[1]
     assert last.returncode == 0, messages
-    assert "encode/corpus/drama: going on from what is there" in messages
+    assert "encode/corpus/drama: resuming" in messages
     assert rows(run) == rows(Path(whole.run))
     assert [line["step"] for line in steps(run)] == list(range(1, 41))
     assert [line["loss"] for line in steps(run)] == [line["loss"] for line in steps(Path(whole.run))]

@@ -45,7 +45,7 @@ def in_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"part-{number:05d}.jsonl" for number in range(-(-len(items) // size))]
-    own = share.own(len(paths))
+    own = share.indices_of(len(paths))
     missing = [number for number in own if not paths[number].exists()]
     sizes = {number: len(items[number * size : (number + 1) * size]) for number in own}
     total = sum(sizes.values())

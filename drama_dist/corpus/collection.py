@@ -1,7 +1,7 @@
 """A stored collection: a memory-mapped table of passages, test queries and judgements.
 
-Covers writing and opening it. The training corpus is one, and evaluation takes others. How a collection is read from
-elsewhere is in read.py.
+Covers writing and opening it. The training corpus is a collection; evaluation takes others too. Does not cover
+importing one: read.py does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", 
 
 
 class PassageTable:
-    """Passages in a fixed order, by position or id; texts stay on disk."""
+    """Passages in a fixed order, looked up by position or id; texts stay on disk."""
 
     def __init__(self, rows: Dataset):
         self._rows = rows
@@ -51,7 +51,7 @@ class PassageTable:
         return {id: position for position, id in enumerate(self.ids)}
 
     def position(self, id: str) -> int:
-        """Raises KeyError naming the id where there is no such passage."""
+        """Position of a passage; raises KeyError naming the id if there is none."""
         if id not in self._positions:
             raise KeyError(f"no passage {id!r} in the corpus")
         return self._positions[id]
@@ -104,15 +104,13 @@ def read_qrels(path: Path) -> Qrels:
 
 
 def parse_qrels(path: Path) -> Iterable[tuple[int, tuple[str, str, int] | BadRecord]]:
-    """Yield (line number, (query id, passage id, score) or the BadRecord that says why there is none)."""
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
+    """Yield (line number, (query id, passage id, score)), or a BadRecord for a judgement that cannot be read."""
+    for line, raw in enumerate(path.read_bytes().splitlines(), 1):
         cells = raw.decode("utf-8", errors="replace").rstrip("\r").split("\t")
-        if (number == 1 and cells[-1] == "score") or not raw.strip():
+        if (line == 1 and cells[-1] == "score") or not raw.strip():
             continue
         if len(cells) == 3 and cells[2].lstrip("-").isdigit():
-            yield number, (cells[0], cells[1], int(cells[2]))
+            yield line, (cells[0], cells[1], int(cells[2]))
         else:
-            yield (
-                number,
-                BadRecord(path, number, "expected query-id, corpus-id and a whole-number score, tab separated", raw),
-            )
+            reason = "expected query-id, corpus-id and a whole-number score, tab separated"
+            yield line, BadRecord(path, line, reason, raw)

@@ -1,7 +1,7 @@
 """A corpus that every machine has: the documentation of installed Python packages.
 
-One passage for each documented public object, read from the source files with `ast`: nothing is
-imported. Objects that get their docs at run time or in C are not seen.
+One passage per documented public object, parsed from the source files with `ast`; nothing is imported. Does not see
+objects that get their docstrings at run time or in C.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNDERLINE = re.compile(r"^\s*([-=~^])\1{2,}\s*$", re.MULTILINE)
 
 
 def package_passages(packages: list[str], language: str) -> list[Passage]:
-    """Passages in order of package and file, ids are qualified names; raises ValueError for a missing package."""
+    """Passages in order of package and file; ids are qualified names. Raises ValueError for a missing package."""
     roots = {package: _root(package) for package in packages}
     files = [(package, root, path) for package, root in roots.items() for path in _source_files(root)]
     passages: dict[str, Passage] = {}
@@ -45,20 +45,20 @@ def package_passages(packages: list[str], language: str) -> list[Passage]:
 
 
 def package_versions(packages: list[str]) -> dict[str, str]:
-    """Installed version of each package: what this corpus depends on."""
+    """Installed version of each package, which this corpus depends on."""
     distributions = importlib.metadata.packages_distributions()
     return {name: importlib.metadata.version(distributions.get(name, [name])[0]) for name in packages}
 
 
-def own_words(id: str) -> set[str]:
-    """Lower-case forms of an object's own name, whole and in parts: words that would give it away."""
+def name_words(id: str) -> set[str]:
+    """Lower-case forms of an object's name, whole and in parts: words that would give the object away in a query."""
     name = id.rsplit(".", 1)[-1]
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
     return {form.lower() for form in (name, id, *parts) if len(form) > 1}
 
 
 def clean(doc: str) -> str:
-    """A docstring as paragraphs of running text: indentation, markup, doctests and a leading signature taken out."""
+    """A docstring as paragraphs of plain text, without indentation, markup, doctests and leading signature."""
     lines = []
     in_example = False
     for line in textwrap.dedent(doc).splitlines():
@@ -70,8 +70,8 @@ def clean(doc: str) -> str:
             lines.append(line)
     text = _ROLE.sub(r"\1", _UNDERLINE.sub("", _DIRECTIVE.sub("", "\n".join(lines))))
     paragraphs = [" ".join(part.split()) for part in _BLANK_LINES.split(text.replace("`", ""))]
-    kept = [paragraph for paragraph in paragraphs if paragraph]
-    return "\n\n".join(kept[1:] if kept and _SIGNATURE.fullmatch(kept[0]) else kept)
+    filled = [paragraph for paragraph in paragraphs if paragraph]
+    return "\n\n".join(filled[1:] if filled and _SIGNATURE.fullmatch(filled[0]) else filled)
 
 
 def _root(package: str) -> Path:
@@ -90,7 +90,7 @@ def _source_files(root: Path) -> list[Path]:
 
 
 def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a file's public objects."""
+    """Yield (qualified name, docstring) of a file's public objects."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and files for other Python versions
@@ -112,5 +112,5 @@ def _walk(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str
 
 
 def _public_name(name: str) -> str:
-    """Without private modules: numpy.linalg._linalg.inv is known as numpy.linalg.inv."""
+    """The name without private modules: numpy.linalg._linalg.inv is known as numpy.linalg.inv."""
     return ".".join(part for part in name.split(".") if not part.startswith("_"))

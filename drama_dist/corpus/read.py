@@ -1,7 +1,7 @@
-"""Reading a corpus from elsewhere: BEIR folders, JSONL files, Hugging Face datasets on disk.
+"""Importing a corpus: BEIR folders, JSONL files, Hugging Face datasets on disk.
 
-Records that cannot be used are set aside with file, line, value and reason, and counted; nothing is
-dropped in silence. What is kept is decided in build.py.
+Records that cannot be used are set aside with file, line, value and reason, and counted; nothing is dropped silently.
+Does not cover cleaning and sampling: stage.py does.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 @dataclass
 class SetAside:
-    """Records that are not used: unusable ones (counted against the limit) and unwanted ones."""
+    """Records left out: unusable ones, which count against the limit, and unwanted ones."""
 
     unusable: list[BadRecord] = field(default_factory=list)
     unwanted: list[BadRecord] = field(default_factory=list)
     seen: int = 0
 
     def refuse_beyond(self, limit: float, kept_in: Path) -> None:
-        """Raise ValueError where more than the share `limit` of all records is unusable."""
+        """Raise ValueError if more than the fraction `limit` of all records is unusable."""
         if len(self.unusable) > limit * max(1, self.seen):
             first = "\n".join(f"  {record}" for record in self.unusable[:5])
             raise ValueError(
                 f"{len(self.unusable)} of {self.seen} records cannot be used, more than "
                 f"corpus.bad_record_limit={limit} allows; the first:\n{first}\n"
-                f"All are in {kept_in}. Mend them, or raise the limit."
+                f"All are in {kept_in}. Fix them, or raise the limit."
             )
 
     def as_rows(self) -> list[dict[str, Any]]:
-        """One row a record, for set_aside.jsonl."""
+        """One row per record, for set_aside.jsonl."""
         return [
             {"file": record.path, "line": record.line, "reason": record.reason, "value": str(record.value)[:500]}
             for record in [*self.unusable, *self.unwanted]
@@ -48,7 +48,7 @@ class SetAside:
 
 @dataclass
 class RawCorpus:
-    """What was read. qrels is empty where there are no judgements."""
+    """A corpus as it was read; qrels is empty if it has no judgements."""
 
     passages: list[Passage]
     queries: list[Query]
@@ -56,7 +56,10 @@ class RawCorpus:
 
 
 def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
-    """Read any supported form; raises ValueError where the form is not recognised or there is no passage."""
+    """Read a corpus in any supported format.
+
+    Raises ValueError if the format is not recognised or there is no usable passage.
+    """
     source_files(path)
     if path.is_file():
         corpus = RawCorpus(_passages(path, parse_json_lines(path), language, aside), [], {})
@@ -70,9 +73,9 @@ def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
 
 
 def source_files(path: Path) -> list[Path]:
-    """The files that `read_corpus` reads; what else lies beside them makes no other corpus.
+    """The files that `read_corpus` reads; other files in the folder do not change the corpus.
 
-    Raises ValueError where the form is not recognised.
+    Raises ValueError if the format is not recognised.
     """
     if path.is_file():
         return [path]
@@ -80,10 +83,10 @@ def source_files(path: Path) -> list[Path]:
         judgements = _qrels_file(path)
         return [path / "corpus.jsonl", *([path / "queries.jsonl", judgements] if judgements else [])]
     if any((path / name).exists() for name in _DATASET_FILES):
-        return sorted(item for item in path.rglob("*") if item.suffix in (".arrow", ".json"))
+        return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
     raise ValueError(
         f"corpus.path={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
-        f"saved on disk; found {sorted(item.name for item in path.iterdir())[:5]}"
+        f"saved on disk; found {sorted(entry.name for entry in path.iterdir())[:5]}"
     )
 
 
@@ -101,8 +104,8 @@ def _read_beir(folder: Path, language: str, aside: SetAside) -> RawCorpus:
 
 
 def _qrels_file(folder: Path) -> Path | None:
-    found = sorted((folder / "qrels").glob("*.tsv"))
-    return next((path for path in found if path.stem == "test"), found[0] if found else None)
+    paths = sorted((folder / "qrels").glob("*.tsv"))
+    return next((path for path in paths if path.stem == "test"), paths[0] if paths else None)
 
 
 def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -113,70 +116,70 @@ def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         split = next((name for name in ("corpus", "train") if name in rows), next(iter(rows)))
         say(f"corpus: {folder} has the splits {', '.join(rows)}; reading {split}")
         rows = rows[split]
-    for number, row in enumerate(rows, 1):
-        yield number, {"id": f"row-{number}", **row}
+    for line, row in enumerate(rows, 1):
+        yield line, {"id": f"row-{line}", **row}
 
 
 def _passages(
     path: Path, lines: Iterator[tuple[int, dict[str, Any] | BadRecord]], language: str, aside: SetAside
 ) -> list[Passage]:
-    found: dict[str, Passage] = {}
-    for number, value in lines:
+    passages: dict[str, Passage] = {}
+    for line, value in lines:
         aside.seen += 1
-        passage = value if isinstance(value, BadRecord) else _passage(path, number, value, language)
-        if isinstance(passage, Passage) and passage.id in found:
-            passage = BadRecord(path, number, "duplicate id", passage.id)
+        passage = value if isinstance(value, BadRecord) else _passage(path, line, value, language)
+        if isinstance(passage, Passage) and passage.id in passages:
+            passage = BadRecord(path, line, "duplicate id", passage.id)
         if isinstance(passage, BadRecord):
             aside.unusable.append(passage)
         else:
-            found[passage.id] = passage
-    return list(found.values())
+            passages[passage.id] = passage
+    return list(passages.values())
 
 
-def _passage(path: Path, number: int, value: dict[str, Any], language: str) -> Passage | BadRecord:
+def _passage(path: Path, line: int, value: dict[str, Any], language: str) -> Passage | BadRecord:
     id, text, title = _first(value, _ID_KEYS), _first(value, _TEXT_KEYS), value.get("title") or ""
     if id is None:
-        return BadRecord(path, number, f"no id (looked for {', '.join(_ID_KEYS)})", value)
+        return BadRecord(path, line, f"no id (looked for {', '.join(_ID_KEYS)})", value)
     if not isinstance(text, str) or not isinstance(title, str) or not (text.strip() or title.strip()):
-        return BadRecord(path, number, f"no text (looked for {', '.join(_TEXT_KEYS)})", value)
+        return BadRecord(path, line, f"no text (looked for {', '.join(_TEXT_KEYS)})", value)
     return Passage(str(id), text.strip(), title.strip(), str(value.get("language") or language))
 
 
 def _queries(path: Path, language: str, aside: SetAside) -> list[Query]:
-    found: dict[str, Query] = {}
-    for number, value in parse_json_lines(path):
+    queries: dict[str, Query] = {}
+    for line, value in parse_json_lines(path):
         aside.seen += 1
-        query = value if isinstance(value, BadRecord) else _query(path, number, value, language)
-        if isinstance(query, Query) and query.id in found:
-            query = BadRecord(path, number, "duplicate id", query.id)
+        query = value if isinstance(value, BadRecord) else _query(path, line, value, language)
+        if isinstance(query, Query) and query.id in queries:
+            query = BadRecord(path, line, "duplicate id", query.id)
         if isinstance(query, BadRecord):
             aside.unusable.append(query)
         else:
-            found[query.id] = query
-    return list(found.values())
+            queries[query.id] = query
+    return list(queries.values())
 
 
-def _query(path: Path, number: int, value: dict[str, Any], language: str) -> Query | BadRecord:
+def _query(path: Path, line: int, value: dict[str, Any], language: str) -> Query | BadRecord:
     id, text = _first(value, _ID_KEYS), value.get("text")
     if id is None:
-        return BadRecord(path, number, f"no id (looked for {', '.join(_ID_KEYS)})", value)
+        return BadRecord(path, line, f"no id (looked for {', '.join(_ID_KEYS)})", value)
     if not isinstance(text, str) or not text.strip():
-        return BadRecord(path, number, "a query without text", value)
+        return BadRecord(path, line, "a query without text", value)
     return Query(str(id), text.strip(), str(value.get("language") or language))
 
 
 def _judgements(path: Path, queries: set[str], passages: set[str], aside: SetAside) -> Qrels:
     qrels: Qrels = {}
-    for number, row in parse_qrels(path):
+    for line, row in parse_qrels(path):
         aside.seen += 1
         if isinstance(row, BadRecord):
             aside.unusable.append(row)
             continue
         query, passage, score = row
         if query not in queries:
-            aside.unusable.append(BadRecord(path, number, "judges a query that is not in queries.jsonl", query))
+            aside.unusable.append(BadRecord(path, line, "judges a query that is not in queries.jsonl", query))
         elif passage not in passages:
-            aside.unusable.append(BadRecord(path, number, "names a passage that is not in corpus.jsonl", passage))
+            aside.unusable.append(BadRecord(path, line, "names a passage that is not in corpus.jsonl", passage))
         else:
             qrels.setdefault(query, {})[passage] = score
     return qrels

@@ -1,7 +1,7 @@
-"""The corpus stage: read, clean, hold test queries out, store; and the same for other collections to evaluate on.
+"""The corpus stage: read, clean, hold out test queries and store; the same for other collections to evaluate on.
 
-Where the corpus comes with judgements they are the test set, and every passage is kept. Elsewhere
-the first sentences of some passages become test queries, and are taken out of those passages.
+If the corpus comes with judgements, they are the test set, and every passage is kept. Otherwise the first sentences of
+some passages become test queries and are removed from those passages.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.collection import Qrels, write_collection
-from drama_dist.corpus.packages import own_words, package_passages, package_versions
+from drama_dist.corpus.collection import write_collection
+from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus, source_files
 from drama_dist.corpus.split import count_words, sentences
 from drama_dist.distributed import ranks
@@ -26,11 +26,11 @@ from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings
 
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
-_CAPITAL_WORDS = 4  # fewer may be an abbreviation or a name
+_CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
 
 
 def corpus_inputs(run: Run) -> dict[str, str]:
-    """Fingerprints of the files that are read, or the packages' versions."""
+    """Fingerprint of the files that are read, or the packages' versions."""
     corpus = run.settings.corpus
     if corpus.path == PACKAGES_CORPUS:
         return package_versions(corpus.packages)
@@ -38,10 +38,9 @@ def corpus_inputs(run: Run) -> dict[str, str]:
 
 
 def build_corpus(run: Run, folder: StageFolder) -> None:
-    """Do the stage that stores the training corpus.
+    """Store the training corpus: RUN/corpus.
 
-    Raises FileNotFoundError or ValueError where there is no corpus, it is empty, or too many of its records cannot be
-    used.
+    Raises FileNotFoundError or ValueError if there is no corpus, it is empty, or too many of its records are unusable.
     """
     corpus, seed = run.settings.corpus, run.settings.seed
     if ranks.rank() != 0:
@@ -57,20 +56,20 @@ def build_corpus(run: Run, folder: StageFolder) -> None:
 
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
-    """How another collection is read: as the training corpus, but whole, and with the queries that it has."""
+    """The settings for reading another collection: like the training corpus, but complete and with its own queries."""
     return {"corpus": {"language": settings.corpus.language, "lower_capitals": settings.corpus.lower_capitals}}
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
-    """Fingerprints of the files that are read."""
+    """Fingerprint of the files that are read."""
     path = run.settings.evaluate.collection_labels[collection]
     return {"source": fingerprint_of_files(source_files(_existing("evaluate.collections", path)))}
 
 
 def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
-    """Do the stage that stores a collection of evaluate.collections: RUN/collections/NAME.
+    """Store a collection of evaluate.collections: RUN/collections/NAME.
 
-    Raises as `build_corpus` does, and ValueError where the collection has no judged queries.
+    Raises as `build_corpus` does, and ValueError if the collection has no judged queries.
     """
     corpus, path = run.settings.corpus, run.settings.evaluate.collection_labels[collection]
     if ranks.rank() != 0:
@@ -106,13 +105,13 @@ def _read(corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
 
 
 def _lower_capitals(raw: RawCorpus) -> RawCorpus:
-    """Texts of several words, all in capitals, in small letters: to an LLM's tokenizer they are fragments."""
-    passages = [replace(one, title=_lower(one.title), text=_lower(one.text)) for one in raw.passages]
-    queries = [replace(one, text=_lower(one.text)) for one in raw.queries]
-    changed = sum(one != other for one, other in zip(raw.passages, passages, strict=True))
-    changed += sum(one != other for one, other in zip(raw.queries, queries, strict=True))
+    """Lower-case texts of several words that are all capitals: LLM tokenizers split those into fragments."""
+    passages = [replace(passage, title=_lower(passage.title), text=_lower(passage.text)) for passage in raw.passages]
+    queries = [replace(query, text=_lower(query.text)) for query in raw.queries]
+    changed = sum(old != new for old, new in zip(raw.passages, passages, strict=True))
+    changed += sum(old != new for old, new in zip(raw.queries, queries, strict=True))
     if changed:
-        say(f"corpus: {changed} texts in nothing but capitals became small letters (corpus.lower_capitals)")
+        say(f"corpus: lower-cased {changed} texts that were all capitals (corpus.lower_capitals)")
     return RawCorpus(passages, queries, raw.qrels)
 
 
@@ -121,16 +120,15 @@ def _lower(text: str) -> str:
 
 
 def _worthwhile(passages: list[Passage], corpus: CorpusSettings, aside: SetAside) -> list[Passage]:
-    """Without trivial passages and word-for-word duplicates, which are set aside."""
+    """Passages that are neither trivial nor a word-for-word duplicate; the others are set aside."""
     kept: dict[str, Passage] = {}
-    for number, passage in enumerate(passages, 1):
+    for line, passage in enumerate(passages, 1):
         key = " ".join(passage.content.casefold().split())
         if count_words(key) < corpus.min_words:
-            aside.unwanted.append(
-                BadRecord(corpus.path, number, "trivial: fewer words than corpus.min_words", passage.id)
-            )
+            reason = "trivial: fewer words than corpus.min_words"
+            aside.unwanted.append(BadRecord(corpus.path, line, reason, passage.id))
         elif key in kept:
-            aside.unwanted.append(BadRecord(corpus.path, number, f"duplicate of {kept[key].id}", passage.id))
+            aside.unwanted.append(BadRecord(corpus.path, line, f"duplicate of {kept[key].id}", passage.id))
         else:
             kept[key] = passage
     if not kept:
@@ -141,8 +139,8 @@ def _worthwhile(passages: list[Passage], corpus: CorpusSettings, aside: SetAside
 def _sample(passages: list[Passage], corpus: CorpusSettings, seed: int) -> list[Passage]:
     if corpus.max_passages is None or len(passages) <= corpus.max_passages:
         return passages
-    chosen = sorted(random.Random(f"{seed} passages").sample(range(len(passages)), corpus.max_passages))
-    return [passages[i] for i in chosen]
+    positions = sorted(random.Random(f"{seed} passages").sample(range(len(passages)), corpus.max_passages))
+    return [passages[position] for position in positions]
 
 
 @dataclass(frozen=True)
@@ -152,15 +150,15 @@ class _Candidate:
 
 
 def _hold_out(passages: list[Passage], corpus: CorpusSettings, seed: int) -> RawCorpus:
-    """Take first sentences out as test queries; the passage is then the rest."""
+    """Make the first sentences of some passages test queries, and leave the rest as the passage."""
     split = [_candidate(passage, corpus) for passage in passages]
-    occurs = Counter(candidate.query.casefold() for candidate in split if candidate)
-    fit = [i for i, candidate in enumerate(split) if candidate and occurs[candidate.query.casefold()] == 1]
-    count = min(corpus.held_out_queries, len(fit) // 2)
+    occurrences = Counter(candidate.query.casefold() for candidate in split if candidate)
+    unique = [i for i, candidate in enumerate(split) if candidate and occurrences[candidate.query.casefold()] == 1]
+    count = min(corpus.held_out_queries, len(unique) // 2)
     if count < corpus.held_out_queries:
         say(f"corpus: only {count} of corpus.held_out_queries={corpus.held_out_queries} test queries can be held out")
     queries, qrels, kept = [], {}, list(passages)
-    for i in sorted(random.Random(f"{seed} held out").sample(fit, count)):
+    for i in sorted(random.Random(f"{seed} held out").sample(unique, count)):
         candidate, passage = split[i], passages[i]
         assert candidate is not None
         queries.append(Query(f"q-{passage.id}", candidate.query, passage.language))
@@ -175,19 +173,16 @@ def _candidate(passage: Passage, corpus: CorpusSettings) -> _Candidate | None:
         return None
     query, rest = parts[0], passage.text.strip().removeprefix(parts[0]).strip()
     if corpus.path == PACKAGES_CORPUS:
-        given_away = own_words(passage.id)
-        query = " ".join(word for word in query.split() if not given_away & set(re.findall(r"[\w.]+", word.lower())))
+        giveaways = name_words(passage.id)
+        query = " ".join(word for word in query.split() if not giveaways & set(re.findall(r"[\w.]+", word.lower())))
     fits = count_words(query) in _QUERY_WORDS and count_words(rest) >= _REST_WORDS
     return _Candidate(query, rest) if fits else None
 
 
 def _summarise(name: str, raw: RawCorpus, aside: SetAside) -> None:
-    say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {_judged(raw.qrels)} judgements")
+    judgements = sum(len(judged) for judged in raw.qrels.values())
+    say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {judgements} judgements")
     if aside.as_rows():
         reasons = Counter(row["reason"].split(":")[0].split(" of ")[0] for row in aside.as_rows())
-        said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        say(f"{name}: set aside {said}; listed in {name}/set_aside.jsonl")
-
-
-def _judged(qrels: Qrels) -> int:
-    return sum(len(judged) for judged in qrels.values())
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        say(f"{name}: set aside {counts}; listed in {name}/set_aside.jsonl")

@@ -1,8 +1,8 @@
-"""A stage's folder: what is done, what is half done, with which settings, from which inputs.
+"""Stage folders: finished or partial, made with which settings and from which inputs.
 
-A stage works in RUN/NAME.partial and renames it to RUN/NAME when whole. Covers skipping,
-resuming, refusing other settings and a second run at the same time, metrics.jsonl and provenance.json. What a stage
-does inside its folder, and how it resumes there, is its own affair.
+A stage works in RUN/NAME.partial and renames it to RUN/NAME when it is complete. Covers skipping finished stages,
+resuming, refusing other settings or a second process at the same time, metrics.jsonl and provenance.json. Does not
+cover what a stage does inside its folder, or how it resumes there.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
-CHECKPOINTS = "checkpoints"  # what a stage keeps only until it is finished, and no shorter
-_LOCKS = ".locks"  # a folder of the run
+CHECKPOINTS = "checkpoints"  # kept until the stage is finished, then deleted
+_LOCKS = ".locks"  # a folder in the run
 _RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", CHECKPOINTS}
 
 
 class OtherSettings(ValueError):
-    """A run folder holds an artefact that was made with other settings or inputs."""
+    """A run holds an artefact that was made with other settings or inputs."""
 
 
 @dataclass
 class StageFolder:
     """One stage of one run.
 
-    folder: where to work and to read the artefact (RUN/NAME.partial until finished).
-    done: the artefact is whole and was made with these settings and inputs.
-    resumed: an earlier attempt left a part in `folder`.
-    share: of the work, where it is a task of an array job that does it; only the whole is finished.
+    folder: where to work, and where the artefact is read (RUN/NAME.partial until finished).
+    done: the artefact is complete and was made with these settings and inputs.
+    resumed: an earlier attempt left partial work in `folder`.
+    share: of the work, in a task of an array job; only a run of the whole finishes the stage.
     """
 
     run: Path
@@ -62,7 +62,7 @@ class StageFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the artefact depends on, as its settings.yaml has it."""
+        """What the artefact depends on, as stored in its settings.yaml."""
         return {"settings": self.settings, "inputs": self.inputs}
 
     @property
@@ -80,14 +80,14 @@ class StageFolder:
                 out.write(json.dumps(values) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines that an interrupted attempt wrote past the step it resumes from."""
+        """Drop the lines that an interrupted attempt wrote after the step it resumes from."""
         path = self.folder / "metrics.jsonl"
         if ranks.rank() == 0 and path.exists():
             lines = [line for line in path.read_text("utf-8").splitlines() if 0 < _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in lines))
 
     def finish(self, **facts: Any) -> Path:
-        """Write provenance.json with `facts`, rename the folder to its final name, return that."""
+        """Write provenance.json with `facts`, rename the folder to its final name and return its path."""
         ranks.barrier()
         if ranks.rank() == 0:
             record = {
@@ -117,31 +117,31 @@ class StageFolder:
 def open_stage(
     run: Path | str, name: str, settings: dict[str, Any], inputs: dict[str, str], share: Share = WHOLE
 ) -> StageFolder:
-    """Open a stage of a run: finished, half done, or new.
+    """Open a stage of a run: finished, partial or new.
 
-    settings: every value that the artefact depends on (plain YAML types). inputs: name ->
-    fingerprint of what is read (see `fingerprint`). Raises OtherSettings where the folder holds
-    this stage's artefact, or a part of it, made with others; the message lists the differences. Raises InUse where
-    processes of another start work on the stage; tasks with shares may, beside each other.
+    settings: every value that the artefact depends on (plain YAML types). inputs: name -> fingerprint of what is read
+    (see `fingerprint`). Raises OtherSettings if the run has this artefact, finished or partial, made with others; the
+    message lists the differences. Raises InUse if another run is working on the stage; tasks with different shares may
+    work side by side.
     """
     stage = StageFolder(Path(run), name, settings, inputs, share=share)
     _find(stage)
     if not _of_rank_0(stage.done):
         stage.lock = StageLock(stage.run / _LOCKS / name.replace("/", "-"), share)
-        found = _of_rank_0(_find(stage))
-        if ranks.rank() == 0 and not found and not _create(stage):
+        exists = _of_rank_0(_find(stage))
+        if ranks.rank() == 0 and not exists and not _create(stage):
             _refuse_others(stage.folder, stage.record)
         ranks.barrier()
-    stage.done = _of_rank_0(stage.done)  # another start may have finished meanwhile
+    stage.done = _of_rank_0(stage.done)  # another run may have finished it meanwhile
     if stage.done and ranks.rank() == 0:
-        shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # killed in its last moment
+        shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # left by a kill right after the rename
     if stage.done or stage.resumed:
-        _say_once(f"{name}: {'already done' if stage.done else 'going on from what is there'} ({stage.folder})")
+        _say_once(f"{name}: {'already done' if stage.done else 'resuming'} ({stage.folder})")
     return stage
 
 
 def refuse_other_settings(run: Path | str, name: str, settings: dict[str, Any]) -> None:
-    """Raise OtherSettings where a run has this artefact, or a part of it, made with other settings."""
+    """Raise OtherSettings if a run has this artefact, finished or partial, made with other settings."""
     for folder in (Path(run) / name, Path(run) / f"{name}.partial"):
         if (folder / "settings.yaml").exists():
             _refuse_others(folder, {"settings": settings})
@@ -151,24 +151,24 @@ def refuse_other_settings(run: Path | str, name: str, settings: dict[str, Any]) 
 def fingerprint(path: Path | str) -> str:
     """SHA-256 that identifies an input: a stage's artefact (from its provenance), a folder or a file.
 
-    Raises FileNotFoundError, saying so, where there is nothing at `path`.
+    Raises FileNotFoundError if there is nothing at `path`.
     """
     path = Path(path)
     if (path / "provenance.json").exists():
         return str(json.loads((path / "provenance.json").read_text("utf-8"))["fingerprint"])
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; run the stage that makes it, or correct the path in the settings")
+        raise FileNotFoundError(f"{path}: not found; run the stage that makes it, or fix the path in the settings")
     return fingerprint_of_folder(path) if path.is_dir() else _hash_file(path)
 
 
 def fingerprint_of_folder(folder: Path) -> str:
-    """SHA-256 over names and contents of all files but the stage's own records."""
+    """SHA-256 over names and contents of all files except the stage's records."""
     paths = [path for path in folder.rglob("*") if _RECORDS_OF_THE_RUN.isdisjoint(path.relative_to(folder).parts)]
     return _hash_files(folder, [path for path in paths if path.is_file()])
 
 
 def fingerprint_of_files(paths: Sequence[Path]) -> str:
-    """SHA-256 over names and contents of some files, wherever their common folder lies; missing ones are left out."""
+    """SHA-256 over contents and names, relative to the common folder, of some files; missing ones are left out."""
     common = Path(os.path.commonpath([path.parent for path in paths]))
     return _hash_files(common, [path for path in paths if path.is_file()])
 
@@ -181,19 +181,19 @@ def _hash_files(folder: Path, paths: Sequence[Path]) -> str:
 
 
 def seconds_of(run: Path | str, name: str) -> float:
-    """Wall seconds that a finished stage took."""
+    """Wall-clock seconds that a finished stage took."""
     return float(json.loads((Path(run) / name / "provenance.json").read_text("utf-8"))["seconds"])
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename: whole or not there."""
+    """Write a text file under a temporary name, then rename it: a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
 def _find(stage: StageFolder) -> bool:
-    """Whether the stage's folder is there, finished or not; raises OtherSettings."""
+    """Whether the stage's folder exists, finished or not; raises OtherSettings."""
     for done in (True, False):
         stage.done = done
         if (stage.folder / "settings.yaml").exists():
@@ -204,9 +204,9 @@ def _find(stage: StageFolder) -> bool:
 
 
 def _create(stage: StageFolder) -> bool:
-    """Make the folder with settings.yaml in it; False where another process was faster.
+    """Make the folder with settings.yaml in it; False if another process got there first.
 
-    It is renamed into place, so that whoever sees the folder sees the settings, and one of several processes makes it.
+    Renaming it into place means that no process sees it without its settings, and that only one of several makes it.
     """
     fresh = stage.folder.with_name(f"{stage.folder.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir(parents=True)
@@ -222,7 +222,7 @@ def _create(stage: StageFolder) -> bool:
 
 
 def _of_rank_0(flag: bool) -> bool:
-    """Ranks may see files at different times."""
+    """Rank 0's flag on every rank: ranks may see files at different times."""
     return bool(ranks.on_every_rank(int(flag))[0])
 
 
@@ -232,7 +232,7 @@ def _say_once(message: str) -> None:
 
 
 def _refuse_others(folder: Path, wanted: dict[str, Any]) -> None:
-    """Compare the parts of settings.yaml that are in `wanted`."""
+    """Raise OtherSettings if settings.yaml differs, in the parts that `wanted` has."""
     recorded = yaml.safe_load((folder / "settings.yaml").read_text("utf-8"))
     old, new = dict(_flatten({part: recorded[part] for part in wanted})), dict(_flatten(wanted))
     differences = [
@@ -244,7 +244,7 @@ def _refuse_others(folder: Path, wanted: dict[str, Any]) -> None:
         raise OtherSettings(
             f"{folder} was made with other settings or inputs:\n"
             + "\n".join(differences)
-            + f"\nName another run (run=runs/NAME), or delete {folder} and every later stage."
+            + f"\nUse another run (run=runs/NAME), or delete {folder} and every later stage."
         )
 
 
@@ -255,7 +255,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _step_of(line: str) -> int:
-    """0 where the line was not written to its end."""
+    """0 if the line is incomplete."""
     try:
         return int(json.loads(line)["step"])
     except ValueError:
@@ -276,8 +276,8 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     try:
-        here = Path(__file__).parent
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        source = Path(__file__).parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return git.stdout.strip() or None

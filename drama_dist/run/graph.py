@@ -1,8 +1,8 @@
-"""The table of stages: what each is called, needs, depends on, and who does it.
+"""The table of stages: name, inputs, settings it depends on, and the function that does the work.
 
-The command line, the runner, submit and report read it. What a stage does is in the stage.py of its room, named here
-as "module:function" and imported when it is needed: `drama --help` must not wait for torch. Making the artefacts is
-runner.py's affair. Artefacts are named by their folder in the run: `train`, `encode/corpus/drama`.
+The command line, the runner, submit and the report read it. The work itself is in stage.py of each package, named here
+as "module:function" and imported on use: `drama --help` must not wait for torch. Does not make artefacts: runner.py
+does. An artefact's name is its folder in the run: `train`, `encode/corpus/drama`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 from drama_dist.settings import Settings, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
-TRAINING = {"drama": "train", "random-init": "train-random-init"}  # the stage that makes a system
+TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
 
 
 @dataclass(frozen=True)
 class Stage:
     """One kind of artefact.
 
-    name: of its folder; {collection} and {system} stand for any. verb: of the command that makes it.
+    name: its folder's; {collection} and {system} are parameters. verb: the command that makes it.
     work: called with the Run, the StageFolder and the parameters; it finishes the folder.
-    sections: the settings that the artefact depends on, sections or single keys; or "module:function" that gives them
-    from the settings and the parameters.
-    needs: names of the artefacts that it reads, from the settings and the parameters.
-    inputs: "module:function" that gives fingerprints of what else is read, from the Run and the parameters.
-    processes: that slurm starts for it: "one", those of one machine ("node") or of several ("nodes"); None where it has
-    no job of its own. array: whether tasks of an array job share the work, from the settings and the parameters; a job
-    of one machine then finishes it.
-    constants: parameters that are not in the name. foldered: False for what writes into the run's own folder.
+    sections: the settings that the artefact depends on, sections or single keys; or a "module:function" that returns
+    them, given the settings and the parameters.
+    needs: names of the artefacts that it reads, given the settings and the parameters.
+    inputs: a "module:function" that fingerprints whatever else is read, given the Run and the parameters.
+    processes: what slurm starts: "one", a whole "node", or several "nodes"; None if the stage has no job of its own.
+    array: whether tasks of an array job share the work, given the settings and the parameters; a job of one node then
+    finishes it.
+    constants: parameters that are not in the name. foldered: False if it writes into the run's folder directly.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
     foldered: bool = True
 
     def parameters(self, name: str) -> dict[str, str] | None:
-        """The parameters in an artefact's name; None where it is not one of this stage's."""
+        """The parameters in an artefact's name; None if this stage does not make it."""
         match = re.fullmatch(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(self.name)), name)
         return None if match is None else {**match.groupdict(), **self.constants}
 
@@ -73,7 +73,7 @@ def _of_augmentation(settings: Settings) -> list[str]:
 
 
 def _of_export(settings: Settings) -> list[str]:
-    results = f"evaluate/{CORPUS}"  # for the model card, where there are any
+    results = f"evaluate/{CORPUS}"  # for the model card, if there are any
     return ["train", *([results] if is_finished(settings.run, results) else [])]
 
 
@@ -119,7 +119,7 @@ STAGES = (
         sections=("seed", "teacher", "augment"),
         needs=_of_augmentation,
         inputs="drama_dist.augment.stage:inputs",
-        array=lambda settings: settings.augment.synthetic_queries > 0,  # they are what takes long
+        array=lambda settings: settings.augment.synthetic_queries > 0,  # they take most of the time
         processes="node",
     ),
     Stage(
@@ -193,7 +193,7 @@ class Artefact:
 
     @classmethod
     def named(cls, name: str) -> Artefact:
-        """Raises KeyError where no stage makes such an artefact."""
+        """Raises KeyError if no stage makes this artefact."""
         for stage in STAGES:
             parameters = stage.parameters(name)
             if parameters is not None:
@@ -217,7 +217,7 @@ class Artefact:
 
 
 def order_of(settings: Settings, *names: str) -> list[Artefact]:
-    """What is to be made, each artefact once, after all that it needs."""
+    """The artefacts to make, each once and after everything it needs."""
     order: dict[str, Artefact] = {}
 
     def visit(name: str) -> None:
@@ -238,19 +238,19 @@ def evaluations(settings: Settings) -> list[str]:
 
 
 def stage_order(name: str) -> tuple[int, str]:
-    """Sorts artefacts' names as their stages stand in the table."""
+    """Sort key that puts artefacts' names in the table's order."""
     return STAGES.index(Artefact.named(name).stage), name
 
 
 def command_of(artefact: Artefact) -> list[str]:
-    """Verb and options of the command that makes an artefact of the corpus, or of another parameter."""
+    """Verb and options of the command that makes an artefact; options only where they differ from the defaults."""
     defaults = {"collection": CORPUS, "system": "drama"}
-    given = {name: value for name, value in artefact.parameters.items() if value != defaults[name]}
-    return [artefact.stage.verb, *(word for name, value in given.items() for word in (f"--{name}", value))]
+    options = {name: value for name, value in artefact.parameters.items() if value != defaults[name]}
+    return [artefact.stage.verb, *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
 def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system: str = "drama") -> list[str]:
-    """What a command makes: the inverse of `command_of`, and `run`, which makes everything."""
+    """What a command makes: the inverse of `command_of`; `run` makes everything."""
     if verb == "run":
         trained = [stage for name, stage in TRAINING.items() if name in settings.evaluate.systems]
         exported = ["export"] if "drama" in settings.evaluate.systems else []
@@ -264,15 +264,15 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
 
 
 def is_finished(run: Path | str, name: str) -> bool:
-    """Whether a run has a whole artefact of this name."""
+    """Whether a run has this artefact complete."""
     return (Path(run) / name / "provenance.json").exists()
 
 
 def function_named(name: str) -> Callable[..., Any]:
-    """The function that the table means by "module:function"."""
-    module, _, function = name.partition(":")
-    named: Callable[..., Any] = getattr(import_module(module), function)
-    return named
+    """Import the function that the table names as "module:function"."""
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), attribute)
+    return function
 
 
 def _recorded(settings: Settings, key: str) -> Any:

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: save, end, and be started again.
+"""Signals that ask a run to save its work and stop, to be resumed later.
 
-Covers SIGUSR1 (slurm's warning before a time limit; see launcher/slurm/job.sh) and SIGTERM. Stages that go on from
-the files they left end where they are; training ends after a step that all ranks agree on. Ctrl-C is not covered:
-it ends a run at once.
+Covers SIGUSR1 (slurm's warning before a time limit; see launcher/slurm/job.sh) and SIGTERM. Stages that resume from
+their files stop immediately; training stops after a step that all ranks agree on. Does not cover Ctrl-C, which always
+stops immediately.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPED = 85  # exit status: everything done so far is kept, and the same command goes on from there
+STOPPED = 85  # exit status: all work so far is kept, and the same command resumes it
 
-_asked = 0  # the signal that came while deferred
+_asked = 0  # the signal that arrived while deferred
 _deferring = False
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop. Not an Exception: no library takes it for a failure of its own."""
+    """A signal asked the run to stop. Not an Exception, so that no library handles it as a failure."""
 
 
 def listen() -> None:
-    """Let SIGUSR1 and SIGTERM raise Stopped in the main thread, or be noted inside `deferred`."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, _handle)
+    """Make SIGUSR1 and SIGTERM raise Stopped in the main thread, or only be recorded inside `deferred`."""
+    for signum in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(signum, _handle)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, signals are only noted: the code asks `wanted` where it can stop.
+    """Only record signals inside this context; the code checks `wanted` where it can stop.
 
-    What ends well in spite of one raises Stopped at the end, on all ranks: what comes next must not begin.
+    If the block completes in spite of a signal, Stopped is raised on exit, on all ranks: the next stage must not start.
     """
     global _asked, _deferring
     _asked, _deferring = 0, True
@@ -46,7 +46,7 @@ def deferred() -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Whether a signal has reached any rank; every rank must ask, and all get the same answer."""
+    """Whether a signal has reached any rank. Collective: every rank must call it, and all get the same answer."""
     from drama_dist.distributed import (
         ranks,  # here, because it imports torch, and `drama --help` must not wait for that
     )
@@ -54,8 +54,8 @@ def wanted() -> bool:
     return any(ranks.on_every_rank(_asked))
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def _handle(signum: int, frame: FrameType | None) -> None:
     global _asked
     if not _deferring:
-        raise Stopped(signal.Signals(number).name)
-    _asked = number
+        raise Stopped(signal.Signals(signum).name)
+    _asked = signum

@@ -1,7 +1,7 @@
-"""One start of a stage at a time: locks that end with the process that holds them.
+"""One process group per stage at a time: file locks that end with the process that holds them.
 
-Against a second start, and against ranks that a killed launcher left running. Covers locks of whole runs of a stage
-and of shares of one. On a file system without locks nothing is refused.
+They refuse a second run of the same stage, and one that would collide with ranks a killed launcher left behind. Covers
+locks on whole stages and on shares of one. On a file system without locks nothing is refused.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from typing import TextIO
 from drama_dist.distributed import ranks
 from drama_dist.run.shares import Share
 
-_SHARES = 1 << 30  # where the bytes of shares begin
-_ALONE, _SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
+_SHARES = 1 << 30  # offset of the bytes that shares lock
+_EXCLUSIVE, _SHARED = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 
 
 class InUse(ValueError):
-    """Processes of another start are at work on a stage."""
+    """Another run is working on the stage."""
 
 
 class StageLock:
-    """Held until `release`, or until this process ends; all ranks make one.
+    """Held until `release`, or until this process ends; every rank makes one.
 
-    Rank r of a whole run holds byte r of the file. Tasks with shares hold these bytes together, and each its own.
+    Rank r of a whole run locks byte r of the file exclusively. Tasks with shares lock all of those bytes in shared
+    mode, and one byte per share exclusively.
     """
 
     def __init__(self, path: Path, share: Share):
-        """Raises InUse, naming the other start."""
+        """Raises InUse, naming the process that holds the lock."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file: TextIO = open(path, "a+", encoding="utf-8")  # noqa: SIM115
@@ -39,36 +40,37 @@ class StageLock:
         else:
             self._hold(_SHARED, 0, _SHARES)
             if ranks.rank() == 0:
-                self._hold(_ALONE, _SHARES + share.number, 1)
-                self._sign(f"share {share.number} of {share.of}, ")
+                self._hold(_EXCLUSIVE, _SHARES + share.index, 1)
+                self._sign(f"share {share.index} of {share.count}, ")
 
     def release(self) -> None:
-        """Let others in."""
+        """Unlock the stage."""
         self._file.close()
 
     def _hold_all(self) -> None:
         if ranks.rank() == 0:
-            self._hold(_ALONE, 0, 0)  # to the end of any file
+            self._hold(_EXCLUSIVE, 0, 0)  # every byte
             self._hold(fcntl.LOCK_UN, 1, 0)  # for the other ranks
             self._sign("")
         ranks.barrier()
         if ranks.rank():
-            self._hold(_ALONE, ranks.rank(), 1)
+            self._hold(_EXCLUSIVE, ranks.rank(), 1)
 
     def _hold(self, kind: int, begin: int, length: int) -> None:
         try:
             fcntl.lockf(self._file, kind, length, begin)
         except (BlockingIOError, PermissionError):
             self._file.seek(0)
-            other = self._file.read()
+            holder = self._file.read()
             raise InUse(
-                f"{self._path}: another start is at work on this stage ({other}), or ranks that it left; wait until "
-                "they end, or end them; where their machine is gone for good, delete the file"
+                f"{self._path}: another run is working on this stage ({holder}), or has left ranks behind; wait for it "
+                "to finish, or kill it; if its machine is gone for good, delete this file"
             ) from None
-        except OSError:  # no locks here
+        except OSError:  # this file system has no locks
             return
 
-    def _sign(self, what: str) -> None:
+    def _sign(self, share: str) -> None:
         self._file.truncate(0)
-        self._file.write(f"{what}process {os.getpid()} of {socket.gethostname()}")
+        self._file.write(f"{share}process {os.getpid()} of {socket.gethostname()}")
+
         self._file.flush()

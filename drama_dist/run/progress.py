@@ -1,7 +1,7 @@
-"""Progress bars: one look for every long step, with rate and time left.
+"""Progress bars for every long-running loop, with rate and time left.
 
-Only rank 0 draws. Where the output is not a terminal (a log file) a line is written
-every ten seconds instead of a moving bar.
+Only rank 0 draws. If the output is not a terminal (a log file), a line is written every ten seconds instead of a
+moving bar.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from drama_dist.distributed import ranks
 _LINE = "{desc}: {percentage:3.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
 
 
-Progress = Callable[[int], object]  # told how many units are done since the last time
+Progress = Callable[[int], object]  # called with the number of units done since the last call
 
 
 def say(message: str) -> None:
@@ -25,13 +25,13 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def progress_bar(total: int, what: str, unit: str, done: int = 0) -> tqdm:
+def progress_bar(total: int, description: str, unit: str, done: int = 0) -> tqdm:
     """Return a bar that starts at `done` of `total` units; call `.update(n)` and `.close()`."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=done,
-        desc=what,
+        desc=description,
         unit=f" {unit}",
         disable=ranks.rank() != 0,
         dynamic_ncols=terminal,

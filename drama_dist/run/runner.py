@@ -1,7 +1,7 @@
-"""Making the artefacts of a run: in the table's order, each once.
+"""The runner: makes a run's artefacts in dependency order, each once.
 
 Covers opening each stage's folder with its settings and inputs, refusing other settings before anything is made, and
-shares of array jobs. Which stages there are says graph.py.
+shares of array jobs. The stages are listed in graph.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from drama_dist.settings import Settings, write_settings
 
 
 class Run:
-    """A run with its settings: makes artefacts, each once, and knows where those are that it made."""
+    """A run with its settings: makes artefacts, each once, and remembers where they are."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -26,11 +26,11 @@ class Run:
         self._models: dict[str, str] = {}
 
     def make(self, *names: str, share: Share = WHOLE) -> Path:
-        """Make artefacts, in order, with all that they need; what is there already is left. The folder of the last.
+        """Make artefacts and everything they need, except what is finished; return the folder of the last one.
 
-        share: a task's share of the last; what that needs must be there. Raises OtherSettings before anything is made
-        where an artefact is there with other settings, and when its turn comes where its inputs are others;
-        FileNotFoundError where a share is asked for and what all shares read is not there.
+        share: a task's share of the last artefact, whose inputs must be finished. Raises OtherSettings before anything
+        is made if an artefact exists with other settings, or at its turn if it was made from other inputs;
+        FileNotFoundError if a share is asked for and an input of the stage is missing.
         """
         order = order_of(self.settings, *names)
         if not share.whole:
@@ -47,11 +47,11 @@ class Run:
         return self._made[names[-1]]
 
     def path(self, name: str) -> Path:
-        """Where an artefact is that the stage at work needs; raises KeyError where the table does not say so."""
+        """The folder of an artefact that the current stage needs; raises KeyError if the table does not list it."""
         return self._made[name]
 
     def model_fingerprint(self, source: str) -> str:
-        """What identifies a model (see encoder/sources.py); its files are read once."""
+        """Fingerprint of a model (see encoder/sources.py); its files are read once."""
         if source not in self._models:
             self._models[source] = function_named("drama_dist.encoder.sources:model_fingerprint")(source)
         return self._models[source]
@@ -70,15 +70,16 @@ class Run:
         return folder.folder
 
     def _require(self, order: Sequence[Artefact]) -> None:
-        """Tasks of an array must not make what all of them read: several would make it at once."""
+        """Tasks of an array must not make what all of them read: several would do so at once."""
         for artefact in order:
             if not is_finished(self.folder, artefact.name):
                 raise FileNotFoundError(
-                    f"{self.folder / artefact.name}: not there, and every share reads it; run first: "
+                    f"{self.folder / artefact.name}: not found, and every share reads it; run first: "
                     f"drama {' '.join(command_of(artefact))} SETTINGS"
                 )
 
 
 def make(settings: Settings, command: str, share: Share = WHOLE, **parameters: str) -> Path:
-    """Make what a command of `drama` makes, as `Run.make` does; parameters: collection, system."""
+    """Make the artefacts of a `drama` command, as `Run.make` does; parameters: collection, system."""
+
     return Run(settings).make(*artefacts_of(settings, command, **parameters), share=share)

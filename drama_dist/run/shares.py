@@ -1,7 +1,8 @@
-"""One share of a stage's work, done by one task of an array job.
+"""A task's share of the work of an array job.
 
-Tasks of an array have no process group and share nothing but files: each writes its own share, and a plain run of the
-stage afterwards finds them all, writes what is missing, checks and finishes. Ranks inside a task divide its share.
+The tasks of an array have no process group and exchange nothing but files. Each writes its share; a plain run of the
+stage afterwards collects them, does what is missing, checks the result and finishes it. Ranks within a task split its
+share further.
 """
 
 from __future__ import annotations
@@ -12,31 +13,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """Share `number`, from 0, of `of` equal shares."""
+    """Share `index` (from 0) of `count` equal shares."""
 
-    number: int = 0
-    of: int = 1
+    index: int = 0
+    count: int = 1
 
     @classmethod
     def read(cls, text: str) -> Share:
-        """Read NUMBER/OF, for example 0/8; raises ValueError where it is anything else."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ValueError(f"--share {text}: expected NUMBER/OF with NUMBER from 0 to OF - 1, for example 0/8")
-        return cls(int(found[1]), int(found[2]))
+        """Parse INDEX/COUNT, for example 0/8; raises ValueError on anything else."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or int(match[1]) >= int(match[2]):
+            raise ValueError(f"--share {text}: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, for example 0/8")
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def whole(self) -> bool:
-        """Whether this is all of the work, so that it can be finished."""
-        return self.of == 1
+        """Whether this is all of the work, so that the stage can be finished."""
+        return self.count == 1
 
-    def own(self, count: int) -> range:
-        """The positions of `count` items that belong to this rank of this share."""
+    def indices_of(self, total: int) -> range:
+        """Indices of the items, out of `total`, that this rank of this share works on."""
         from drama_dist.distributed import (
             ranks,  # here, because it imports torch, and `drama --help` must not wait for that
         )
 
-        return range(self.number * ranks.world_size() + ranks.rank(), count, self.of * ranks.world_size())
+        return range(self.index * ranks.world_size() + ranks.rank(), total, self.count * ranks.world_size())
 
 
 WHOLE = Share()

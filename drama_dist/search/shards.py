@@ -57,7 +57,7 @@ def encode_corpus(
         return stage.final
     if not len(passages):
         raise ValueError(f"{stage.name}: the corpus has no passages to encode")
-    own = share.own(-(-len(passages) // shard_passages))
+    own = share.indices_of(-(-len(passages) // shard_passages))
     spans = {n: range(n * shard_passages, min((n + 1) * shard_passages, len(passages))) for n in own}
     missing = [number for number in own if not _is_whole(_shard(stage.folder, number), len(spans[number]))]
     total = sum(len(span) for span in spans.values())

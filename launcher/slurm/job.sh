@@ -3,11 +3,11 @@
 %%options
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# What the submitting shell has of these, if anything, would win.
+# If the submitting shell sets these, they would take precedence over slurm's.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
 
-# Before the time limit slurm signals this shell, which tells the ranks: they save and end, and the job waits again.
-# The number of an array's last task is that of the whole array, unless its place in the array is said too.
+# Before the time limit slurm signals this shell, which signals the ranks: they save and exit, and the job is requeued.
+# An array's last task has the job id of the whole array, so the task's index is needed to tell them apart.
 me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 warned=
 trap 'warned=yes; scancel --signal=USR1 "$me"' USR1
@@ -16,12 +16,12 @@ trap 'warned=yes; scancel --signal=USR1 "$me"' USR1
 set -u
 export MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
 
-# --wait: where a rank died, the others, which wait for it in vain, are ended too.
+# --wait: if a rank dies, end the others too; they would wait for it forever.
 srun %%step --wait=60 %%command &
 ranks=$!
 wait $ranks
 status=$?
-while kill -0 $ranks 2>/dev/null; do  # the signal ended the waiting, not the ranks
+while kill -0 $ranks 2>/dev/null; do  # the signal interrupted `wait`, not the ranks
   wait $ranks
   status=$?
 done

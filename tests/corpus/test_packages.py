@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist.corpus.packages import clean, own_words, package_passages, package_versions
+from drama_dist.corpus.packages import clean, name_words, package_passages, package_versions
 
 SOURCE = '''"""The module's doc."""
 def area(radius):
@@ -49,10 +49,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_every_public_documented_object_is_a_passage_with_its_qualified_name(package: str) -> None:
-    found = {passage.id: passage.text for passage in package_passages([package], "en")}
+    texts = {passage.id: passage.text for passage in package_passages([package], "en")}
     names = {f"{package}.flat", f"{package}.flat.area", f"{package}.flat.Square", f"{package}.flat.Square.side"}
-    assert set(found) == names
-    assert found[f"{package}.flat.area"] == (
+    assert set(texts) == names
+    assert texts[f"{package}.flat.area"] == (
         "Area of a circle.\n\nParameters\n\nradius : float In metres, see shapes.side."
     )
     assert package not in sys.modules
@@ -63,9 +63,9 @@ def test_a_leading_signature_is_taken_out() -> None:
     assert clean("Find days (of work).") == "Find days (of work)."
 
 
-def test_own_words_are_the_name_and_its_parts() -> None:
-    assert own_words("numpy.linalg.matrix_power") >= {"matrix_power", "matrix", "power", "numpy.linalg.matrix_power"}
-    assert own_words("a.MultiDiGraph") == {"multidigraph", "a.multidigraph", "multi", "di", "graph"}
+def test_a_name_gives_itself_and_its_parts() -> None:
+    assert name_words("numpy.linalg.matrix_power") >= {"matrix_power", "matrix", "power", "numpy.linalg.matrix_power"}
+    assert name_words("a.MultiDiGraph") == {"multidigraph", "a.multidigraph", "multi", "di", "graph"}
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:

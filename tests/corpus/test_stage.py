@@ -59,13 +59,13 @@ def test_first_sentences_become_queries_and_leave_their_passages(build: Build, t
         assert f"{query.text} {rest}" == texts[passage_id]
 
 
-def test_the_choice_of_queries_follows_the_seed(build: Build, tmp_path: Path) -> None:
+def test_the_seed_decides_which_queries_are_held_out(build: Build, tmp_path: Path) -> None:
     file = lines(tmp_path / "p.jsonl", ROWS)
-    chosen = [
+    held_out = [
         [query.id for query in build(file, f"run={tmp_path / str(n)}", f"seed={seed}").queries]
         for n, seed in enumerate((1, 1, 2))
     ]
-    assert chosen[0] == chosen[1] != chosen[2]
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 def test_a_query_that_several_passages_begin_with_is_not_held_out(build: Build, tmp_path: Path) -> None:
@@ -94,12 +94,12 @@ def test_a_beir_folder_without_judgements_and_datasets_on_disk_are_read(build: B
         assert len(corpus.queries) == 12
 
 
-def test_texts_in_nothing_but_capitals_become_small_letters(build: Build, tmp_path: Path) -> None:
+def test_texts_in_capitals_become_lower_case(build: Build, tmp_path: Path) -> None:
     rows = [*ROWS, {"_id": "loud", "title": "NATO", "text": "NATO MET IN PARIS ON MONDAY"}]
     queries = [{"_id": "q1", "text": "WHO MET IN PARIS?"}, {"_id": "q2", "text": "NATO in Paris"}]
     corpus = build(beir(tmp_path / "loud", queries, ["q1\tloud\t1", "q2\tloud\t1"], rows))
-    (found,) = [passage for passage in corpus.passages if passage.id == "loud"]
-    assert (found.title, found.text) == ("NATO", "nato met in paris on monday")
+    (loud,) = [passage for passage in corpus.passages if passage.id == "loud"]
+    assert (loud.title, loud.text) == ("NATO", "nato met in paris on monday")
     assert [query.text for query in corpus.queries] == ["who met in paris?", "NATO in Paris"]
 
 
@@ -126,8 +126,8 @@ def test_a_bad_passage_is_set_aside_up_to_the_limit(build: Build, tmp_path: Path
     with pytest.raises(ValueError, match=r"1 of 31 records cannot be used, more than corpus.bad_record_limit=0.01"):
         build(file, f"run={tmp_path / 'strict'}")
     assert len(build(file, "corpus.bad_record_limit=0.1").passages) == 30
-    ((name, line, why),) = set_aside(tmp_path)
-    assert (name, line) == ("p.jsonl", 11) and reason in why
+    ((name, line, recorded_reason),) = set_aside(tmp_path)
+    assert (name, line) == ("p.jsonl", 11) and reason in recorded_reason
 
 
 def test_invalid_utf8_is_set_aside_with_its_line(build: Build, tmp_path: Path) -> None:
@@ -142,8 +142,7 @@ def test_bad_queries_and_judgements_are_set_aside(build: Build, tmp_path: Path) 
     judgements = ["q1\td1\t1", "q3\tmissing\t1", "q9\td1\t1", "q3\td2\tyes", "q3\td2\t1"]
     corpus = build(beir(tmp_path / "b", queries, judgements), "corpus.bad_record_limit=0.2")
     assert corpus.qrels == {"q1": {"d1": 1}, "q3": {"d2": 1}}
-    found = set_aside(tmp_path)
-    assert {(name, line) for name, line, _ in found} == {
+    assert {(name, line) for name, line, _ in set_aside(tmp_path)} == {
         ("queries.jsonl", 2),
         ("test.tsv", 3),
         ("test.tsv", 4),
@@ -175,9 +174,9 @@ def test_a_folder_of_another_form_is_described(build: Build, tmp_path: Path) -> 
         build(tmp_path / "odd")
 
 
-def test_docs_of_packages_give_queries_without_the_objects_own_name(build: Build) -> None:
+def test_docs_of_packages_give_queries_without_the_objects_name(build: Build) -> None:
     corpus = build(Path("installed-packages"), "corpus.packages=[networkx]", "corpus.held_out_queries=40")
     assert len(corpus.queries) == 40 and len(corpus.passages) > 500
     for query in corpus.queries:
-        own = query.id.rsplit(".", 1)[-1].lower()
-        assert own not in query.text.lower().split()
+        name = query.id.rsplit(".", 1)[-1].lower()
+        assert name not in query.text.lower().split()

@@ -31,7 +31,7 @@ def test_a_stage_works_in_a_partial_folder_until_it_is_whole(tmp_path: Path) -> 
     assert open_stage(tmp_path, "train", SETTINGS, {"corpus": "abc"}).done
 
 
-def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_partial_folder_is_resumed(tmp_path: Path) -> None:
     first = open_stage(tmp_path, "train", SETTINGS, {})
     (first.folder / "half").write_text("x", "utf-8")
     again = open_stage(tmp_path, "train", SETTINGS, {})
@@ -39,34 +39,34 @@ def test_a_partial_folder_is_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [WHOLE, Share(1, 4)])
-def test_a_stage_at_work_in_another_process_is_refused_until_that_ends(tmp_path: Path, share: Share) -> None:
+def test_a_stage_that_another_process_works_on_is_refused_until_that_ends(tmp_path: Path, share: Share) -> None:
     program = (
         "import sys, time; from drama_dist.run.folder import open_stage; from drama_dist.run.shares import Share\n"
-        f"stage = open_stage({str(tmp_path)!r}, 'train', {SETTINGS!r}, {{}}, Share({share.number}, {share.of}))\n"
+        f"stage = open_stage({str(tmp_path)!r}, 'train', {SETTINGS!r}, {{}}, Share({share.index}, {share.count}))\n"
         "print('open', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout and other.stdout.readline() == "open\n"
-        who = f"{'' if share.whole else 'share 1 of 4, '}process {other.pid} of "
-        with pytest.raises(InUse, match=rf"another start is at work on this stage \({who}"):
+        holder = f"{'' if share.whole else 'share 1 of 4, '}process {other.pid} of "
+        with pytest.raises(InUse, match=rf"another run is working on this stage \({holder}"):
             open_stage(tmp_path, "train", SETTINGS, {})
-        for number in range(4):
-            if share.whole or number == share.number:
+        for index in range(4):
+            if share.whole or index == share.index:
                 with pytest.raises(InUse):
-                    open_stage(tmp_path, "train", SETTINGS, {}, Share(number, 4))
+                    open_stage(tmp_path, "train", SETTINGS, {}, Share(index, 4))
             else:
-                open_stage(tmp_path, "train", SETTINGS, {}, Share(number, 4))
+                open_stage(tmp_path, "train", SETTINGS, {}, Share(index, 4))
     finally:
         other.kill()
         other.wait()
     open_stage(tmp_path, "train", SETTINGS, {}).finish()
 
 
-def test_another_rank_that_was_left_running_is_at_work_too(tmp_path: Path) -> None:
+def test_a_rank_that_was_left_running_holds_the_stage_too(tmp_path: Path) -> None:
     program = (
         "import time; from drama_dist.distributed import ranks; from drama_dist.run.folder import open_stage\n"
-        "ranks.rank, ranks.barrier, ranks.on_every_rank = lambda: 1, lambda: None, lambda own: [own, own]\n"
+        "ranks.rank, ranks.barrier, ranks.on_every_rank = lambda: 1, lambda: None, lambda value: [value, value]\n"
         f"stage = open_stage({str(tmp_path)!r}, 'train', {SETTINGS!r}, {{}})\n"
         "print('open', flush=True); time.sleep(600)"
     )
@@ -81,13 +81,13 @@ def test_another_rank_that_was_left_running_is_at_work_too(tmp_path: Path) -> No
         other.wait()
 
 
-def test_one_of_several_processes_makes_the_folder_and_the_others_find_it_whole(tmp_path: Path) -> None:
+def test_only_one_of_several_processes_makes_the_folder_and_none_sees_it_incomplete(tmp_path: Path) -> None:
     together = threading.Barrier(8, timeout=20)
 
-    def enter(number: int, run: Path) -> str:
+    def enter(index: int, run: Path) -> str:
         together.wait()
         try:
-            stage = open_stage(run, "encode/drama", {"steps": 0 if number else 1}, {})
+            stage = open_stage(run, "encode/drama", {"steps": 0 if index else 1}, {})
         except OtherSettings:
             return "refused"
         return yaml.safe_load((stage.folder / "settings.yaml").read_text("utf-8"))["settings"]["steps"]
@@ -112,20 +112,20 @@ def test_other_settings_and_inputs_are_refused_and_listed(tmp_path: Path, finish
         "settings.train.steps: 3 in the folder, 5 now",
         "settings.train.seed: '(absent)' in the folder, 1 now",
         "inputs.corpus: 'abc' in the folder, 'abd' now",
-        "Name another run (run=runs/NAME)",
+        "Use another run (run=runs/NAME)",
     ):
         assert line in message
     assert "dims" not in message
 
 
 def test_the_fingerprint_is_of_the_artefact_and_not_of_its_records(tmp_path: Path) -> None:
-    found = []
+    fingerprints = []
     for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
         stage = open_stage(tmp_path / name, "s", {"name": name}, {})
         (stage.folder / "artefact").write_text(text, "utf-8")
         stage.log(step=1, name=name)
-        found.append(fingerprint(stage.finish()))
-    assert found[0] == found[1] != found[2]
+        fingerprints.append(fingerprint(stage.finish()))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_a_missing_input_says_what_to_do(tmp_path: Path) -> None:

@@ -39,9 +39,10 @@ def test_the_command_of_an_artefact_makes_it(small_settings: Callable[..., Setti
     settings = small_settings(SYSTEMS, "evaluate.collections=[data/cisi]")
     for artefact in order_of(settings, *artefacts_of(settings, "run")):
         verb, *options = command_of(artefact)
-        chosen = dict(zip((name.removeprefix("--") for name in options[::2]), options[1::2], strict=True))
+        parameters = dict(zip((name.removeprefix("--") for name in options[::2]), options[1::2], strict=True))
         if artefact.stage.verb != "evaluate":  # which evaluates on all collections
-            assert artefacts_of(settings, verb, **chosen) == [artefact.name]
+            assert artefacts_of(settings, verb, **parameters) == [artefact.name]
+
     with pytest.raises(ValueError, match=r"--system teacher: expected one that is trained: drama, random-init"):
         artefacts_of(settings, "train", system="teacher")
     with pytest.raises(KeyError, match="no stage makes it"):
@@ -92,11 +93,11 @@ def test_a_model_is_evaluated_on_collections_it_was_not_trained_on(
     settings = small_settings(f"evaluate.collections=[{other}]", "train.steps=2")
     make(settings, "run")
     run = Path(settings.run)
-    found = json.loads((run / "evaluate" / "other" / "results.json").read_text("utf-8"))
-    assert [(row["system"], row["dim"]) for row in found] == [("drama", 32), ("drama", 16), ("bm25", None)]
-    assert found[-1]["ndcg@10"] == 1.0  # one passage has the words
+    results = json.loads((run / "evaluate" / "other" / "results.json").read_text("utf-8"))
+    assert [(row["system"], row["dim"]) for row in results] == [("drama", 32), ("drama", 16), ("bm25", None)]
+    assert results[-1]["ndcg@10"] == 1.0  # one passage has the words
     report = json.loads((run / "report.json").read_text("utf-8"))
-    assert report["collections"] == {"other": found} and "Results: other" in (run / "report.html").read_text("utf-8")
+    assert report["collections"] == {"other": results} and "Results: other" in (run / "report.html").read_text("utf-8")
     assert len(list((run / "encode" / "other" / "drama").glob("shard-*.npy"))) == 1
     (other / "qrels" / "test.tsv").unlink()
     with pytest.raises(ValueError, match=r"evaluate.collections: .*other: no judged queries"):

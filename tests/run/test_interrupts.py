@@ -21,20 +21,20 @@ SIGNALS = [signal.SIGUSR1, signal.SIGTERM]
 
 @pytest.fixture(autouse=True)
 def listening() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(signum) for signum in SIGNALS]
     interrupts.listen()
     yield
-    for number, handler in zip(SIGNALS, before, strict=True):
-        signal.signal(number, handler)
+    for signum, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_at_once_unless_deferred(number: signal.Signals) -> None:
-    with pytest.raises(interrupts.Stopped, match=number.name):
-        signal.raise_signal(number)
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_stops_at_once_unless_deferred(signum: signal.Signals) -> None:
+    with pytest.raises(interrupts.Stopped, match=signum.name):
+        signal.raise_signal(signum)
     with pytest.raises(interrupts.Stopped, match="at the end of a stage"), interrupts.deferred():
         assert not interrupts.wanted()
-        signal.raise_signal(number)
+        signal.raise_signal(signum)
         assert interrupts.wanted()
     with interrupts.deferred():
         assert not interrupts.wanted()  # an earlier one does not count
@@ -42,13 +42,13 @@ def test_a_signal_stops_at_once_unless_deferred(number: signal.Signals) -> None:
 
 def test_a_signal_to_another_rank_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with interrupts.deferred():
-        monkeypatch.setattr(ranks, "on_every_rank", lambda own: [own, int(signal.SIGUSR1)])
+        monkeypatch.setattr(ranks, "on_every_rank", lambda value: [value, int(signal.SIGUSR1)])
         assert interrupts.wanted()
-        monkeypatch.setattr(ranks, "on_every_rank", lambda own: [own, 0])
+        monkeypatch.setattr(ranks, "on_every_rank", lambda value: [value, 0])
         assert not interrupts.wanted()
 
 
-def test_training_saves_ends_with_its_own_status_and_goes_on_to_the_same_weights(
+def test_training_saves_exits_with_stopped_and_resumes_to_the_same_weights(
     small_settings_in: Callable[..., Settings],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -72,11 +72,12 @@ def test_training_saves_ends_with_its_own_status_and_goes_on_to_the_same_weights
     assert main(["train", str(path)]) == interrupts.STOPPED == 85
     assert "train: saved after step 2" in capsys.readouterr().err
     partial = tmp_path / "stopped" / "train.partial"
-    assert [one.name for one in (partial / "checkpoints").iterdir()] == ["step-0000002"]
+    assert [path.name for path in (partial / "checkpoints").iterdir()] == ["step-0000002"]
     assert len((partial / "metrics.jsonl").read_text("utf-8").splitlines()) == 2
     monkeypatch.setattr(StageFolder, "log", log)
     assert main(["train", str(path)]) == 0
-    weights = [(Path(one.run) / "train" / "model.safetensors").read_bytes() for one in (whole, stopped)]
+    weights = [(Path(settings.run) / "train" / "model.safetensors").read_bytes() for settings in (whole, stopped)]
+
     assert weights[0] == weights[1]
 
 

@@ -20,9 +20,9 @@ CHAIN = ["corpus", *TEACHER, "encode-corpus-bm25", "augment-array", "augment", "
 
 
 def options(text: str) -> dict[str, str]:
-    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
-    assert len(found) == text.count("#SBATCH")
-    return dict(found)
+    pairs = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
+    assert len(pairs) == text.count("#SBATCH")
+    return dict(pairs)
 
 
 def scripts(settings: Settings, stage: str = "run") -> dict[str, str]:
@@ -70,8 +70,8 @@ def test_what_is_finished_is_not_submitted_again(small_settings: Callable[..., S
 def test_other_collections_are_stored_before_tasks_share_their_encoding(
     small_settings: Callable[..., Settings],
 ) -> None:
-    chosen = trained(small_settings("evaluate.collections=[data/cisi]"))
-    jobs = {job.name: " ".join(job.command) for job in chain(chosen, "run")}
+    settings = trained(small_settings("evaluate.collections=[data/cisi]"))
+    jobs = {job.name: " ".join(job.command) for job in chain(settings, "run")}
     assert jobs["collections-cisi"] == "corpus --collection cisi"
     assert jobs["encode-cisi-drama-array"] == "encode --collection cisi"
     assert list(jobs).index("collections-cisi") < list(jobs).index("encode-cisi-drama-array")
@@ -139,7 +139,8 @@ def test_jobs_wait_for_one_another(
     shutil.rmtree(settings.run)
     submit(settings, "augment", ["s.yaml"], dry_run=False)
     calls = (tmp_path / "calls").read_text("utf-8").splitlines()[2:]
-    waits = [found[1] if (found := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
+    waits = [match[1] if (match := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
+
     # After arrays: however their tasks ended.
     assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:6", "afterok:6,afterany:7"]
 
@@ -174,4 +175,4 @@ def test_the_command_prints_or_says_that_there_is_no_slurm(
     assert printed.count("#!/bin/bash\n") == 2 and "#SBATCH --array=0-2\n" in printed and "slurm.array=3" in printed
     assert not (Path(settings.run) / "slurm").exists()
     assert main(words) == 2
-    assert "no sbatch here" in capsys.readouterr().err
+    assert "sbatch not found" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_a_preempted_job_requeues_and_ends_with_the_same_weights(
         subprocess.run(["scontrol", "requeue", job], check=True)
     _wait_for([job], settings)
     assert _facts(job)[0]["Restarts"] == "1"
-    assert "train: going on from what is there" in _logs(settings)
+    assert "train: resuming" in _logs(settings)
     if how == "warning":
         assert "going on from step" in _logs(settings)  # no other checkpoint was due
     _assert_same_training(run, trained)
