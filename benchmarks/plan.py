@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
+from drama_dist.plan.cost import passages_of_batch
 from drama_dist.plan.devices import CPU, device
 from drama_dist.plan.report import SHARE_OF_CPU_PEAK, least_seconds, read_shape, step_cost
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
@@ -65,14 +65,9 @@ class Run:
     def __init__(self, settings: Settings, shape: LlamaConfig):
         self.settings, train = settings, settings.train
         self.encoder = _encoder(settings, shape)
-        optimiser = (
-            dtype_name(train.dtype),
-            train.zero_stage,
-            train.weight_decay,
-            train.gradient_clipping,
-            train.offload_optimizer,
-        )
-        self.engine = Engine(self.encoder, OptimiserSettings(*optimiser))
+        dtype, stage, decay = dtype_name(train.dtype), train.zero_stage, train.weight_decay
+        optimiser = OptimiserSettings(dtype, stage, decay, train.gradient_clipping, train.offload_optimizer)
+        self.engine = Engine(self.encoder, optimiser)
         self.encoder.train()
         if train.checkpoint_layers:
             self.encoder.checkpoint_layers()
@@ -85,7 +80,7 @@ class Run:
         """Megabytes at the peak of each phase, by the process's own count; the bytes that ranks.py counts; seconds."""
         began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
-        queries, passages = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
+        queries, passages = train.batch_size, passages_of_batch(train)
         own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
         limits = contract.max_query_tokens, contract.max_passage_tokens
         texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
@@ -152,32 +147,14 @@ def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def _in_ranks(file: str, count: int, overrides: list[str], steps: int) -> dict[str, Any]:
-    """Start the ranks; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """What rank 0 of so many found, in processes of their own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*launcher, __file__, "--settings", file, "--worker", json.dumps([overrides, steps])]
     threads = str(max(1, torch.get_num_threads() // count))
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": threads,
-    }
-    command = [sys.executable, __file__, "--settings", file, "--worker", json.dumps([overrides, steps])]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=None if rank == 0 else subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    out = started[0].communicate()[0]
-    if any(process.wait() for process in started):
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise SystemExit(f"a rank failed: {' '.join(command)}")
-    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 

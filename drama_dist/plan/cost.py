@@ -1,8 +1,8 @@
 """What one rank's training step costs, from its shapes: parameters, memory by part, operations. Traffic: traffic.py.
 
-Memory is a bound in simple terms, each named beside what it stands for; where they differ from what the code allocates
-they are larger. What benchmarks/plan.py measured on two CPU cores was DEVIATION of it. Does not cover what libraries
-hold for themselves (on a GPU CUDA's context and NCCL's buffers), nor a batch's texts as Python objects.
+Memory is a bound in simple terms, each named beside what it stands for; where it differs from what the code allocates
+it is mostly larger. On two CPU cores it was 0.98 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
+measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python objects.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from drama_dist.train.objective import queries_travel
 
 SINGLE = 4  # bytes of a float32
 _INDEX = 8  # of an int64
-_DOUBLE = 8  # DeepSpeed forms the norms of ZeRO 1 and 2 in float64
-_KEPT_WHOLE = 10**9  # weights that ZeRO 3 keeps together where it will need them again (DeepSpeed's default)
-_HOLES = 10**8  # bytes between blocks that the CPU's allocator keeps: the most seen was 1.2e8, with a step of 1.2e9
+_HOLES = 10**8  # bytes between blocks that the CPU's allocator keeps; the most seen was 1.2e8, in a step of 1.2e9
 PARTS = ("weights", "optimiser", "gradients", "activations", "embeddings", "loss tiles", "exchange", "allocator")
 Memory = Counter[str]  # bytes by part
 
@@ -74,27 +72,22 @@ class StepCost:
         return self.word_parameters + self.layer_parameters
 
     @property
-    def queries(self) -> int:
-        """Of all ranks."""
-        return self.train.batch_size
-
-    @property
-    def passages(self) -> int:
-        """Of all ranks."""
-        return passages_of_batch(self.train)
+    def batch(self) -> tuple[int, int]:
+        """Queries and passages of all ranks."""
+        return self.train.batch_size, passages_of_batch(self.train)
 
     @property
     def gathers_queries(self) -> bool:
         """Whether every rank has all queries for the loss, and its own passages; else all passages, and its queries."""
-        sizes = self.queries, self.passages, self.config.hidden_size
-        return self.ranks > 1 and queries_travel(*sizes, self.encoder, self.train)
+        return self.ranks > 1 and queries_travel(*self.batch, self.config.hidden_size, self.encoder, self.train)
 
     @property
     def scores_shape(self) -> tuple[int, int]:
         """Rows and columns of the scores that the rank forms."""
+        queries, passages = self.batch
         if self.gathers_queries:
-            return self.queries, largest_share(self.passages, self.ranks)
-        return largest_share(self.queries, self.ranks), self.passages
+            return queries, largest_share(passages, self.ranks)
+        return largest_share(queries, self.ranks), passages
 
     @cached_property
     def chunks(self) -> list[int]:
@@ -125,29 +118,25 @@ class StepCost:
     @property
     def layer_bytes(self) -> int:
         """What autograd keeps of a layer for each token."""
-        config, size, hidden, inner = (
-            self.config,
-            self.weight_size,
-            self.config.hidden_size,
-            self.config.intermediate_size,
-        )
+        config, size = self.config, self.weight_size
+        hidden, inner = config.hidden_size, config.intermediate_size
         attended, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         of_attention = size * (2 * attended + 2 * keys) + SINGLE * config.num_attention_heads  # with its normalisers
         if self.device.is_cpu and self.train.zero_stage < 3 and layers_fuse(config):  # ZeRO 3's hooks undo the fusing
-            return of_attention + size * (2 * hidden + 2 * inner)  # both parts' inputs; gate and up
-        # Of each RMSNorm the input in float32, a factor, the normalised, the result; what attention gives, once more by
-        # token; gate, its silu, up, the product.
-        return of_attention + 2 * (hidden * (SINGLE + 2 * size) + SINGLE) + size * (attended + 4 * inner)
+            return int(of_attention + size * (2 * hidden + 2 * inner))  # both parts' inputs; gate and up
+        norms = 2 * (
+            hidden * (SINGLE + 2 * size) + SINGLE
+        )  # the input in float32, the normalised, the result; a factor
+        return int(of_attention + norms + size * (attended + 4 * inner))  # by token; gate, its silu, up, the product
 
     @property
     def graph_bytes(self) -> int:
         """What a chunk's graph holds for each token: what GradCache measures."""
         config, size = self.config, self.weight_size
-        checkpointed = self.train.checkpoint_layers
-        layer = size * config.hidden_size if checkpointed else self.layer_bytes
-        rotary = 0 if checkpointed else 2 * size * config.head_dim
         ends = config.hidden_size * (2 * SINGLE + size) + SINGLE + 2 * _INDEX  # the last norm; pooling; token ids
-        return int(config.num_hidden_layers * layer + rotary + ends)
+        if self.train.checkpoint_layers:
+            return int(config.num_hidden_layers * size * config.hidden_size + ends)
+        return int(config.num_hidden_layers * self.layer_bytes + 2 * size * config.head_dim + ends)  # rotary embeddings
 
     @property
     def state(self) -> Memory:
@@ -174,12 +163,13 @@ class StepCost:
         On the CPU the process is taken to keep what the backward pass has freed, except with ZeRO 3, where the engine
         has it given back (engine.py).
         """
-        held = self.state + Counter({"embeddings": self._embedding_bytes})
+        whole_weights = self.weight_size * self.parameters if self.train.zero_stage == 3 and self.ranks > 1 else 0
+        held = self.state + Counter(embeddings=self._embedding_bytes, exchange=whole_weights)
         loss = held + Counter(activations=self.kept_tokens * self.graph_bytes) + self._loss_parts
-        backward = held + self._backward_parts
-        keeps = self.device.is_cpu and self.train.zero_stage < 3
-        freed = backward + Counter(allocator=_HOLES) if keeps else Counter()
-        update = freed | (self.state + Counter(gradients=self._update_bytes))
+        backward = held + Counter(activations=self._graphs, gradients=self.weight_size * self.layer_parameters)
+        update = self.state + Counter(gradients=self._update_bytes)
+        if self.device.is_cpu and self.train.zero_stage < 3:
+            update |= backward + Counter(allocator=_HOLES)
         return {"loss": loss, "backward": backward, "update": update}
 
     @property
@@ -205,9 +195,7 @@ class StepCost:
 
     @property
     def _embedding_bytes(self) -> int:
-        """Different words looked up, with gradients; their places; token ids and positions; texts' vectors, two copies
-        with gradients.
-        """
+        """Different words and, twice, texts' vectors, all with gradients; places of words; token ids and positions."""
         hidden, words = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
         integers = _INDEX * (self.config.vocab_size + 2 * self.tokens)
         return int(2 * self.weight_size * words * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
@@ -221,34 +209,27 @@ class StepCost:
         return Counter({"loss tiles": tiles, "exchange": copies * SINGLE * self.config.hidden_size})
 
     @property
-    def _backward_parts(self) -> Memory:
-        """Kept graphs, one more of the longest chunk, and the widest operands of a layer's backward pass."""
-        longest, size = max(self.chunks), self.weight_size
+    def _graphs(self) -> int:
+        """Kept graphs and one more of the longest chunk, with the widest operands of a layer's backward pass."""
+        longest, config = max(self.chunks), self.config
         graphs = min(self.tokens, self.kept_tokens + longest) * self.graph_bytes
-        operands = longest * size * (4 * self.config.hidden_size + 3 * self.config.intermediate_size)
-        again = longest * self.layer_bytes if self.train.checkpoint_layers else 0
-        lockstep = self.train.zero_stage == 3 and self.ranks > 1
-        return Counter(
-            activations=int(graphs + operands + again),
-            gradients=size * self.layer_parameters,
-            exchange=size * min(self.parameters, _KEPT_WHOLE) if lockstep else 0,
-        )
+        operands = longest * self.weight_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+        return int(graphs + operands + longest * self.layer_bytes * self.train.checkpoint_layers)
 
     @property
     def _update_bytes(self) -> int:
         """Gradients of the rank's own part, and the largest of what is made of them."""
-        size, stage, count = self.weight_size, self.train.zero_stage, self.parameters
+        size, stage, count, words = self.weight_size, self.train.zero_stage, self.parameters, self.word_parameters
         if stage == 0:
             return 2 * size * count  # DeepSpeed lays them side by side before it reduces them, even on one rank
         split = largest_share(count, self.ranks)
-        several = self.ranks > 1
-        own = 0 if stage == 3 else size * min(count, split + self.word_parameters * several)  # matrices on the border
-        made = (
-            size * self.word_parameters * several,  # the words' are there and in the rank's buffer
-            _DOUBLE * min(split, self.word_parameters) if stage < 3 else 0,  # a norm's
-            0 if self.offloaded_bytes else (SINGLE + 2) * split,  # in float32, and as new weights
-            size * count if several and self.device.is_cpu and stage < 3 else 0,  # gloo copies what it gathers
-        )
+        made = [8 * min(split, words) if stage < 3 else 0]  # for a norm, in float64
+        made += [] if self.offloaded_bytes else [(SINGLE + 2) * split]  # in float32, and as new weights
+        if self.ranks == 1:
+            return size * count * (stage < 3) + max(made)
+        made += [size * words]  # whole, beside the rank's part
+        made += [size * count] if self.device.is_cpu and stage < 3 else []  # gloo copies what it gathers
+        own = size * min(count, split + words) if stage < 3 else 0  # a matrix that is another rank's, too, is whole
         return own + max(made)
 
 

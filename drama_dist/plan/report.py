@@ -77,10 +77,10 @@ def report(cost: StepCost) -> Iterator[str]:
         f"parameters  {cost.parameters / 1e6:.1f} million: words {cost.word_parameters / 1e6:.1f}, "
         f"layers {cost.layer_parameters / 1e6:.1f}"
     )
-    queries, passages = (largest_share(count, cost.ranks) for count in (cost.queries, cost.passages))
+    queries, passages = (f"{largest_share(count, cost.ranks)} of {count}" for count in cost.batch)
     yield (
-        f"step        {queries} of {cost.queries} queries, {passages} of {cost.passages} passages; {cost.tokens:,} "
-        f"tokens in {len(cost.chunks)} chunks, {1 - cost.kept_tokens / cost.tokens:.0%} of them encoded twice"
+        f"step        {queries} queries, {passages} passages; {cost.tokens:,} tokens in {len(cost.chunks)} chunks, "
+        f"{1 - cost.kept_tokens / cost.tokens:.0%} of them encoded twice"
     )
     yield f"lengths     {cost.lengths_from}"
     yield from _memory_lines(cost)

@@ -15,12 +15,13 @@ def traffic_per_step(cost: StepCost) -> dict[str, int]:
     """Bytes by kind that the rank sends; nothing where it is alone."""
     if cost.ranks == 1:
         return {}
-    gathered = cost.queries if cost.gathers_queries else cost.passages
+    queries, passages = cost.batch
+    gathered = queries if cost.gathers_queries else passages
     own, vector = largest_share(gathered, cost.ranks), SINGLE * cost.config.hidden_size
     there, back = (cost.ranks - 1) * own * vector, (gathered - own) * vector
     if not cost.gathers_queries:
         return {"passages": there, "passage gradients": back} | _deepspeed(cost)
-    merged = SINGLE * cost.queries * (1 + 3 * len(cost.encoder.dims))  # the best score; each dim's maximum, two sums
+    merged = SINGLE * queries * (1 + 3 * len(cost.encoder.dims))  # the best score; each dim's maximum, two sums
     rows = {"merged rows": _all_reduce(merged, cost.ranks)}
     return {"queries": there, "query gradients": back} | rows | _deepspeed(cost)
 
