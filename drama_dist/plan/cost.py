@@ -1,7 +1,7 @@
 """What one rank's training step costs, from its shapes: parameters, memory by part, operations. Traffic: traffic.py.
 
 Memory is a bound in simple terms, each named beside what it stands for; where it differs from what the code allocates
-it is mostly larger. On two CPU cores it was 0.98 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
+it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
 measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python objects.
 """
 
@@ -223,14 +223,12 @@ class StepCost:
         if stage == 0:
             return 2 * size * count  # DeepSpeed lays them side by side before it reduces them, even on one rank
         split = largest_share(count, self.ranks)
-        made = [8 * min(split, words) if stage < 3 else 0]  # for a norm, in float64
-        made += [] if self.offloaded_bytes else [(SINGLE + 2) * split]  # in float32, and as new weights
-        if self.ranks == 1:
-            return size * count * (stage < 3) + max(made)
-        made += [size * words]  # whole, beside the rank's part
-        made += [size * count] if self.device.is_cpu and stage < 3 else []  # gloo copies what it gathers
-        own = size * min(count, split + words) if stage < 3 else 0  # a matrix that is another rank's, too, is whole
-        return own + max(made)
+        made = [size * words, 0 if self.offloaded_bytes else (SINGLE + 2) * split]  # in float32, and as new weights
+        if stage == 3:
+            return max(made)
+        made += [8 * min(split, words)]  # for a norm, in float64
+        made += [size * count] if self.device.is_cpu and self.ranks > 1 else []  # gloo copies what it gathers
+        return size * min(count, split + words) + max(made)  # a matrix of which another rank has a part is whole
 
 
 def passages_of_batch(train: TrainSettings) -> int:

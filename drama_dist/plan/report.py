@@ -159,9 +159,8 @@ def what_fits(settings: Settings, cost: StepCost) -> list[str]:
             for earlier in chosen[-2::-1]:
                 rest = [other for other in chosen if other is not earlier]
                 chosen = rest if _fits_with(settings, cost, rest) else chosen
-            return [
-                f"--ranks {value}" if key == "ranks" else f"train.{key}={value}" for key, value in dict(chosen).items()
-            ]
+            last = dict(chosen)
+            return [f"--ranks {last[key]}" if key == "ranks" else f"train.{key}={last[key]}" for key in last]
     return []
 
 
@@ -214,12 +213,10 @@ def _quantiles(counts: Sequence[int], edges: Sequence[float], number: int) -> li
 
 
 def _read_config(name: str) -> LlamaConfig:
-    source = locate(name)
-    gguf = Path(source) if Path(source).is_file() else None
+    source = Path(locate(name))
+    gguf = {"gguf_file": source.name} if source.is_file() else {}
     try:
-        config = AutoConfig.from_pretrained(
-            gguf.parent if gguf else source, **({"gguf_file": gguf.name} if gguf else {})
-        )
+        config = AutoConfig.from_pretrained(str(source.parent if gguf else source), **gguf)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: its configuration cannot be read; say --vocabulary and --head instead") from error
     if not isinstance(config, LlamaConfig):
