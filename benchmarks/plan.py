@@ -4,9 +4,9 @@ python benchmarks/plan.py [--settings configs/quickstart.yaml] [--batch 48] [--s
 
 Every line is a run of its own, of random weights in the settings' shape and random texts of the settings' lengths,
 after a step of a tiny encoder that loads the libraries. Memory is the process's peak (VmHWM) in the last step above
-what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts, without its
-figures. The results file's name says in which
-dtype steps are, where a line does not: the one that suits the machine.
+what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts,
+without its figures. The results file's name says in which dtype steps are, where a line does not: the one that suits
+the machine.
 """
 
 from __future__ import annotations

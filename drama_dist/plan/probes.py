@@ -270,13 +270,13 @@ def _loss_difference(backend: str, device: Any) -> float:
 
     torch.manual_seed(0)
     queries, passages = (torch.randn(count, 64, device=device) for count in (3, 5))
-    loss, exact = (
+    value, exact = (
         float(info_nce(queries, passages, torch.arange(3, device=device), temperature=0.05, backend=name).loss)
         for name in (backend, "reference")
     )
-    if not abs(loss - exact) < 1e-3 * abs(exact):
-        raise Missing(f"the loss is {loss}, and {exact} by the reference")
-    return abs(loss - exact)
+    if not abs(value - exact) < 1e-3 * abs(exact):
+        raise Missing(f"the loss is {value}, and {exact} by the reference")
+    return abs(value - exact)
 
 
 def _search(library: Any, resources: Any = None) -> None:

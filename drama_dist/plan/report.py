@@ -145,7 +145,7 @@ def _verdict(settings: Settings, cost: StepCost) -> Iterator[str]:
     if cost.fits:
         yield f"\nfits: {peak:.2f} of {memory:.1f} GiB"
         return
-    yield f"\ndoes not fit: {peak:.2f} GiB of {memory:.1f}; most of it is {part}, in the {phase}"
+    yield f"\ndoes not fit: {peak:.2f} GiB of {memory:.1f}; most of it is {part} (phase: {phase})"
     changes = what_fits(settings, cost)
     yield f"would fit with: {' '.join(changes)}" if changes else "nothing in the settings makes it fit: prune further"
 
@@ -165,10 +165,12 @@ def what_fits(settings: Settings, cost: StepCost) -> list[str]:
 
 
 def _changes(cost: StepCost) -> Iterator[Change]:
-    """One after another; a later value of a key replaces an earlier one."""
+    """Each adds to those before; a later value of a key replaces an earlier one."""
     train, ranks, on_gpu = cost.train, cost.ranks, not cost.device.is_cpu
-    yield "activation_budget", AUTO
-    yield "activation_budget", 0
+    if train.activation_budget not in (AUTO, 0):
+        yield "activation_budget", AUTO
+    if train.activation_budget != 0:
+        yield "activation_budget", 0
     tokens = train.chunk_tokens // 2
     while tokens >= max(cost.lengths):
         yield "chunk_tokens", tokens
@@ -181,7 +183,7 @@ def _changes(cost: StepCost) -> Iterator[Change]:
     while on_gpu and 2 * ranks <= min(train.batch_size, _MOST_RANKS):
         ranks *= 2
         yield "ranks", ranks
-        yield from stages
+        yield from stages if cost.ranks == 1 else ()
 
 
 def _fits_with(settings: Settings, cost: StepCost, changes: Sequence[Change]) -> bool:

@@ -81,6 +81,12 @@ def test_what_would_make_it_fit_does_and_no_less(gigabytes: float) -> None:
             assert not fits([doubled if other == word else other for other in changes])
 
 
+def test_what_the_settings_say_already_is_not_advised() -> None:
+    settings = base("train.activation_budget=0", "train.checkpoint_layers=true", "train.zero_stage=3")
+    changes = what_fits(settings, step_cost(settings, 8, small_gpu(2), pruned_shape(settings, 128_256, 64)))
+    assert changes and all(change.startswith(("train.chunk_tokens=", "train.offload", "--ranks")) for change in changes)
+
+
 def test_one_rank_that_is_too_few_gets_more_and_a_stage_that_splits() -> None:
     settings = base("train.zero_stage=0", "train.dtype=float32")
     shape = pruned_shape(settings, 128_256, 64)
