@@ -4,15 +4,15 @@ python benchmarks/plan.py [--settings configs/quickstart.yaml] [--batch 48] [--s
 
 Every line is a run of its own, of random weights in the settings' shape and random texts of the settings' lengths,
 after a step of a tiny encoder that loads the libraries. Memory is the process's peak (VmHWM) in the last step above
-what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts. The results file's name says in which
-dtype steps are, where a line does not: the one that suits the machine.
+what it held then; rank 0's, as in the plan. Bytes are those that ranks.py counts,
+without its figures. The results file's name says in which dtype steps are, where a line does not: the one that suits
+the machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -29,9 +29,9 @@ from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
-from drama_dist.plan.cost import Shape
+from drama_dist.plan.cost import passages_of_batch
 from drama_dist.plan.devices import CPU, device
-from drama_dist.plan.report import SHARES_OF_PEAK, make_plan, read_shape
+from drama_dist.plan.report import SHARE_OF_CPU_PEAK, least_seconds, read_shape, step_cost
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.run import interrupts
 from drama_dist.settings import Settings, read_settings
@@ -62,30 +62,25 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
 class Run:
     """An encoder in training, as train/loop.py does it, on random texts."""
 
-    def __init__(self, settings: Settings, shape: Shape):
+    def __init__(self, settings: Settings, shape: LlamaConfig):
         self.settings, train = settings, settings.train
         self.encoder = _encoder(settings, shape)
-        optimiser = (
-            dtype_name(train.dtype),
-            train.zero_stage,
-            train.weight_decay,
-            train.gradient_clipping,
-            train.offload_optimizer,
-        )
-        self.engine = Engine(self.encoder, OptimiserSettings(*optimiser))
+        dtype, stage, decay = dtype_name(train.dtype), train.zero_stage, train.weight_decay
+        optimiser = OptimiserSettings(dtype, stage, decay, train.gradient_clipping, train.offload_optimizer)
+        self.engine = Engine(self.encoder, optimiser)
         self.encoder.train()
         if train.checkpoint_layers:
             self.encoder.checkpoint_layers()
         self.telemetry = Telemetry(self.encoder, None, 0)
         self.cache = GradCache(self.encoder, self.engine, train.chunk_tokens, float(train.activation_budget) * 2**30)
         self.chance = torch.Generator().manual_seed(ranks.rank())
-        self.words = shape.vocabulary
+        self.words = shape.vocab_size
 
     def step(self) -> dict[str, Any]:
         """Megabytes at the peak of each phase, by the process's own count; the bytes that ranks.py counts; seconds."""
         began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
-        queries, passages = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
+        queries, passages = train.batch_size, passages_of_batch(train)
         own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
         limits = contract.max_query_tokens, contract.max_passage_tokens
         texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
@@ -109,26 +104,19 @@ class Run:
         return torch.randint(self.words, (length,), generator=self.chance).tolist()
 
 
-def _encoder(settings: Settings, shape: Shape) -> Encoder:
+def _encoder(settings: Settings, shape: LlamaConfig) -> Encoder:
     tokenizer = AutoTokenizer.from_pretrained(resolve(TOKENIZER))
     tokenizer.add_special_tokens({"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token})
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head,
-        intermediate_size=shape.inner,
-    )
-    return from_config(config, tokenizer, settings.encoder, settings.seed)
+    return from_config(shape, tokenizer, settings.encoder, settings.seed)
 
 
 def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """In a rank's process: memory in MB above what the libraries hold, bytes sent, and seconds a step."""
     settings = read_settings(file, overrides)
     shape = read_shape(settings)
-    tiny = replace(shape, vocabulary=1000, hidden=64, layers=1, heads=1, key_value_heads=1, inner=64)
+    tiny = LlamaConfig(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
+    )
     few = replace(settings, encoder=replace(settings.encoder, dims=[64, 32]))
     Run(replace(few, train=replace(few.train, batch_size=8)), tiny).step()
     libraries = held_megabytes(CPU)
@@ -145,50 +133,28 @@ def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
 def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:
     """What the plan says, as `worker` measures it."""
     settings = read_settings(file, overrides)
-    plan = make_plan(settings, count, device(CPU, count), read_shape(settings))
-    costs, (phase, peak) = plan.costs, plan.costs.peak
-    kept = costs.graph_bytes * (sum(costs.share.lengths) - costs.recomputed_tokens)
-    state = sum(costs.state[part] for part in costs.state if part != "exchange")
-    sent = {kind: size for kind, size in traffic_per_step(costs).items() if kind not in DEEPSPEED}
+    cost = step_cost(settings, count, device(CPU, count), read_shape(settings))
+    phase, parts = cost.peak
     return {
-        "state": state / 1e6,
-        "kept graphs": kept / 1e6,
-        "backward": max(sum(costs.phases[name].values()) for name in ("backward", "gradients")) / 1e6,
-        "all": sum(peak.values()) / 1e6,
+        "state": cost.state.total() / 1e6,
+        "kept graphs": cost.kept_tokens * cost.graph_bytes / 1e6,
+        "all": parts.total() / 1e6,
         "phase": phase,
-        "parts": {name: size / 1e6 for name, size in peak.items() if size},
-        "sent": sent,
-        "seconds": plan.seconds,
+        "parts": {name: size / 1e6 for name, size in parts.items() if size},
+        "sent": {kind: size for kind, size in traffic_per_step(cost).items() if kind not in DEEPSPEED},
+        "seconds": least_seconds(cost),
     }
 
 
 def _in_ranks(file: str, count: int, overrides: list[str], steps: int) -> dict[str, Any]:
-    """Start the ranks; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """What rank 0 of so many found, in processes of their own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*launcher, __file__, "--settings", file, "--worker", json.dumps([overrides, steps])]
     threads = str(max(1, torch.get_num_threads() // count))
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(count),
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": threads,
-    }
-    command = [sys.executable, __file__, "--settings", file, "--worker", json.dumps([overrides, steps])]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=None if rank == 0 else subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    out = started[0].communicate()[0]
-    if any(process.wait() for process in started):
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise SystemExit(f"a rank failed: {' '.join(command)}")
-    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
@@ -196,22 +162,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: planned / measured."""
     lines = [
         "MB of rank 0, planned / measured; memory above what the libraries hold. State: weights and optimiser. All:",
-        "the step's peak, and planned over measured; backward: the peak before the update. Sent: bytes of the loss's",
-        "exchange and figures. time: expected by the plan over measured.",
+        "the step's peak; ratio: planned over measured. Sent: kB of the loss's vectors. Time: expected by the plan",
+        "over measured.",
         "",
-        "| ranks | train. | state | kept graphs | backward | all | ratio | sent | time |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| ranks | train. | state | kept graphs | all | ratio | sent | time |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         plan, measured = row["planned"], row["measured"]
-        pairs = [f"{plan[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
-        equal = plan["sent"] == measured["sent"]
-        other = f"planned {sum(plan['sent'].values())}"
-        sent = f"{sum(measured['sent'].values())}, {'equal' if equal else other}"
+        pairs = [f"{plan[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "all")]
+        both = (sum(count for kind, count in side["sent"].items() if kind != "figures") for side in (plan, measured))
+        sent = " / ".join(f"{count / 1e3:.1f}" for count in both)
         lines.append(
             f"| {row['ranks']} | {' '.join(row['settings'])} | {' | '.join(pairs)} "
             f"| {plan['all'] / measured['all']:.2f} | {sent if row['ranks'] > 1 else '–'} "
-            f"| {plan['seconds'] / SHARES_OF_PEAK[True] / measured['seconds']:.2f} |"
+            f"| {plan['seconds'] / SHARE_OF_CPU_PEAK / measured['seconds']:.2f} |"
         )
     return "\n".join(lines)
 

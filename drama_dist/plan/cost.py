@@ -1,397 +1,254 @@
-"""What a training step costs by its shapes: parameters, memory by part, operations. Traffic is in traffic.py.
+"""What one rank's training step costs, from its shapes: parameters, memory by part, operations. Traffic: traffic.py.
 
-Every figure follows what the code allocates, named beside it; benchmarks/plan.py compares them with what was measured.
-Does not cover what the libraries themselves hold, the batch's texts as Python objects, or what devices are (plan.py).
-
-Shapes: W ranks; B queries and N passages of all ranks; K components, M dims, T tokens of this rank.
+Memory is a bound in simple terms, each named beside what it stands for; where it differs from what the code allocates
+it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
+measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python objects.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+from transformers import LlamaConfig
+
+from drama_dist.distributed.precision import AUTO, dtype_name
+from drama_dist.encoder.flops import forward_flops, layer_weights
 from drama_dist.encoder.packing import token_budget_chunks
-from drama_dist.kernels import attention, compiled_tiles, layers
+from drama_dist.kernels import attention, compiled_tiles, eager_tiles, layers, streaming_tiles
+from drama_dist.plan.devices import Device
+from drama_dist.settings import EncoderSettings, TrainSettings
+from drama_dist.train.grad_cache import SHARE_OF_FREE
+from drama_dist.train.info_nce_term import gathers_queries
 
 SINGLE = 4  # bytes of a float32
-INDEX = 8  # of an int64
-_DOUBLE = 8  # DeepSpeed forms the norms of ZeRO 1 and 2 in float64
-_MAPPED = 32 * 2**20  # glibc gives blocks from here on back at once; what is smaller stays with the process
-PARTS = ("weights", "gradients", "optimiser", "activations", "embeddings", "loss tiles", "exchange", "freed, kept")
-Memory = dict[str, float]  # bytes by part
+_INDEX = 8  # of an int64
+_HOLES = 10**8  # bytes between blocks that the CPU's allocator keeps; the most seen was 1.2e8, in a step of 1.2e9
+PARTS = ("weights", "optimiser", "gradients", "activations", "embeddings", "loss tiles", "exchange", "allocator")
+Memory = Counter[str]  # bytes by part
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama-type backbone without its language-model head."""
+class StepCost:
+    """A training step of rank 0, whose share of the batch is the largest.
 
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head: int
-    inner: int
+    config: the encoder's. lengths: tokens of each of the rank's texts, of which no two are equal; lengths_from: where
+    they come from.
+    """
+
+    config: LlamaConfig
+    encoder: EncoderSettings
+    train: TrainSettings
+    ranks: int
+    device: Device
+    lengths: tuple[int, ...]
+    lengths_from: str
 
     @property
-    def layer_matrices(self) -> list[int]:
-        """Weights of a layer's products, in the order of its parameters."""
-        query, key_value = self.heads * self.head, self.key_value_heads * self.head
-        return [self.hidden * width for width in (query, key_value, key_value, query, *3 * [self.inner])]
+    def dtype(self) -> str:
+        """bfloat16 or float32; `auto` is settled by this machine where the plan is for it."""
+        return "bfloat16" if self.train.dtype == AUTO and not self.device.is_cpu else dtype_name(self.train.dtype)
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of a weight, an activation or a gradient."""
+        return SINGLE if self.dtype == "float32" else SINGLE // 2
+
+    @property
+    def word_parameters(self) -> int:
+        return int(self.config.vocab_size * self.config.hidden_size)
 
     @property
     def layer_parameters(self) -> int:
         """Of all layers and the last norm."""
-        return self.layers * (sum(self.layer_matrices) + 2 * self.hidden) + self.hidden
-
-    @property
-    def word_parameters(self) -> int:
-        return self.vocabulary * self.hidden
+        hidden = self.config.hidden_size
+        return int(self.config.num_hidden_layers * (layer_weights(self.config) + 2 * hidden) + hidden)
 
     @property
     def parameters(self) -> int:
         return self.word_parameters + self.layer_parameters
 
-
-@dataclass(frozen=True)
-class RankShare:
-    """One rank's share of a step. lengths: tokens of each of its texts, of which no two are equal; words: different
-    tokens among them. Queries and passages are those of all ranks, own ones the rank's.
-    """
-
-    ranks: int
-    queries: int
-    passages: int
-    own_queries: int
-    own_passages: int
-    lengths: tuple[int, ...]
-    words: int
-    dims: tuple[int, ...]
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Queries and passages of all ranks."""
+        return self.train.batch_size, passages_of_batch(self.train)
 
     @property
-    def most_queries(self) -> int:
-        return -(-self.queries // self.ranks)
+    def gathers_queries(self) -> bool:
+        """Whether every rank has all queries for the loss, and its own passages; else all passages, and its queries."""
+        return self.ranks > 1 and gathers_queries(*self.batch, self.config.hidden_size, self.encoder, self.train)
 
     @property
-    def most_passages(self) -> int:
-        return -(-self.passages // self.ranks)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How it is done. size: bytes of a weight (4 without ZeRO); budget: bytes for kept graphs; threads: PyTorch's.
-
-    loss: the backend's module of kernels (compiled_tiles, eager_tiles, streaming_tiles). fused: the CPU's fused layers.
-    bucket: elements that go over the network together.
-    """
-
-    size: int
-    zero: int
-    offload: bool
-    chunk_tokens: int
-    budget: float
-    checkpoint_layers: bool
-    queries_travel: bool
-    loss: str
-    fused: bool
-    bucket: int
-    threads: int
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.loss == "streaming_tiles"
-
-    @property
-    def tiles(self) -> Any:
-        """The loss's module, with its held_bytes and chunk_rows."""
-        return importlib.import_module(f"drama_dist.kernels.{self.loss}")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Everything that follows from a shape, a share and a way."""
-
-    shape: Shape
-    share: RankShare
-    way: Way
+    def scores_shape(self) -> tuple[int, int]:
+        """Rows and columns of the scores that the rank forms."""
+        queries, passages = self.batch
+        if self.gathers_queries:
+            return queries, largest_share(passages, self.ranks)
+        return largest_share(queries, self.ranks), passages
 
     @cached_property
     def chunks(self) -> list[int]:
         """Tokens of each chunk, in the order in which they are encoded."""
-        lengths = self.share.lengths
-        return [sum(lengths[i] for i in chunk) for chunk in token_budget_chunks(lengths, self.way.chunk_tokens)]
-
-    @cached_property
-    def kept(self) -> list[bool]:
-        """Whether the budget holds each chunk's graph, as GradCache goes through them."""
-        held, found = 0.0, []
-        for tokens in self.chunks:
-            found.append(held + tokens * self.graph_bytes <= self.way.budget)
-            held += tokens * self.graph_bytes * found[-1]
-        return found
+        lengths = self.lengths
+        return [sum(lengths[i] for i in chunk) for chunk in token_budget_chunks(lengths, self.train.chunk_tokens)]
 
     @property
     def tokens(self) -> int:
-        return sum(self.share.lengths)
+        return sum(self.lengths)
+
+    @cached_property
+    def kept_tokens(self) -> int:
+        """Tokens whose graphs the activation budget holds, as GradCache goes through the chunks."""
+        kept, most = 0, self.activation_budget / self.graph_bytes
+        for tokens in self.chunks:
+            kept += tokens * (kept + tokens <= most)
+        return kept
 
     @property
-    def recomputed_tokens(self) -> int:
-        return sum(tokens for tokens, kept in zip(self.chunks, self.kept, strict=True) if not kept)
+    def activation_budget(self) -> float:
+        """Bytes for kept graphs; "auto", as in GradCache: a share of what the longest chunk's graph leaves free."""
+        if self.train.activation_budget != AUTO:
+            return float(self.train.activation_budget) * 2**30
+        held = self.state.total() + self._embedding_bytes + max(self.chunks) * self.graph_bytes
+        return max(0.0, SHARE_OF_FREE * (self.device.memory - held))
 
     @property
     def layer_bytes(self) -> int:
         """What autograd keeps of a layer for each token."""
-        shape, size = self.shape, self.way.size
-        heads, pairs = shape.heads * shape.head, (shape.heads + 2 * shape.key_value_heads) * shape.head
-        normalisers = SINGLE * shape.heads  # of attention
-        if self._fused:  # both parts' inputs; queries, keys, values, and what attention gives; gate and up
-            return size * (2 * shape.hidden + pairs + heads + 2 * shape.inner) + normalisers
-        # Of each RMSNorm the input in float32, a factor, the normalised, the result; gate, its silu, up, the product.
-        norms = 2 * (shape.hidden * (SINGLE + 2 * size) + SINGLE)
-        copied = 0 if self.way.on_gpu else heads  # what attention gives, once more by token
-        return norms + size * (pairs + heads + copied + 4 * shape.inner) + normalisers
+        config, size = self.config, self.weight_size
+        hidden, inner = config.hidden_size, config.intermediate_size
+        attended, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        of_attention = size * (2 * attended + 2 * keys) + SINGLE * config.num_attention_heads  # with its normalisers
+        if self.device.is_cpu and self.train.zero_stage < 3 and layers_fuse(config):  # ZeRO 3's hooks undo the fusing
+            return int(of_attention + size * (2 * hidden + 2 * inner))  # both parts' inputs; gate and up
+        # The input in float32, the normalised, the result; a factor.
+        norms = 2 * (hidden * (SINGLE + 2 * size) + SINGLE)
+        return int(of_attention + norms + size * (attended + 4 * inner))  # by token; gate, its silu, up, the product
 
     @property
     def graph_bytes(self) -> int:
-        """What a chunk's graph holds for each token: GradCache measures the same."""
-        shape, size = self.shape, self.way.size
-        layer = size * shape.hidden if self.way.checkpoint_layers else self.layer_bytes
-        last_norm = shape.hidden * (SINGLE + size) + SINGLE
-        pooled = SINGLE * shape.hidden + INDEX  # index_add keeps what it adds
-        rotary = 0 if self.way.checkpoint_layers else 2 * size * shape.head
-        return shape.layers * layer + last_norm + pooled + rotary + INDEX
-
-    @property
-    def phases(self) -> dict[str, Memory]:
-        """Memory by part while a step encodes, forms the loss, goes back, has all gradients, and updates."""
-        return {
-            "encoding": self._with(activations=self._kept_bytes + self._working(3), exchange=self._whole_weights),
-            "loss": self._with(activations=self._kept_bytes, **self._loss_parts),
-            "backward": self._backward,
-            "gradients": self._gradients,
-            "update": self._update,
-        }
-
-    @property
-    def peak(self) -> tuple[str, Memory]:
-        """The phase that needs most, and its memory by part."""
-        return max(self.phases.items(), key=lambda item: sum(item[1].values()))
+        """What a chunk's graph holds for each token: what GradCache measures."""
+        config, size = self.config, self.weight_size
+        ends = config.hidden_size * (2 * SINGLE + size) + SINGLE + 2 * _INDEX  # the last norm; pooling; token ids
+        if self.train.checkpoint_layers:
+            return int(config.num_hidden_layers * size * config.hidden_size + ends)
+        return int(config.num_hidden_layers * self.layer_bytes + 2 * size * config.head_dim + ends)  # rotary embeddings
 
     @property
     def state(self) -> Memory:
         """Weights and optimiser, held all the time; with ZeRO 3 a place for this rank's gradients, too."""
-        ranks, zero, size, count = self.share.ranks, self.way.zero, self.way.size, self.shape.parameters
-        master = SINGLE if zero else 0  # weights in float32, which the optimiser changes
-        optimiser = (master + 2 * SINGLE) * count / (ranks if zero else 1)
-        split = ranks if zero == 3 else 1
-        held = {"weights": size * count / split, "optimiser": 0 if self.offloads else optimiser}
-        if zero == 3:
-            held |= {"gradients": size * count / ranks, "exchange": self._bucket_bytes}
-        return held
+        count, stage = self.parameters, self.train.zero_stage
+        split = largest_share(count, self.ranks)
+        optimiser = 3 * SINGLE * split if stage else 2 * SINGLE * count  # moments; with ZeRO float32 weights, too
+        return Counter(
+            weights=self.weight_size * (split if stage == 3 else count),
+            optimiser=0 if self.offloaded_bytes else optimiser,
+            gradients=self.weight_size * split if stage == 3 else 0,
+        )
 
     @property
-    def offloads(self) -> bool:
-        return self.way.offload and self.way.zero > 0
-
-    @property
-    def offloaded_bytes(self) -> float:
+    def offloaded_bytes(self) -> int:
         """In the machine's memory, for each rank: master weights, moments and gradients in float32."""
-        return 4 * SINGLE * self.shape.parameters / self.share.ranks if self.offloads else 0
+        offloads = self.train.offload_optimizer and self.train.zero_stage > 0
+        return 4 * SINGLE * largest_share(self.parameters, self.ranks) * offloads
+
+    @cached_property
+    def phases(self) -> dict[str, Memory]:
+        """Memory by part in the loss, the backward pass and the update; encoding needs less than the backward pass.
+
+        On the CPU the process is taken to keep what the backward pass has freed, except with ZeRO 3, where the engine
+        has it given back (engine.py).
+        """
+        whole_weights = self.weight_size * self.parameters if self.train.zero_stage == 3 and self.ranks > 1 else 0
+        held = self.state + Counter(embeddings=self._embedding_bytes, exchange=whole_weights)
+        loss = held + Counter(activations=self.kept_tokens * self.graph_bytes) + self._loss_parts
+        backward = held + Counter(activations=self._graphs, gradients=self.weight_size * self.layer_parameters)
+        update = self.state + Counter(gradients=self._update_bytes)
+        if self.device.is_cpu and self.train.zero_stage < 3:
+            update |= backward + Counter(allocator=_HOLES)
+        return {"loss": loss, "backward": backward, "update": update}
 
     @property
-    def own_gradients(self) -> float:
-        """When the backward pass is over: whole without ZeRO, else of the parameters that meet this rank's part."""
-        size, count, ranks = self.way.size, self.shape.parameters, self.share.ranks
-        if self.way.zero == 3:
-            return 0
-        if self.way.zero == 0 or ranks == 1:
-            return size * count
-        return size * max(sum(whole for whole, _ in self._parts_of(rank)) for rank in self._example_ranks)
+    def peak(self) -> tuple[str, Memory]:
+        """The phase that needs most, and its memory by part."""
+        return max(self.phases.items(), key=lambda phase: phase[1].total())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak[1].total() <= self.device.memory
 
     @property
     def operations(self) -> float:
         """Of a step of this rank, loss included: forward, backward (twice that), and what is computed again."""
-        forward = self._forward_operations(self.share.lengths)
-        again = forward * (self.recomputed_tokens / self.tokens + self.way.checkpoint_layers)
-        return 3 * forward + again + self.loss_operations
+        again = 1 - self.kept_tokens / self.tokens + self.train.checkpoint_layers
+        return forward_flops(self.config, self.lengths) * (3 + again) + self.loss_operations
 
     @property
     def loss_operations(self) -> float:
         """Of the products of scores and of both gradients."""
-        rows, columns = self.loss_shape
-        return 3 * 2.0 * rows * columns * max(self.share.dims)
+        rows, columns = self.scores_shape
+        return 3 * 2.0 * rows * columns * max(self.encoder.dims)
 
     @property
-    def loss_shape(self) -> tuple[int, int]:
-        """Rows and columns of the scores that this rank forms."""
-        share = self.share
-        return (share.queries, share.own_passages) if self.way.queries_travel else (share.own_queries, share.passages)
-
-    @property
-    def _fused(self) -> bool:
-        return self.way.fused and self.way.zero < 3  # ZeRO 3's hooks make fused layers give way
-
-    def _forward_operations(self, lengths: tuple[int, ...]) -> float:
-        shape = self.shape
-        attention = 4.0 * shape.layers * shape.heads * shape.head * sum(length * length for length in lengths)
-        return 2.0 * shape.layers * sum(shape.layer_matrices) * sum(lengths) + attention
-
-    def _with(self, **parts: float) -> Memory:
-        """The state, the step's words and vectors, and what a phase adds."""
-        held = _add(dict.fromkeys(PARTS, 0.0), self.state)
-        named = {name.replace("_", " "): count for name, count in parts.items()}
-        return _add(_add(held, {"embeddings": self._embedding_bytes}), named)
-
-    @property
-    def _kept_bytes(self) -> float:
-        return self.graph_bytes * (self.tokens - self.recomputed_tokens)
-
-    @property
-    def _fullest(self) -> tuple[float, float]:
-        """Graphs and layers' gradients when both are most. The chunk encoded last goes back first, and has no gradients
-        yet; there are a chunk's own graph, and those kept of chunks encoded earlier.
-        """
-        gradients, held, found = self.way.size * self.shape.layer_parameters, 0.0, []
-        for number, (tokens, kept) in enumerate(zip(self.chunks, self.kept, strict=True), 1):
-            found.append((held + tokens * self.graph_bytes, gradients * float(number < len(self.chunks))))
-            held += tokens * self.graph_bytes * kept
-        return max(found, key=sum)
-
-    def _working(self, streams: int) -> float:
-        """A feed-forward part's operands, the widest: rows of hidden size, and three of inner size."""
-        return max(self.chunks) * self.way.size * (streams * self.shape.hidden + 3 * self.shape.inner)
-
-    @property
-    def _embedding_bytes(self) -> float:
-        """Words looked up, their places, token ids and positions; vectors once by text and once in order."""
-        hidden, texts = self.shape.hidden, len(self.share.lengths)
-        words = self.way.size * self.share.words * hidden + INDEX * self.shape.vocabulary
-        return words + 2 * INDEX * self.tokens + 2 * SINGLE * texts * hidden
-
-    @property
-    def _whole_weights(self) -> float:
-        """ZeRO 3 keeps up to 10⁹ weights whole that it will need again."""
-        most = min(self.shape.parameters, 10**9)
-        return self.way.size * most if self.way.zero == 3 and self.share.ranks > 1 else 0
-
-    @property
-    def _bucket_bytes(self) -> float:
-        """A copy of a bucket's gradients, which engine.py asks for where there are several ranks."""
-        return self.way.size * self.way.bucket if self.share.ranks > 1 else 0
-
-    @property
-    def _copied_gradients(self) -> float:
-        """Without ZeRO DeepSpeed lays all gradients side by side before it reduces them, even on one rank."""
-        return self.way.size * self.shape.parameters if self.way.zero == 0 else self._bucket_bytes
+    def _embedding_bytes(self) -> int:
+        """Different words and, twice, texts' vectors, all with gradients; places of words; token ids and positions."""
+        hidden, words = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
+        integers = _INDEX * (self.config.vocab_size + 2 * self.tokens)
+        return int(2 * self.weight_size * words * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
 
     @property
     def _loss_parts(self) -> Memory:
-        rows, columns = self.loss_shape
-        travelling, own = (rows, self.share.most_queries)
-        if not self.way.queries_travel:
-            travelling, own = columns, self.share.most_passages
-        width = self.shape.hidden * SINGLE
-        several = self.share.ranks > 1
-        return {
-            "loss_tiles": self.way.tiles.held_bytes(rows, columns, sorted(self.share.dims), self.way.threads),
-            "exchange": width * (own * (self.share.ranks + 1) + travelling) * several,  # padded parts, and joined
-        }
-
-    @cached_property
-    def _backward(self) -> Memory:
-        return self._with(**self._backward_parts)
+        rows, columns = self.scores_shape
+        gathered = rows if self.gathers_queries else columns
+        tiles = loss_kernels(self.device).held_bytes(rows, columns, sorted(self.encoder.dims), torch.get_num_threads())
+        copies = 3 * gathered if self.ranks > 1 else 0  # each rank's part padded, the parts, and joined
+        return Counter({"loss tiles": tiles, "exchange": copies * SINGLE * self.config.hidden_size})
 
     @property
-    def _backward_parts(self) -> Memory:
-        graphs, gradients = self._fullest
-        layer = self.layer_bytes * max(self.chunks) if self.way.checkpoint_layers else 0
-        of_words = self.way.size * self.share.words * self.shape.hidden
-        of_vectors = 2 * SINGLE * len(self.share.lengths) * self.shape.hidden
-        return {
-            "activations": graphs + layer + self._working(4),
-            "gradients": gradients,
-            "embeddings": of_words + of_vectors,
-            "exchange": self._whole_weights,
-        }
+    def _graphs(self) -> int:
+        """Kept graphs and one more of the longest chunk, with the widest operands of a layer's backward pass."""
+        longest, config = max(self.chunks), self.config
+        graphs = min(self.tokens, self.kept_tokens + longest) * self.graph_bytes
+        operands = longest * self.weight_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+        return int(graphs + operands + longest * self.layer_bytes * self.train.checkpoint_layers)
 
     @property
-    def _gradients(self) -> Memory:
-        """When the graphs are gone; where ranks share gradients out, the words' is there and in this rank's buffer."""
-        words = self.way.size * self.shape.word_parameters if self.way.zero and self.share.ranks > 1 else 0
-        held = self._with(gradients=self.own_gradients + words, exchange=self._copied_gradients)
-        return self._later(held, [words, self._copied_gradients])
-
-    @property
-    def _update_blocks(self) -> list[list[float]]:
-        """Beside gradients: what is there together for the norm, for float32 gradients, and for collecting weights."""
-        count, size, ranks = self.shape.parameters, self.way.size, self.share.ranks
-        narrow, wide = size * count / ranks, SINGLE * count / ranks
-        if self.way.zero == 0:
-            return [[]]
-        if self.way.zero == 3:
-            return [[wide, narrow]]
-        norm = [_DOUBLE * float(max(own for rank in self._example_ranks for _, own in self._parts_of(rank)))]
-        if self.offloads:
-            return [norm]
-        gathered = [] if self.way.on_gpu or ranks == 1 else [[float(size * count)]]  # gloo copies what it gathers
-        return [norm, [narrow, wide] if size < SINGLE else [narrow], *gathered]
-
-    @property
-    def _update(self) -> Memory:
-        start = _add(self.state, {"gradients": self.own_gradients})
-        alternatives = [self._later(_add(start, {"gradients": sum(blocks)}), blocks) for blocks in self._update_blocks]
-        return max(alternatives, key=lambda memory: sum(memory.values()))
-
-    def _later(self, memory: Memory, blocks: Sequence[float]) -> Memory:
-        """A phase after the backward pass, in which `blocks` are new.
-
-        On the CPU the small blocks that the backward pass has freed stay with the process, and large ones come on top;
-        not with ZeRO 3, where the engine has blocks of 64 KiB and more given back.
-        """
-        if self.way.on_gpu or self.way.zero == 3:
-            return memory
-        gradients: float = self.way.size * self.shape.word_parameters  # of the others each is smaller
-        if self.way.zero and self.share.ranks > 1:
-            gradients = self.own_gradients  # one buffer
-        mapped = sum(block for block in (gradients, *blocks) if block >= _MAPPED)
-        return _add(memory, {"freed, kept": max(0.0, sum(self._backward.values()) + mapped - sum(memory.values()))})
-
-    @property
-    def _example_ranks(self) -> range:
-        """The ranks whose parts hold a piece of the words, and one more: they need most."""
-        part = self.shape.parameters / self.share.ranks
-        return range(min(self.share.ranks, int(self.shape.word_parameters / part) + 2))
-
-    def _parts_of(self, rank: int) -> list[tuple[int, int]]:
-        """(size, elements in the rank's part) of each matrix that meets the part that the rank's optimiser has."""
-        sizes = [self.shape.word_parameters, *self.shape.layers * self.shape.layer_matrices]
-        part = -(-sum(sizes) // self.share.ranks)
-        begin, end, place, found = rank * part, (rank + 1) * part, 0, []
-        for size in sizes:
-            own = min(end, place + size) - max(begin, place)
-            if own > 0:
-                found.append((size, own))
-            place += size
-        return found
+    def _update_bytes(self) -> int:
+        """Gradients of the rank's own part, and the largest of what is made of them."""
+        size, stage, count, words = self.weight_size, self.train.zero_stage, self.parameters, self.word_parameters
+        if stage == 0:
+            return 2 * size * count  # DeepSpeed lays them side by side before it reduces them, even on one rank
+        split = largest_share(count, self.ranks)
+        made = [size * words, 0 if self.offloaded_bytes else (SINGLE + 2) * split]  # in float32, and as new weights
+        if stage == 3:
+            return max(made)
+        made += [8 * min(split, words)]  # for a norm, in float64
+        made += [size * count] if self.device.is_cpu and self.ranks > 1 else []  # gloo copies what it gathers
+        return size * min(count, split + words) + max(made)  # a matrix of which another rank has a part is whole
 
 
-def loss_backend(on_gpu: bool) -> str:
-    """The module of kernels that the loss takes: see Way."""
-    if on_gpu:
-        return "streaming_tiles"
-    return "compiled_tiles" if compiled_tiles.extension() else "eager_tiles"
+def passages_of_batch(train: TrainSettings) -> int:
+    """Positives and hard negatives of a batch of all ranks."""
+    return round(train.batch_size * (1 + train.hard_negatives))
 
 
-def layers_fuse(shape: Shape) -> bool:
+def largest_share(count: int, ranks: int) -> int:
+    """What a rank has at most of something split over ranks."""
+    return -(-count // ranks)
+
+
+def loss_kernels(device: Device) -> Any:
+    """The loss's backend on a device: held_bytes(rows, columns, dims, threads)."""
+    if not device.is_cpu:
+        return streaming_tiles
+    return compiled_tiles if compiled_tiles.extension() else eager_tiles
+
+
+def layers_fuse(config: LlamaConfig) -> bool:
     """Whether this machine's CPU trains such an encoder with fused layers and its own attention."""
-    fits = layers.fits(shape.hidden, shape.inner, shape.head) and shape.head == attention.HEAD
-    compiled = layers.extension() is not None and attention.extension() is not None
-    return fits and compiled and shape.heads == shape.key_value_heads
-
-
-def _add(memory: Memory, more: Mapping[str, float]) -> Memory:
-    return {name: memory.get(name, 0.0) + more.get(name, 0.0) for name in PARTS}
+    fits = layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
+    plain = config.head_dim == attention.HEAD and config.num_attention_heads == config.num_key_value_heads
+    return fits and plain and layers.extension() is not None and attention.extension() is not None

@@ -1,6 +1,6 @@
 """What `drama plan` knows of devices: this machine by measuring it, others by their data sheets.
 
-Covers memory, peak of products, and links. Figures of data sheets are without sparsity, and one way for links.
+Covers memory, the peak of products, and links. Figures of data sheets are without sparsity, and one way for links.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from drama_dist.distributed.precision import dtype_of
 from drama_dist.train.memory import free_bytes
 from drama_dist.train.telemetry import matrix_product_peak
 
 CPU = "cpu"
 _RANKS_OF_A_MACHINE = 8
-_OF_PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,23 @@ class Device:
     def is_cpu(self) -> bool:
         return self.name == CPU
 
-    def link(self, ranks: int) -> float | None:
-        """Bytes a second of the slowest link between so many ranks, eight a machine."""
-        return None if self.links is None else self.links[int(ranks > _RANKS_OF_A_MACHINE)]
+    def seconds_to_send(self, count: int, ranks: int) -> float:
+        """Over the slowest link between so many ranks, eight a machine; 0 where links are not known."""
+        return count / self.links[ranks > _RANKS_OF_A_MACHINE] if self.links else 0.0
 
 
 _H100 = {"bfloat16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12}
 _A100 = {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12}
 _DGX_H100, _DGX_A100 = (450e9, 50e9), (300e9, 25e9)  # NVLink, and InfiniBand for each GPU
-SHEETS = {
-    device.name: device
-    for device in (
-        Device(
-            "h100-80g", 80e9, _H100, _DGX_H100, "NVIDIA H100 Tensor Core GPU Architecture, table 2; DGX H100 data sheet"
-        ),
-        Device("h200", 141e9, _H100, _DGX_H100, "NVIDIA H200 data sheet; DGX H200 data sheet"),
-        Device("a100-80g", 80e9, _A100, _DGX_A100, "NVIDIA A100 data sheet; DGX A100 data sheet"),
-        Device("a100-40g", 40e9, _A100, _DGX_A100, "NVIDIA A100 data sheet; DGX A100 data sheet"),
-    )
-}
+_H100_SHEETS = "NVIDIA H100 Tensor Core GPU Architecture, table 2; DGX H100 data sheet"
+_A100_SHEETS = "NVIDIA A100 data sheet; DGX A100 data sheet"
+_GPUS = (
+    Device("h100-80g", 80e9, _H100, _DGX_H100, _H100_SHEETS),
+    Device("h200", 141e9, _H100, _DGX_H100, "NVIDIA H200 data sheet; DGX H200 data sheet"),
+    Device("a100-80g", 80e9, _A100, _DGX_A100, _A100_SHEETS),
+    Device("a100-40g", 40e9, _A100, _DGX_A100, _A100_SHEETS),
+)
+SHEETS = {gpu.name: gpu for gpu in _GPUS}
 NAMES = (CPU, *SHEETS)
 
 
@@ -67,6 +65,6 @@ def device(name: str, ranks: int) -> Device:
         return SHEETS[name]
     if name != CPU:
         raise ValueError(f"device {name!r}: expected one of {', '.join(NAMES)}")
-    place = torch.device(CPU)
-    peaks = {dtype: matrix_product_peak(kind, place) / ranks for dtype, kind in _OF_PRODUCTS.items()}
-    return Device(CPU, free_bytes(place) / ranks, peaks, None, "measured now on this machine, shared by all ranks")
+    cpu = torch.device(CPU)
+    peaks = {dtype: matrix_product_peak(dtype_of(dtype), cpu) / ranks for dtype in ("bfloat16", "float32")}
+    return Device(CPU, free_bytes(cpu) / ranks, peaks, None, "measured now on this machine, shared by all ranks")

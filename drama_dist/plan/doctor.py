@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found; `without` and `install` are empty where it is there."""
+    """What a check saw; `without` and `install` are empty where it is there."""
 
     name: str
     there: bool
@@ -139,17 +139,14 @@ def examine(checks: Sequence[Check] = CHECKS, seconds: float = _SECONDS) -> Iter
 
 def lines(finding: Finding) -> str:
     """A finding for the terminal."""
-    parts = {"": finding.found, "then: ": finding.without, "to change that: ": finding.install}
     column = max(len(check.name) for check in CHECKS) + 7
-    text = [
-        textwrap.fill(
-            lead + part, _WIDTH, initial_indent=" " * column, subsequent_indent=" " * (column + 2 * bool(lead))
-        )
-        for lead, part in parts.items()
-        if part
-    ]
-    mark = "yes" if finding.there else "no "
-    return f"{mark}  {finding.name}".ljust(column) + "\n".join(text)[column:]
+    margin = " " * column
+    heading = f"{'yes' if finding.there else 'no '}  {finding.name}".ljust(column)
+    text = [textwrap.fill(finding.found, _WIDTH, initial_indent=heading, subsequent_indent=margin)]
+    for lead, part in (("then: ", finding.without), ("to change that: ", finding.install)):
+        if part:
+            text.append(textwrap.fill(lead + part, _WIDTH, initial_indent=margin, subsequent_indent=f"{margin}  "))
+    return "\n".join(text)
 
 
 def _outcome(probe: Callable[[], str], seconds: float) -> tuple[bool, str]:

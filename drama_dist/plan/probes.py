@@ -30,9 +30,12 @@ def cores() -> str:
     """Cores that this process may use, and what they compute with."""
     import torch
 
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from drama_dist.distributed.precision import cpuinfo
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = cpuinfo("model name") or "processor without a name"
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{own} of {os.cpu_count()}, {_processor()}, {instructions}, PyTorch uses {torch.get_num_threads()}"
+    return f"{usable} of {os.cpu_count()}, {processor}, {instructions}, PyTorch uses {torch.get_num_threads()}"
 
 
 def memory() -> str:
@@ -54,8 +57,8 @@ def gpu() -> str:
         raise Missing(f"torch {torch.__version__} finds no CUDA device")
     ones = torch.ones(64, 64, device="cuda")
     assert float((ones @ ones)[0, 0]) == 64
-    of_each = (torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count()))
-    return ", ".join(f"{one.name} {one.total_memory / 2**30:.0f} GiB" for one in of_each)
+    gpus = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
 
 
 def bfloat16() -> str:
@@ -63,13 +66,14 @@ def bfloat16() -> str:
     import torch
 
     from drama_dist.distributed import ranks
-    from drama_dist.distributed.precision import AUTO, dtype_name
+    from drama_dist.distributed.precision import AUTO, bfloat16_instructions, dtype_name
     from drama_dist.train.telemetry import matrix_product_peak
 
     device = ranks.device()
     narrow, wide = (matrix_product_peak(dtype, device) / 1e9 for dtype in (torch.bfloat16, torch.float32))
-    flags = "" if device.type == "cuda" else _flags()
-    seen = f"products run at {narrow:.0f} Gflop/s, in float32 at {wide:.0f}{flags}"
+    seen = f"products run at {narrow:.0f} Gflop/s, in float32 at {wide:.0f}"
+    if device.type == "cpu":
+        seen += f" ({', '.join(bfloat16_instructions()) or 'no bfloat16 instructions in /proc/cpuinfo'})"
     if dtype_name(AUTO) != "bfloat16":
         raise Missing(seen)
     return seen
@@ -90,8 +94,8 @@ def compiler() -> str:
 
 def ninja() -> str:
     """The ninja of this environment."""
-    found = importlib.import_module("ninja")
-    return _first_line(_command(str(Path(found.BIN_DIR) / "ninja"), "--version"))
+    package = importlib.import_module("ninja")
+    return _first_line(_command(str(Path(package.BIN_DIR) / "ninja"), "--version"))
 
 
 def flash_attention() -> str:
@@ -107,8 +111,8 @@ def flash_attention() -> str:
     heads = torch.ones(1, 1, 8, 64, device="cuda", dtype=torch.bfloat16)
     layer = torch.nn.Module()
     layer.config = SimpleNamespace(is_causal=False)  # type: ignore[assignment]
-    found, _ = packed_attention(layer, heads, heads, heads, None, 1.0, pack([[1] * 8], "cuda"))
-    assert bool((found == 1).all())
+    attended, _ = packed_attention(layer, heads, heads, heads, None, 1.0, pack([[1] * 8], "cuda"))
+    assert bool((attended == 1).all())
     return name
 
 
@@ -130,8 +134,9 @@ def triton() -> str:
 
 def faiss() -> str:
     """An exact search among four vectors."""
-    _search(importlib.import_module("faiss"))
-    return _first_version("faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu")
+    library = importlib.import_module("faiss")
+    _search(library)
+    return str(library.__version__)
 
 
 def faiss_gpu() -> str:
@@ -166,27 +171,30 @@ def training_engine() -> str:
 
 def deepspeed_ops() -> str:
     """DeepSpeed's own extensions: which of them it could build here."""
-    _say_cpu()
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     builders = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
-    fits = {name: bool(builder.is_compatible(verbose=False)) for name, builder in sorted(builders.items())}
-    fits = {name: fitting for name, fitting in fits.items() if "not_implemented" not in name}
-    able, unable = (", ".join(name for name in fits if fits[name] is state) or "none" for state in (True, False))
-    if able == "none":
+    names = sorted(name for name in builders if "not_implemented" not in name)
+    able = [name for name in names if builders[name].is_compatible(verbose=False)]
+    unable = ", ".join(name for name in names if name not in able) or "none"
+    if not able:
         raise Missing(f"can build none of {unable}")
-    return f"can build {able}; cannot build {unable}"
+    return f"can build {', '.join(able)}; cannot build {unable}"
 
 
 def mpi4py() -> str:
     """MPI started and left again in this process."""
-    found = importlib.import_module("mpi4py.MPI")
-    return f"{_version('mpi4py')} with {_first_line(found.Get_library_version())}"
+    library = importlib.import_module("mpi4py.MPI")
+    return f"{_version('mpi4py')} with {_first_line(library.Get_library_version())}"
 
 
 def mpirun() -> str:
     """Two processes, each of which says its rank."""
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ask = "from drama_dist.distributed import ranks; print(ranks.rank(), ranks.world_size())"
-    command = _found("mpirun")
+    command = _path_of("mpirun")
     out = _command(command, "-n", "2", "--oversubscribe", sys.executable, "-c", ask, **root)
     if sorted(line for line in out.splitlines() if line.strip()) != ["0 2", "1 2"]:
         raise Missing(f"{command} started two processes, and drama saw: {' / '.join(out.split(chr(10)))}")
@@ -195,8 +203,8 @@ def mpirun() -> str:
 
 def slurm() -> str:
     """The commands, and whether a controller answers."""
-    versions = {name: _first_line(_command(_found(name), "--version")) for name in ("sbatch", "srun")}
-    nodes = _command(_found("sinfo"), "--noheader", "--format=%D %T").split("\n")
+    versions = {name: _first_line(_command(_path_of(name), "--version")) for name in ("sbatch", "srun")}
+    nodes = _command(_path_of("sinfo"), "--noheader", "--format=%D %T").split("\n")
     return f"{versions['sbatch']}, nodes: {', '.join(nodes)}"
 
 
@@ -262,13 +270,13 @@ def _loss_difference(backend: str, device: Any) -> float:
 
     torch.manual_seed(0)
     queries, passages = (torch.randn(count, 64, device=device) for count in (3, 5))
-    found, exact = (
+    value, exact = (
         float(info_nce(queries, passages, torch.arange(3, device=device), temperature=0.05, backend=name).loss)
         for name in (backend, "reference")
     )
-    if not abs(found - exact) < 1e-3 * abs(exact):
-        raise Missing(f"the loss is {found}, and {exact} by the reference")
-    return abs(found - exact)
+    if not abs(value - exact) < 1e-3 * abs(exact):
+        raise Missing(f"the loss is {value}, and {exact} by the reference")
+    return abs(value - exact)
 
 
 def _search(library: Any, resources: Any = None) -> None:
@@ -280,20 +288,13 @@ def _search(library: Any, resources: Any = None) -> None:
     assert index.search(np.eye(4, dtype=np.float32)[2:3], 1)[1].tolist() == [[2]]
 
 
-def _say_cpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _found(command: str) -> str:
+def _path_of(command: str) -> str:
     """Where a command lies: on the path, or beside this environment's Python."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    where = shutil.which(command, path=path)
-    if where is None:
+    file = shutil.which(command, path=path)
+    if file is None:
         raise Missing(f"no {command} on the path")
-    return where
+    return file
 
 
 def _command(*words: str, **variables: str) -> str:
@@ -317,24 +318,3 @@ def _first_line(text: str) -> str:
 
 def _version(package: str) -> str:
     return importlib.metadata.version(package)
-
-
-def _first_version(*packages: str) -> str:
-    for package in packages:
-        try:
-            return f"{package} {_version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of a version that the package does not tell"
-
-
-def _processor() -> str:
-    from drama_dist.distributed.precision import cpuinfo
-
-    return cpuinfo("model name") or "processor without a name"
-
-
-def _flags() -> str:
-    from drama_dist.distributed.precision import bfloat16_instructions
-
-    return f" ({', '.join(bfloat16_instructions()) or 'no bfloat16 instructions in /proc/cpuinfo'})"

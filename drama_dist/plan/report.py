@@ -1,174 +1,135 @@
 """`drama plan`: memory, traffic, operations and time of a run's training steps before it is run.
 
-Covers reading what a run will be from its settings, and the report with what would make it fit. The formulas are in
-train/cost.py and train/traffic.py, devices in devices.py. Loads no model: shapes come from configurations.
+Covers reading what a run will be from its settings, the report, and what would make it fit. The formulas are in cost.py
+and traffic.py, devices in devices.py. Loads no model: shapes come from configurations.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from transformers import AutoConfig, LlamaConfig
 
-from drama_dist.distributed.engine import BUCKET
-from drama_dist.distributed.precision import AUTO, dtype_name
+from drama_dist.distributed.precision import AUTO
 from drama_dist.encoder.sources import locate
-from drama_dist.plan.cost import INDEX, PARTS, SINGLE, Costs, RankShare, Shape, Way, layers_fuse, loss_backend
+from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.settings import Settings
-from drama_dist.train.grad_cache import SHARE_OF_FREE
-from drama_dist.train.info_nce_term import gathers_queries
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
 # 31,842 different tokens of four passes in 5.7 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
-SHARES_OF_PEAK = {True: 0.6, False: 0.4}
+SHARE_OF_CPU_PEAK, SHARE_OF_GPU_PEAK = 0.6, 0.4
 _MOST_RANKS = 4096
+Change = tuple[str, Any]  # a key of the train section, or "ranks", and its value
 
 
-@dataclass(frozen=True)
-class Plan:
-    """lengths_from: where the texts' lengths come from."""
-
-    costs: Costs
-    device: Device
-    dtype: str
-    steps: int
-    lengths_from: str
-
-    @property
-    def fits(self) -> bool:
-        return sum(self.costs.peak[1].values()) <= self.device.memory
-
-    @property
-    def seconds(self) -> float:
-        """Least seconds of a step: all products at the device's peak, then the traffic."""
-        costs, peaks, link = self.costs, self.device.peaks, self.device.link(self.costs.share.ranks)
-        loss = costs.loss_operations / (peaks["float32"] if self.device.is_cpu else peaks["tf32"] / 3)
-        products = (costs.operations - costs.loss_operations) / peaks[self.dtype]
-        return products + loss + (sum(traffic_per_step(costs).values()) / link if link else 0)
-
-
-def plan(settings: Settings, ranks: int, name: str, shape: Shape | None = None) -> None:
-    """Print the plan; shape: of the encoder, where the settings' model cannot be read.
+def plan(settings: Settings, ranks: int, name: str, shape: LlamaConfig | None = None) -> None:
+    """Print the plan for a device; shape: of the encoder, where the settings' model cannot be read.
 
     Raises ValueError where there are more ranks than queries, or no such device.
     """
-    found = make_plan(settings, ranks, device(name, ranks), shape or read_shape(settings))
-    print("\n".join(report(found)))
-    print("\n".join(_verdict(settings, found)))
+    cost = step_cost(settings, ranks, device(name, ranks), shape or read_shape(settings))
+    print("\n".join(report(cost)))
+    print("\n".join(_verdict(settings, cost)))
 
 
-def make_plan(settings: Settings, ranks: int, on: Device, shape: Shape) -> Plan:
-    """The plan of rank 0, whose share of a batch is the largest."""
-    train, encoder = settings.train, settings.encoder
+def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) -> StepCost:
+    """What a step of rank 0 costs. Raises ValueError where there are more ranks than queries."""
+    train = settings.train
     if ranks > train.batch_size:
         raise ValueError(f"{ranks} ranks for train.batch_size={train.batch_size}: each needs a query")
-    passages = round(train.batch_size * (1 + train.hard_negatives))
-    own = [math.ceil(count / ranks) for count in (train.batch_size, passages)]
-    lengths, source = _lengths(settings, own)
-    words = min(sum(lengths), shape.vocabulary)
-    share = RankShare(ranks, train.batch_size, passages, own[0], own[1], lengths, words, tuple(encoder.dims))
-    dtype = dtype_name(train.dtype) if on.is_cpu or train.dtype != AUTO else "bfloat16"
-    way = Way(
-        size=SINGLE if dtype == "float32" else SINGLE // 2,
-        zero=train.zero_stage,
-        offload=train.offload_optimizer,
-        chunk_tokens=train.chunk_tokens,
-        budget=math.inf,
-        checkpoint_layers=train.checkpoint_layers,
-        queries_travel=ranks > 1 and gathers_queries(train.batch_size, passages, shape.hidden, encoder, train),
-        loss=loss_backend(not on.is_cpu),
-        fused=on.is_cpu and layers_fuse(shape),
-        bucket=BUCKET,
-        threads=torch.get_num_threads(),
-    )
-    costs = Costs(shape, share, replace(way, budget=_budget(Costs(shape, share, way), train.activation_budget, on)))
-    return Plan(costs, on, dtype, train.steps, source)
+    shares = [largest_share(texts, ranks) for texts in (train.batch_size, passages_of_batch(train))]
+    lengths, lengths_from = _lengths(settings, *shares)
+    return StepCost(shape, settings.encoder, train, ranks, on, lengths, lengths_from)
 
 
-def read_shape(settings: Settings) -> Shape:
+def read_shape(settings: Settings) -> LlamaConfig:
     """The encoder's shape: of train.start, or of the LLM pruned as the prune section says."""
-    config = _config(settings.train.start or settings.llm)
     if settings.train.start:
-        heads = config.num_attention_heads, config.num_key_value_heads
-        return Shape(
-            config.vocab_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            *heads,
-            config.head_dim,
-            config.intermediate_size,
-        )
+        return _read_config(settings.train.start)
+    config = _read_config(settings.llm)
     return pruned_shape(settings, config.vocab_size, config.head_dim)
 
 
-def pruned_shape(settings: Settings, vocabulary: int, head: int) -> Shape:
+def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
     """What pruning makes of an LLM with so many words and components of a head."""
-    cut = settings.prune
-    return Shape(vocabulary, cut.hidden, cut.layers, cut.heads, cut.heads, head, cut.mlp)
+    kept = settings.prune
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=kept.hidden,
+        num_hidden_layers=kept.layers,
+        num_attention_heads=kept.heads,
+        head_dim=head,
+        intermediate_size=kept.mlp,
+    )
 
 
-def report(plan: Plan) -> Iterator[str]:
+def report(cost: StepCost) -> Iterator[str]:
     """Lines: what is planned, memory, traffic, operations and time."""
-    costs, share = plan.costs, plan.costs.share
-    shape = costs.shape
-    yield f"Computed for rank 0 of {share.ranks} on {plan.device.name} ({plan.device.source})."
+    yield f"Computed for rank 0 of {cost.ranks} on {cost.device.name} ({cost.device.source})."
     yield (
-        f"parameters  {shape.parameters / 1e6:.1f} million: words {shape.word_parameters / 1e6:.1f}, "
-        f"layers {shape.layer_parameters / 1e6:.1f}"
+        f"parameters  {cost.parameters / 1e6:.1f} million: words {cost.word_parameters / 1e6:.1f}, "
+        f"layers {cost.layer_parameters / 1e6:.1f}"
     )
-    twice = costs.recomputed_tokens / costs.tokens
+    queries, passages = (f"{largest_share(count, cost.ranks)} of {count}" for count in cost.batch)
     yield (
-        f"step        {share.own_queries} of {share.queries} queries, {share.own_passages} of {share.passages} "
-        f"passages; {costs.tokens:,} tokens in {len(costs.chunks)} chunks, {twice:.0%} of them encoded twice"
+        f"step        {queries} queries, {passages} passages; {cost.tokens:,} tokens in {len(cost.chunks)} chunks, "
+        f"{1 - cost.kept_tokens / cost.tokens:.0%} of them encoded twice"
     )
-    yield f"lengths     {plan.lengths_from}"
-    yield from _memory_table(costs)
-    yield from _traffic_lines(costs)
-    yield from _time_lines(plan)
+    yield f"lengths     {cost.lengths_from}"
+    yield from _memory_lines(cost)
+    yield from _traffic_lines(cost)
+    yield from _time_lines(cost)
 
 
-def _memory_table(costs: Costs) -> Iterator[str]:
-    phases = costs.phases
+def _memory_lines(cost: StepCost) -> Iterator[str]:
+    phases = cost.phases
     yield f"\n{'GiB':<14}" + "".join(f"{name:>11}" for name in phases)
-    for part in (*PARTS, "all"):
-        sizes = [sum(memory.values()) if part == "all" else memory[part] for memory in phases.values()]
-        if any(sizes):
-            yield f"{part:<14}" + "".join(f"{size / 2**30:>11.3f}" for size in sizes)
-    yield f"peak while {costs.peak[0]}; beside it the libraries' own memory (on a GPU: CUDA's context, NCCL's buffers)"
-    if costs.offloads:
-        yield f"in the machine's memory, for each rank: {costs.offloaded_bytes / 2**30:.3f} GiB"
+    for part in PARTS:
+        if any(memory[part] for memory in phases.values()):
+            yield f"{part:<14}" + "".join(f"{memory[part] / 2**30:>11.3f}" for memory in phases.values())
+    yield f"{'all':<14}" + "".join(f"{memory.total() / 2**30:>11.3f}" for memory in phases.values())
+    yield f"peak: {cost.peak[0]}; beside it the libraries' own memory (on a GPU: CUDA's context, NCCL's buffers)"
+    if cost.offloaded_bytes:
+        yield f"in the machine's memory, for each rank: {cost.offloaded_bytes / 2**30:.3f} GiB"
 
 
-def _traffic_lines(costs: Costs) -> Iterator[str]:
-    sent = traffic_per_step(costs)
+def _traffic_lines(cost: StepCost) -> Iterator[str]:
+    sent = traffic_per_step(cost)
     if not sent:
         yield "\ntraffic     none: one rank"
         return
-    yield f"\nMB sent by a rank in a step; {'queries' if costs.way.queries_travel else 'passages'} travel"
+    yield f"\nMB sent by a rank in a step; {'queries' if cost.gathers_queries else 'passages'} are gathered"
     for kind, count in sent.items():
         yield f"{kind:<18}{count / 1e6:>12.3f}{'  by DeepSpeed' if kind in DEEPSPEED else ''}"
     yield f"{'all':<18}{sum(sent.values()) / 1e6:>12.3f}"
 
 
-def _time_lines(plan: Plan) -> Iterator[str]:
-    share = SHARES_OF_PEAK[plan.device.is_cpu]
-    expected, peak = plan.seconds / share, plan.device.peaks[plan.dtype] / 1e12
-    timed = "as in benchmarks/results/step-cpu-bfloat16.md"
-    reason = timed if plan.device.is_cpu else "assumed: nothing was timed on such a device"
-    yield f"\noperations  {plan.costs.operations / 1e12:.2f} Tflop a step and rank"
-    yield f"time        at least {_duration(plan.seconds)} a step, at {peak:.3g} Tflop/s"
+def least_seconds(cost: StepCost) -> float:
+    """Of a step: all products at the device's peak, then the traffic."""
+    on = cost.device
+    loss = cost.loss_operations / (on.peaks["float32"] if on.is_cpu else on.peaks["tf32"] / 3)
+    products = (cost.operations - cost.loss_operations) / on.peaks[cost.dtype]
+    return products + loss + on.seconds_to_send(sum(traffic_per_step(cost).values()), cost.ranks)
+
+
+def _time_lines(cost: StepCost) -> Iterator[str]:
+    share, reason = SHARE_OF_GPU_PEAK, "assumed: nothing was timed on such a device"
+    if cost.device.is_cpu:
+        share, reason = SHARE_OF_CPU_PEAK, "as in benchmarks/results/step-cpu-bfloat16.md"
+    least, steps = least_seconds(cost), cost.train.steps
+    yield f"\noperations  {cost.operations / 1e12:.2f} Tflop a step and rank"
+    yield f"time        at least {_duration(least)} a step, at {cost.device.peaks[cost.dtype] / 1e12:.3g} Tflop/s"
     yield (
-        f"            expected {_duration(expected)} at {share:.0%} of that ({reason}); "
-        f"{plan.steps} steps: {_duration(expected * plan.steps)}"
+        f"            expected {_duration(least / share)} at {share:.0%} of that ({reason}); "
+        f"{steps} steps: {_duration(least / share * steps)}"
     )
 
 
@@ -179,106 +140,89 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _verdict(settings: Settings, plan: Plan) -> Iterator[str]:
-    peak, memory = (size / 2**30 for size in (sum(plan.costs.peak[1].values()), plan.device.memory))
-    if plan.fits:
+def _verdict(settings: Settings, cost: StepCost) -> Iterator[str]:
+    phase, parts = cost.peak
+    peak, memory, part = parts.total() / 2**30, cost.device.memory / 2**30, parts.most_common(1)[0][0]
+    if cost.fits:
         yield f"\nfits: {peak:.2f} of {memory:.1f} GiB"
         return
-    part = max(plan.costs.peak[1], key=lambda name: plan.costs.peak[1][name])
-    yield f"\ndoes not fit: {peak:.2f} GiB of {memory:.1f}; most of it is {part}, while {plan.costs.peak[0]}"
-    changes = what_fits(settings, plan)
+    yield f"\ndoes not fit: {peak:.2f} GiB of {memory:.1f}; most of it is {part} (phase: {phase})"
+    changes = what_fits(settings, cost)
     yield f"would fit with: {' '.join(changes)}" if changes else "nothing in the settings makes it fit: prune further"
 
 
-def what_fits(settings: Settings, plan: Plan) -> list[str]:
+def what_fits(settings: Settings, cost: StepCost) -> list[str]:
     """Settings that together make it fit, cheapest in time first, none without need; empty where nothing does."""
-    chosen: list[tuple[str, object]] = []
-    for change in _changes(settings, plan):
+    chosen: list[Change] = []
+    for change in _changes(cost):
         chosen.append(change)
-        if _fits_with(settings, plan, chosen):
-            needed = list(chosen)
-            for one in reversed(chosen[:-1]):
-                rest = [other for other in needed if other is not one]
-                needed = rest if _fits_with(settings, plan, rest) else needed
-            last = {key: value for key, value in needed}  # a later value of a key replaces an earlier one
-            return [f"--ranks {value}" if key == "ranks" else f"train.{key}={value}" for key, value in last.items()]
+        if _fits_with(settings, cost, chosen):
+            for earlier in chosen[-2::-1]:
+                rest = [other for other in chosen if other is not earlier]
+                chosen = rest if _fits_with(settings, cost, rest) else chosen
+            last = dict(chosen)
+            return [f"--ranks {last[key]}" if key == "ranks" else f"train.{key}={last[key]}" for key in last]
     return []
 
 
-def _changes(settings: Settings, plan: Plan) -> Iterator[tuple[str, object]]:
-    train, ranks = settings.train, plan.costs.share.ranks
-    if train.activation_budget not in ("auto", 0):
-        yield "activation_budget", "auto"
+def _changes(cost: StepCost) -> Iterator[Change]:
+    """Each adds to those before; a later value of a key replaces an earlier one."""
+    train, ranks, on_gpu = cost.train, cost.ranks, not cost.device.is_cpu
+    if train.activation_budget not in (AUTO, 0):
+        yield "activation_budget", AUTO
     if train.activation_budget != 0:
         yield "activation_budget", 0
-    tokens, longest = train.chunk_tokens, max(plan.costs.share.lengths)
-    while tokens // 2 >= longest:
-        tokens //= 2
+    tokens = train.chunk_tokens // 2
+    while tokens >= max(cost.lengths):
         yield "chunk_tokens", tokens
-    if not train.checkpoint_layers:
-        yield "checkpoint_layers", True
-    stages = range(train.zero_stage + 1, 4)
-    if ranks > 1 or not train.zero_stage:
-        yield from (("zero_stage", stage) for stage in stages[: None if ranks > 1 else 1])
-    if not plan.device.is_cpu and not train.offload_optimizer:
+        tokens //= 2
+    yield "checkpoint_layers", True
+    stages = [("zero_stage", stage) for stage in range(train.zero_stage + 1, 4)]
+    yield from stages if ranks > 1 else stages[: train.zero_stage == 0]  # on one rank nothing is split
+    if on_gpu:
         yield "offload_optimizer", True
-    while not plan.device.is_cpu and ranks * 2 <= min(train.batch_size, _MOST_RANKS):
+    while on_gpu and 2 * ranks <= min(train.batch_size, _MOST_RANKS):
         ranks *= 2
         yield "ranks", ranks
-        if plan.costs.share.ranks == 1:
-            yield from (("zero_stage", stage) for stage in stages)
+        yield from stages if cost.ranks == 1 else ()
 
 
-def _fits_with(settings: Settings, plan: Plan, changes: Sequence[tuple[str, object]]) -> bool:
-    values = dict(changes)
-    ranks = int(str(values.pop("ranks", plan.costs.share.ranks)))
+def _fits_with(settings: Settings, cost: StepCost, changes: Sequence[Change]) -> bool:
+    values = {"ranks": cost.ranks, **dict(changes)}
+    ranks = values.pop("ranks")
     try:
-        changed = replace(settings, train=replace(settings.train, **values))  # type: ignore[arg-type]
+        changed = replace(settings, train=replace(settings.train, **values))
     except ValidationError:  # changes that do not go together
         return False
-    return make_plan(changed, ranks, plan.device, plan.costs.shape).fits
+    return step_cost(changed, ranks, cost.device, cost.config).fits
 
 
-def _budget(costs: Costs, wanted: float | str, on: Device) -> float:
-    """Bytes for kept graphs; "auto" as GradCache does: a share of what the first, longest chunk leaves free."""
-    if wanted != "auto":
-        return float(wanted) * 2**30
-    chunk = max(costs.chunks) * costs.graph_bytes
-    held = sum(costs.state.values()) + chunk + costs.way.size * costs.share.words * costs.shape.hidden
-    return max(0.0, SHARE_OF_FREE * (on.memory - held - INDEX * costs.shape.vocabulary))
-
-
-def _lengths(settings: Settings, counts: Sequence[int]) -> tuple[tuple[int, ...], str]:
+def _lengths(settings: Settings, queries: int, passages: int) -> tuple[tuple[int, ...], str]:
     """Tokens of so many queries and passages, and where they come from."""
-    encoder = settings.encoder
     for stage in ("train", "train.partial"):
         path = Path(settings.run) / stage / "token_lengths.json"
         if path.exists():
             seen = json.loads(path.read_text("utf-8"))
-            edges = np.array(seen["edges"])
-            drawn = [
-                _quantiles(np.array(seen[kind]), edges, n)
-                for kind, n in zip(("queries", "passages"), counts, strict=True)
-            ]
+            counts = {"queries": queries, "passages": passages}
+            drawn = [_quantiles(seen[kind], seen["edges"], count) for kind, count in counts.items()]
             return (*drawn[0], *drawn[1]), f"as in {path}"
-    limits = encoder.max_query_tokens, encoder.max_passage_tokens
-    texts = (limits[0],) * counts[0] + (limits[1],) * counts[1]
+    limits = settings.encoder.max_query_tokens, settings.encoder.max_passage_tokens
+    texts = (limits[0],) * queries + (limits[1],) * passages
     return texts, "the limits encoder.max_query_tokens and max_passage_tokens: an upper bound"
 
 
-def _quantiles(counts: np.ndarray, edges: np.ndarray, number: int) -> list[int]:
+def _quantiles(counts: Sequence[int], edges: Sequence[float], number: int) -> list[int]:
     """So many lengths that are spread like a histogram's."""
-    below = np.concatenate([[0], counts.cumsum()]) / counts.sum()
-    places = (np.arange(number) + 0.5) / number
-    return [max(1, round(length)) for length in np.interp(places, below, edges)]
+    below = np.cumsum([0, *counts]) / sum(counts)
+    lengths = np.interp((np.arange(number) + 0.5) / number, below, edges)
+    return [max(1, round(length)) for length in lengths]
 
 
-def _config(name: str) -> LlamaConfig:
-    found = locate(name)
-    place = {"gguf_file": found.name} if isinstance(found, Path) and found.is_file() else {}
-    folder = found.parent if place and isinstance(found, Path) else found
+def _read_config(name: str) -> LlamaConfig:
+    source = Path(locate(name))
+    gguf = {"gguf_file": source.name} if source.is_file() else {}
     try:
-        config = AutoConfig.from_pretrained(folder, **place)
+        config = AutoConfig.from_pretrained(str(source.parent if gguf else source), **gguf)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: its configuration cannot be read; say --vocabulary and --head instead") from error
     if not isinstance(config, LlamaConfig):

@@ -1,8 +1,7 @@
 """What a training step costs: tokens a second, share of the machine's peak, padding saved, memory.
 
 Covers the figures of a step, and writing them to TensorBoard. It measures the peak of matrix products
-once; floating-point operations are counted from shapes, recomputation not included (model FLOPs
-utilisation, Chowdhery et al. 2022, PaLM, appendix B).
+once; floating-point operations are counted from shapes (encoder/flops.py), recomputation not included.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder
+from drama_dist.encoder.flops import training_flops
 from drama_dist.train.memory import peak_bytes, reset_peak
 from drama_dist.train.step import StepResult
 from drama_dist.train.term import TermResult
@@ -43,9 +43,9 @@ class Telemetry:
 
     def figures(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl holds of a step's cost, and of its distributions. All ranks must call it."""
-        tokens = sum(result.lengths)
+        tokens, flops = sum(result.lengths), training_flops(self.encoder.backbone.config, result.lengths)
         on_this_rank = torch.tensor(
-            [tokens, len(result.lengths), _operations(self.encoder, result.lengths), result.recomputed * tokens],
+            [tokens, len(result.lengths), flops, result.recomputed * tokens],
             dtype=torch.float64,
             device=self.encoder.device,
         )
@@ -84,15 +84,6 @@ class Telemetry:
 def _histogram(values: Sequence[float]) -> dict[str, list[float]]:
     counts, edges = np.histogram(values, bins=_HISTOGRAM_BINS)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
-
-
-def _operations(encoder: Encoder, lengths: Sequence[int]) -> float:
-    """Floating-point operations of a forward and backward pass: 6 a weight and token, and attention's products."""
-    config = encoder.backbone.config  # not the weights: ZeRO 3 leaves only a part of each here
-    width, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    layer = config.hidden_size * (2 * width + 2 * keys + 3 * config.intermediate_size)
-    attention = 12 * config.num_hidden_layers * width * sum(length * length for length in lengths)
-    return 6.0 * config.num_hidden_layers * layer * sum(lengths) + attention
 
 
 @torch.no_grad()

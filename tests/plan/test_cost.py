@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from drama_dist.distributed.engine import Engine, OptimiserSettings
-from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.plan.cost import SINGLE, Costs, RankShare, Shape, Way, layers_fuse
+from drama_dist.encoder.backbone import load
+from drama_dist.plan.cost import StepCost, loss_kernels
+from drama_dist.plan.devices import CPU, SHEETS, Device
 from drama_dist.plan.traffic import traffic_per_step
+from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.grad_cache import GradCache
 
-SHAPE = Shape(vocabulary=1000, hidden=64, layers=2, heads=1, key_value_heads=1, head=64, inner=96)
-SHARE = RankShare(
-    2, queries=7, passages=20, own_queries=4, own_passages=10, lengths=(8,) * 14, words=100, dims=(64, 32)
+GPU = SHEETS["h100-80g"]
+THIS_CPU = Device(CPU, 8e9, {"bfloat16": 1e11, "float32": 1e11}, None, "made up")
+CONFIG = LlamaConfig(
+    vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, head_dim=64, intermediate_size=96
 )
-WAY = Way(
-    size=2,
-    zero=1,
-    offload=False,
+TRAIN = TrainSettings(
+    batch_size=7,
+    hard_negatives=13 / 7,
     chunk_tokens=32,
-    budget=0,
-    checkpoint_layers=False,
-    queries_travel=False,
-    loss="eager_tiles",
-    fused=False,
-    bucket=1000,
-    threads=1,
+    activation_budget=0,
+    dtype="bfloat16",
+    loss_partition="passages",
 )
-COSTS = Costs(SHAPE, SHARE, WAY)
+COST = StepCost(CONFIG, EncoderSettings(dims=[64, 32]), TRAIN, 2, GPU, (8,) * 14, "made up")
 
 
-def shape_of(encoder: Encoder) -> Shape:
-    config = encoder.backbone.config
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    return Shape(config.vocab_size, config.hidden_size, config.num_hidden_layers, *heads, config.intermediate_size)
+def changed(cost: StepCost = COST, **train: Any) -> StepCost:
+    return replace(cost, train=replace(cost.train, **train))
+
+
+def keeping(tokens: int) -> StepCost:
+    return changed(activation_budget=tokens * COST.graph_bytes / 2**30)
 
 
 @pytest.mark.parametrize("model", ["llm", "fusing_llm"])
@@ -46,87 +48,83 @@ def test_parameters_and_kept_bytes_are_those_of_a_real_encoder(
     model: str, dtype: str, checkpointed: bool, request: pytest.FixtureRequest
 ) -> None:
     encoder = load(request.getfixturevalue(model))
-    shape = shape_of(encoder)
-    assert shape.parameters == sum(weight.numel() for weight in encoder.parameters())
+    config = encoder.backbone.config
+    planned = changed(replace(COST, config=config, device=THIS_CPU), dtype=dtype, checkpoint_layers=checkpointed)
+    assert planned.parameters == sum(weight.numel() for weight in encoder.parameters())
     engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.0, 1.0))
     encoder.train()
     if checkpointed:
         encoder.checkpoint_layers()
     cache = GradCache(encoder, engine, 608, 1e12)
-    texts = [torch.randint(2, shape.vocabulary, (304,)).tolist() for _ in range(2)]
-    cache.encode(texts)
-    way = replace(WAY, size=4 if dtype == "float32" else 2, checkpoint_layers=checkpointed, fused=layers_fuse(shape))
-    planned = Costs(shape, replace(SHARE, lengths=(304, 304)), way).graph_bytes
-    assert cache.held_bytes / 608 == pytest.approx(planned, rel=1e-4)
-    other = Costs(replace(shape, layers=shape.layers + 1), SHARE, way).graph_bytes
-    assert cache.held_bytes / 608 != pytest.approx(other, rel=0.05)
+    cache.encode([torch.randint(2, config.vocab_size, (304,)).tolist() for _ in range(2)])
+    assert cache.held_bytes / 608 == pytest.approx(planned.graph_bytes, rel=1e-4)
+    deeper = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": config.num_hidden_layers + 1})
+    assert cache.held_bytes / 608 != pytest.approx(replace(planned, config=deeper).graph_bytes, rel=0.05)
 
 
 def test_chunks_are_kept_as_far_as_the_budget_goes() -> None:
-    assert COSTS.chunks == [32, 32, 32, 16]
-    some = replace(COSTS, way=replace(WAY, budget=70 * COSTS.graph_bytes))
-    assert some.kept == [True, True, False, False] and some.recomputed_tokens == 48
-    assert COSTS.recomputed_tokens == COSTS.tokens == 112
+    assert COST.chunks == [32, 32, 32, 16] and COST.kept_tokens == 0
+    assert keeping(31).kept_tokens == 16  # the last chunk's
+    assert keeping(70).kept_tokens == 64
+    assert changed(activation_budget="auto").kept_tokens == COST.tokens == 112
 
 
 def test_zero_stages_split_what_they_should() -> None:
-    count = SHAPE.parameters
-    held = {stage: replace(COSTS, way=replace(WAY, zero=stage)).state for stage in (1, 2, 3)}
-    assert held[1] == held[2] == {"weights": 2 * count, "optimiser": 12 * count / 2}
+    count = COST.parameters
+    held = {stage: changed(zero_stage=stage).state for stage in (1, 2, 3)}
+    assert +held[1] == +held[2] == {"weights": 2 * count, "optimiser": 12 * count / 2}
     assert held[3]["weights"] == held[3]["gradients"] == 2 * count / 2
-    whole = replace(COSTS, way=replace(WAY, zero=0, size=SINGLE)).state
-    assert whole == {"weights": 4 * count, "optimiser": 8 * count}
-    moved = replace(COSTS, way=replace(WAY, offload=True))
+    assert +changed(zero_stage=0, dtype="float32").state == {"weights": 4 * count, "optimiser": 8 * count}
+    moved = changed(offload_optimizer=True)
     assert moved.state["optimiser"] == 0 and moved.offloaded_bytes == 16 * count / 2
 
 
 def test_traffic_by_hand() -> None:
-    vector, count = 4 * 64, SHAPE.parameters
+    vector, count = 4 * 64, COST.parameters
     weights = {"weight gradients": 2 * count, "weights": count}  # 2 (W − 1) / W and (W − 1) / W of 2 bytes each
-    figures = 6 * 8 + 4 * 4 + 16 + 32 + 8  # counts, margins, loss and accuracy and dims, telemetry, masked
-    sent = {"passages": 10 * vector, "passage gradients": 10 * vector, "figures": figures}
-    assert traffic_per_step(COSTS) == sent | weights
-    queries = replace(COSTS, way=replace(WAY, queries_travel=True))
-    rows = 7 * 4 * (3 + 4)
-    sent = {"queries": 4 * vector, "query gradients": 3 * vector, "merged rows": rows, "figures": 5 * 8 + 32 + 8}
-    assert traffic_per_step(queries) == sent | weights
-    assert traffic_per_step(replace(COSTS, share=replace(SHARE, ranks=1))) == {}
+    assert traffic_per_step(COST) == {"passages": 10 * vector, "passage gradients": 10 * vector} | weights
+    sent = {"queries": 4 * vector, "query gradients": 3 * vector, "merged rows": 7 * 4 * (3 + 4)}
+    assert traffic_per_step(changed(loss_partition="queries")) == sent | weights
+    assert traffic_per_step(replace(COST, ranks=1)) == {}
 
 
 def test_operations_count_what_is_computed_again() -> None:
-    products = SHAPE.layers * (4 * 64 * 64 + 3 * 64 * 96)
-    attention = 4 * SHAPE.layers * 64 * 14 * 8 * 8
+    products = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    attention = 4 * 2 * 64 * 14 * 8 * 8
     forward = 2 * products * 112 + attention
     loss = 3 * 2 * 4 * 20 * 64
-    assert COSTS.operations == 4 * forward + loss
-    kept = replace(COSTS, way=replace(WAY, budget=1e9, checkpoint_layers=True))
-    assert kept.operations == 4 * forward + loss
-    assert replace(COSTS, way=replace(WAY, budget=1e9)).operations == 3 * forward + loss
+    assert COST.operations == 4 * forward + loss
+    assert changed(keeping(112), checkpoint_layers=True).operations == 4 * forward + loss
+    assert keeping(112).operations == 3 * forward + loss
 
 
-@pytest.mark.parametrize("loss", ["eager_tiles", "compiled_tiles"])
-def test_the_losss_memory_grows_with_columns_not_with_rows(loss: str) -> None:
-    held = replace(WAY, loss=loss).tiles.held_bytes
-    base = held(4096, 4096, (32, 64), 1)
-    assert held(4096, 16384, (32, 64), 1) > 1.5 * base
-    assert held(16384, 4096, (32, 64), 1) < 1.5 * base
+@pytest.mark.parametrize("on", [THIS_CPU, GPU], ids=["cpu", "gpu"])
+def test_the_losss_memory_grows_with_columns_not_with_rows(on: Device) -> None:
+    held = loss_kernels(on).held_bytes
+    base = held(65536, 4096, (32, 64), 1)
+    assert held(65536, 16384, (32, 64), 1) > 1.5 * base - held(1, 1, (32, 64), 1)
+    assert held(4096, 4096, (32, 64), 1) < base
 
 
 def test_less_is_needed_with_no_kept_graphs_and_with_checkpoints() -> None:
-    def peak(**changes: object) -> float:
-        return sum(replace(COSTS, way=replace(WAY, **changes)).phases["backward"].values())  # type: ignore[arg-type]
+    def peak(**settings: Any) -> int:
+        return changed(**settings).phases["backward"].total()
 
-    assert peak(budget=1e9) > peak(budget=0) > peak(budget=0, checkpoint_layers=True)
-    assert peak(budget=0, chunk_tokens=8) < peak(budget=0)
+    assert peak(activation_budget=1) > peak() > peak(checkpoint_layers=True)
+    assert peak(chunk_tokens=8) < peak()
 
 
-def test_graphs_go_back_from_the_last_chunk() -> None:
-    def graphs(tokens_kept: int) -> float:
-        """Chunks have 32, 32, 32 and 16 tokens."""
-        way = replace(WAY, budget=tokens_kept * COSTS.graph_bytes)
-        return replace(COSTS, way=way).phases["backward"]["activations"] - COSTS.phases["backward"]["activations"]
+def test_graphs_are_those_kept_and_one_chunk_more_but_never_more_than_all() -> None:
+    def graphs(cost: StepCost) -> float:
+        return (cost.phases["backward"]["activations"] - COST.phases["backward"]["activations"]) / COST.graph_bytes
 
-    assert COSTS.chunks == [32, 32, 32, 16]
-    assert graphs(16) == 0  # the last chunk's is gone before the others come
-    assert graphs(32) == 32 * COSTS.graph_bytes
-    assert graphs(64) == 64 * COSTS.graph_bytes
+    assert graphs(keeping(32)) == 32
+    assert graphs(keeping(64)) == 64
+    assert graphs(keeping(112)) == 112 - 32  # the largest chunk's is in both
+
+
+def test_only_the_cpus_allocator_keeps_what_the_backward_pass_has_freed() -> None:
+    on_cpu = replace(COST, device=THIS_CPU)
+    assert COST.phases["update"]["activations"] == changed(on_cpu, zero_stage=3).phases["update"]["activations"] == 0
+    assert on_cpu.phases["update"]["activations"] == on_cpu.phases["backward"]["activations"] > 0
+    assert on_cpu.peak[0] == "update"

@@ -11,7 +11,7 @@ import pytest
 
 from drama_dist.cli import main
 from drama_dist.plan.devices import SHEETS, Device, device
-from drama_dist.plan.report import make_plan, pruned_shape, read_shape, what_fits
+from drama_dist.plan.report import pruned_shape, read_shape, step_cost, what_fits
 from drama_dist.settings import Settings, read_settings, write_settings
 
 GPU = SHEETS["h100-80g"]
@@ -29,18 +29,18 @@ def small_gpu(gigabytes: float) -> Device:
 def test_the_papers_shape_has_its_parameters() -> None:
     settings = base()
     shape = pruned_shape(settings, 128_256, 64)
-    assert shape.word_parameters == 128_256 * 768
-    assert shape.layer_parameters == 12 * (4 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768  # 0.113 billion
-    plan = make_plan(settings, 8, GPU, shape)
-    assert plan.costs.share.own_queries == 256 and plan.costs.share.own_passages == 2048
-    assert plan.costs.way.queries_travel and plan.costs.way.loss == "streaming_tiles"
+    cost = step_cost(settings, 8, GPU, shape)
+    assert cost.word_parameters == 128_256 * 768
+    assert cost.layer_parameters == 12 * (4 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768  # 0.113 billion
+    assert cost.gathers_queries and cost.scores_shape == (2048, 2048) and len(cost.lengths) == 256 + 2048
 
 
 def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[..., Settings], llm: Path) -> None:
     settings = small_settings()
     shape = read_shape(settings)
-    assert (shape.hidden, shape.layers, shape.heads, shape.key_value_heads, shape.head) == (32, 2, 4, 4, 8)
-    assert read_shape(small_settings(f"train.start={llm}")).hidden == 48
+    heads = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    assert (shape.hidden_size, shape.num_hidden_layers, *heads) == (32, 2, 4, 4, 8)
+    assert read_shape(small_settings(f"train.start={llm}")).hidden_size == 48
     (Path(settings.run) / "no").mkdir(parents=True)
     with pytest.raises(ValueError, match="say --vocabulary and --head instead"):
         read_shape(replace(settings, llm=str(Path(settings.run) / "no")))
@@ -49,13 +49,13 @@ def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[
 def test_lengths_come_from_the_run_where_it_has_them(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("train.hard_negatives=1")
     shape, on = read_shape(settings), device("cpu", 1)
-    limits = make_plan(settings, 1, on, shape)
-    assert limits.costs.share.lengths == (32,) * 12 + (64,) * 24 and "upper bound" in limits.lengths_from
+    limits = step_cost(settings, 1, on, shape)
+    assert limits.lengths == (32,) * 12 + (64,) * 24 and "upper bound" in limits.lengths_from
     folder = Path(settings.run) / "train"
     folder.mkdir(parents=True)
     seen = {"edges": [0, 10, 20, 40], "queries": [1, 0, 0], "passages": [0, 5, 5]}
     (folder / "token_lengths.json").write_text(json.dumps(seen))
-    lengths = make_plan(settings, 1, on, shape).costs.share.lengths
+    lengths = step_cost(settings, 1, on, shape).lengths
     assert max(lengths[:12]) <= 10 and min(lengths[12:]) >= 10 and 30 < max(lengths[12:]) <= 40
     assert sum(lengths[12:]) / 24 == pytest.approx(22.5, abs=1)
 
@@ -64,14 +64,14 @@ def test_lengths_come_from_the_run_where_it_has_them(small_settings: Callable[..
 def test_what_would_make_it_fit_does_and_no_less(gigabytes: float) -> None:
     settings = base("train.activation_budget=70")
     shape = pruned_shape(settings, 128_256, 64)
-    plan = make_plan(settings, 8, small_gpu(gigabytes), shape)
-    assert not plan.fits
-    changes = what_fits(settings, plan)
+    cost = step_cost(settings, 8, small_gpu(gigabytes), shape)
+    assert not cost.fits
+    changes = what_fits(settings, cost)
 
     def fits(words: list[str]) -> bool:
         ranks = next((int(word.split()[1]) for word in words if word.startswith("--ranks")), 8)
         changed = base("train.activation_budget=70", *(word for word in words if word.startswith("train.")))
-        return make_plan(changed, ranks, small_gpu(gigabytes), shape).fits
+        return step_cost(changed, ranks, small_gpu(gigabytes), shape).fits
 
     assert changes and fits(changes)
     assert not any(fits([word for word in changes if word != left_out]) for left_out in changes)
@@ -81,15 +81,21 @@ def test_what_would_make_it_fit_does_and_no_less(gigabytes: float) -> None:
             assert not fits([doubled if other == word else other for other in changes])
 
 
+def test_what_the_settings_say_already_is_not_advised() -> None:
+    settings = base("train.activation_budget=0", "train.checkpoint_layers=true", "train.zero_stage=3")
+    changes = what_fits(settings, step_cost(settings, 8, small_gpu(2), pruned_shape(settings, 128_256, 64)))
+    assert changes and all(change.startswith(("train.chunk_tokens=", "train.offload", "--ranks")) for change in changes)
+
+
 def test_one_rank_that_is_too_few_gets_more_and_a_stage_that_splits() -> None:
     settings = base("train.zero_stage=0", "train.dtype=float32")
     shape = pruned_shape(settings, 128_256, 64)
-    assert what_fits(settings, make_plan(settings, 1, small_gpu(3), shape))
+    assert what_fits(settings, step_cost(settings, 1, small_gpu(3), shape))
 
 
 def test_where_nothing_fits_it_says_so() -> None:
     settings = base()
-    assert what_fits(settings, make_plan(settings, 1, small_gpu(0.1), pruned_shape(settings, 128_256, 64))) == []
+    assert what_fits(settings, step_cost(settings, 1, small_gpu(0.1), pruned_shape(settings, 128_256, 64))) == []
 
 
 def test_the_command_prints_all_parts_and_names_unknown_devices(

@@ -10,11 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.flops import training_flops
 from drama_dist.encoder.packing import pack
 from drama_dist.settings import EncoderSettings
 from drama_dist.train import memory, telemetry
 from drama_dist.train.step import StepResult
-from drama_dist.train.telemetry import Telemetry, _operations
+from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.term import TermResult
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_operations_are_those_that_pytorch_counts(encoder: Encoder) -> None:
     counted = counter.get_total_flops()
     seen = {name: value for name, value in counter.get_flop_counts()["Global"].items() if "attention" in str(name)}
     expected = 3 * (counted - sum(seen.values()) + attention)
-    assert _operations(encoder, lengths) == pytest.approx(expected, rel=1e-6)
+    assert training_flops(config, lengths) == pytest.approx(expected, rel=1e-6)
 
 
 def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> None:
@@ -51,7 +52,8 @@ def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> N
     step, figures = step_with(values), telemetry.figures(step_with(values), seconds=2.0)
     assert figures["tokens"] == 40 and figures["tokens_per_second"] == 20.0 and figures["recomputed_share"] == 0.25
     assert figures["padding_avoided"] == pytest.approx(1 - 40 / 60, abs=1e-4)
-    assert figures["peak_share"] == pytest.approx(_operations(encoder, [10, 30]) / 2.0 / telemetry.peak, abs=1e-4)
+    operations = training_flops(encoder.backbone.config, [10, 30])
+    assert figures["peak_share"] == pytest.approx(operations / 2.0 / telemetry.peak, abs=1e-4)
     counts, edges = np.histogram(values, bins=20)
     assert figures["margins"] == {"counts": counts.tolist(), "edges": edges.tolist()}
     telemetry.write(1, step.objective.figures | figures, step.objective)
