@@ -19,7 +19,7 @@ from measure import Measured, arguments, as_row, circumstances, in_turns, second
 from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.encoder.attention import plain_attention
-from drama_dist.kernels.attention import attend
+from drama_dist.kernels.llama_cpu.attention import attend
 
 HEADS, SIZE = 6, 64
 SCALING = SIZE**-0.5

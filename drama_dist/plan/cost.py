@@ -8,14 +8,15 @@ Shapes: W ranks; B queries and N passages of all ranks; K components, M dims, T 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+
+import torch
 
 from drama_dist.encoder.packing import token_budget_chunks
-from drama_dist.kernels import attention, compiled_tiles, layers
+from drama_dist.kernels import Backend, select_backend
+from drama_dist.kernels.llama_cpu import attention, layers
 
 SINGLE = 4  # bytes of a float32
 INDEX = 8  # of an int64
@@ -85,7 +86,7 @@ class RankShare:
 class Way:
     """How it is done. size: bytes of a weight (4 without ZeRO); budget: bytes for kept graphs; threads: PyTorch's.
 
-    loss: the backend's module of kernels (compiled_tiles, eager_tiles, streaming_tiles). fused: the CPU's fused layers.
+    loss: the backend that forms it. fused: the CPU's fused layers.
     bucket: elements that go over the network together.
     """
 
@@ -96,19 +97,14 @@ class Way:
     budget: float
     checkpoint_layers: bool
     queries_travel: bool
-    loss: str
+    loss: Backend
     fused: bool
     bucket: int
     threads: int
 
     @property
     def on_gpu(self) -> bool:
-        return self.loss == "streaming_tiles"
-
-    @property
-    def tiles(self) -> Any:
-        """The loss's module, with its held_bytes and chunk_rows."""
-        return importlib.import_module(f"drama_dist.kernels.{self.loss}")
+        return self.loss.name == "cuda"
 
 
 @dataclass(frozen=True)
@@ -297,7 +293,7 @@ class Costs:
         width = self.shape.hidden * SINGLE
         several = self.share.ranks > 1
         return {
-            "loss_tiles": self.way.tiles.held_bytes(rows, columns, sorted(self.share.dims), self.way.threads),
+            "loss_tiles": self.way.loss.held_bytes(rows, columns, self.share.dims, self.way.threads),
             "exchange": width * (own * (self.share.ranks + 1) + travelling) * several,  # padded parts, and joined
         }
 
@@ -379,11 +375,9 @@ class Costs:
         return found
 
 
-def loss_backend(on_gpu: bool) -> str:
-    """The module of kernels that the loss takes: see Way."""
-    if on_gpu:
-        return "streaming_tiles"
-    return "compiled_tiles" if compiled_tiles.extension() else "eager_tiles"
+def loss_backend(on_gpu: bool) -> Backend:
+    """The backend that the loss takes for float32 vectors: see Way."""
+    return select_backend(torch.device("cuda" if on_gpu else "cpu"), torch.float32)
 
 
 def layers_fuse(shape: Shape) -> bool:

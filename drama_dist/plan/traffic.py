@@ -46,7 +46,7 @@ def _passages(costs: Costs) -> dict[str, int]:
 
 def _queries(costs: Costs) -> dict[str, int]:
     share, ranks, vector = costs.share, costs.share.ranks, SINGLE * costs.shape.hidden
-    chunks = costs.way.tiles.chunk_rows(share.queries, share.most_passages, share.dims)
+    chunks = costs.way.loss.chunk_rows(share.queries, share.most_passages, share.dims)
     dims = len(share.dims)
     merged = [_all_reduce(SINGLE * rows * numbers, ranks) for rows in chunks for numbers in (dims + 1, 2 * dims)]
     return {

@@ -33,7 +33,7 @@ def test_the_papers_shape_has_its_parameters() -> None:
     assert shape.layer_parameters == 12 * (4 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768  # 0.113 billion
     plan = make_plan(settings, 8, GPU, shape)
     assert plan.costs.share.own_queries == 256 and plan.costs.share.own_passages == 2048
-    assert plan.costs.way.queries_travel and plan.costs.way.loss == "streaming_tiles"
+    assert plan.costs.way.queries_travel and plan.costs.way.loss.name == "cuda"
 
 
 def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[..., Settings], llm: Path) -> None:
