@@ -87,9 +87,10 @@ def _in_range(vectors_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     float16 does not hold the gradients' operands for vectors much shorter than 1.
     """
     narrow = vectors_RK.dtype == torch.float16
-    if not narrow and not float(torch.linalg.vector_norm(vectors_RK, torch.inf)) > _LARGE:
-        return vectors_RK, None
     precision = torch.promote_types(vectors_RK.dtype, torch.float32)
+    # The norm of all vectors together is what is known fastest, and no value is larger.
+    if not narrow and not float(torch.linalg.vector_norm(vectors_RK, dtype=precision)) > _LARGE:
+        return vectors_RK, None
     largest_R1 = torch.linalg.vector_norm(vectors_RK, torch.inf, dim=1, keepdim=True, dtype=precision)
     powers_R1 = torch.frexp(largest_R1).mantissa / largest_R1  # exact: a power of two can be represented
     powers_R1.masked_fill_(largest_R1 <= (0 if narrow else _LARGE), 1)

@@ -1,4 +1,4 @@
-"""Which implementation of the loss runs where: the one place that decides, asked by the loss, the plan and the doctor.
+"""Which implementation of the loss runs where: decided here for the loss, the plan and the doctor.
 
 Four there are: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
 precision), `cpu` (C++ compiled for this CPU) and `cuda` (Triton kernels between cuBLAS' products).

@@ -176,7 +176,7 @@ class CUDATiles:
     def _gradient_buffers(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """For what a chunk's gradients are multiplied from, in the inputs' precision; and for both sides' products."""
         precision = self._inputs[0].dtype
-        scores = self._scores_MRN  # float32 operands may take their place
+        scores = self._scores_MRN  # float32 operands may overwrite them
         upstream = scores if precision == torch.float32 else torch.empty_like(scores, dtype=precision)
         return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
 

@@ -24,7 +24,7 @@ class EagerTiles:
     def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
         """See Backend; any threads."""
         chunk = cls.chunking.largest(rows, columns, len(dims))
-        scores = (len(dims) + 3) * chunk * columns  # of a dim two steps on the way to its scores, or to its gradient
+        scores = (len(dims) + 3) * chunk * columns  # all dims' and three on the way to one dim's
         return 4 * (scores + (rows + columns) * (max(dims) + 3 * len(dims))) + 2 * chunk * columns
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
