@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 FOLDERS = {"drama_dist": "drama_dist", "drama_dist.kernels": "kernels", "drama_dist.launcher": "launcher"}
+KERNELS = [f"drama_dist.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
 
 setup(
     name="drama-dist",
@@ -18,11 +19,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), "drama_dist.kernels", "drama_dist.launcher"],
+    packages=[*find_packages(include=["drama_dist", "drama_dist.*"]), *KERNELS, "drama_dist.launcher"],
     package_dir=FOLDERS,
     package_data={
         "drama_dist": ["py.typed", "export/model_card.md", "evaluate/*.html"],
-        "drama_dist.kernels": ["*.cpp", "*.h"],
+        **{name: ["*.cpp", "*.h"] for name in KERNELS},
         "drama_dist.launcher": ["slurm/*.sh"],
     },
     install_requires=[

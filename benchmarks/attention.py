@@ -19,7 +19,7 @@ from measure import Measured, arguments, as_row, circumstances, in_turns, second
 from torch.nn.functional import scaled_dot_product_attention
 
 from drama_dist.encoder.attention import plain_attention
-from drama_dist.kernels.attention import attend
+from drama_dist.kernels.llama_cpu.attention import attend
 
 HEADS, SIZE = 6, 64
 SCALING = SIZE**-0.5
@@ -35,7 +35,7 @@ def ours(rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
 
 
 def by_heads(attention: Attention, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
-    """An attention over sequences × heads × length × size, with the way there and back as views and one copy."""
+    """An attention over sequences × heads × length × size, with views there and back, and one copy."""
     shape = (len(boundaries) - 1, -1, HEADS, SIZE)
     q, k, v = (part.view(shape).transpose(1, 2) for part in rows.split(HEADS * SIZE, dim=1))
     return attention(q, k, v).transpose(1, 2).reshape(len(rows), -1)
@@ -63,19 +63,19 @@ def measure(length: int, tokens: int, rounds: int, dtype: torch.dtype) -> dict[s
     given = (torch.randn(count * length, 3 * width) * scales).to(dtype)
     boundaries = torch.arange(0, count * length + 1, length, dtype=torch.int32)
     learning = given.clone().requires_grad_()
-    found = {name: call(side, learning, boundaries) for name, side in sides_of(length).items()}
+    outputs = {name: call(side, learning, boundaries) for name, side in sides_of(length).items()}
     differences = {
         name: max(
-            float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found["ours"], its, strict=True)
+            float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(outputs["ours"], its, strict=True)
         )
-        for name, its in found.items()
+        for name, its in outputs.items()
     }
     calls = {
         f"{name}, {job}": partial(call, side, rows, boundaries)
         for job, rows in (("training", learning), ("encoding", given))
         for name, side in sides_of(length).items()
     }
-    measured = {name: as_row(one) for name, one in in_turns(calls, rounds).items()}
+    measured = {name: as_row(timed) for name, timed in in_turns(calls, rounds).items()}
     return {
         "length": length,
         "tokens": count * length,
@@ -95,14 +95,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         for job in ("training", "encoding"):
-            one = {
+            by_side = {
                 name.removesuffix(f", {job}"): Measured(**value)
                 for name, value in row["measured"].items()
                 if name.endswith(job)
             }
-            gain = min(value.seconds for name, value in one.items() if name != "ours") / one["ours"].seconds
+            gain = min(value.seconds for name, value in by_side.items() if name != "ours") / by_side["ours"].seconds
             shown = [
-                f"{seconds_of(one[name])}, {one[name].megabytes:.0f}" if name in one else "–"
+                f"{seconds_of(by_side[name])}, {by_side[name].megabytes:.0f}" if name in by_side else "–"
                 for name in ("ours", "flash", "plain")
             ]
             lines.append(

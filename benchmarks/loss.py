@@ -84,7 +84,7 @@ class _GivenVectors(torch.nn.Module):
         super().__init__()
         self.size = size
 
-    def __getitem__(self, place: int) -> torch.nn.Module:
+    def __getitem__(self, index: int) -> torch.nn.Module:
         return self
 
     def get_embedding_dimension(self) -> int:
@@ -107,15 +107,15 @@ def cached(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...],
     return step
 
 
-def per_dim(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...], one: Callable[..., Any]) -> Step:
-    """A fused loss of normalised vectors, `one` (queries, passages, positives, dim), called once for every dim."""
+def per_dim(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...], loss_of: Callable[..., Any]) -> Step:
+    """A fused loss of normalised vectors, `loss_of` (queries, passages, positives, dim), called once for every dim."""
     positives = torch.arange(len(queries), device=queries.device)
 
     def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = torch.zeros((), device=queries.device)
         for dim in dims:
             units = (normalize(side[:, :dim], dim=1).contiguous() for side in (queries, passages))
-            loss = loss + one(*units, positives, dim) / len(dims)
+            loss = loss + loss_of(*units, positives, dim) / len(dims)
         return (loss.detach(), *torch.autograd.grad(loss, (queries, passages)))
 
     return step
@@ -123,26 +123,26 @@ def per_dim(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...]
 
 def fused_peers() -> dict[str, Callable[..., Any]]:
     """Peers that need CUDA, of those that are installed."""
-    found: dict[str, Callable[..., Any]] = {}
+    peers: dict[str, Callable[..., Any]] = {}
     if importlib.util.find_spec("inf_cl"):
         from inf_cl import cal_flash_loss
 
-        found["inf-cl"] = lambda query, passage, positives, dim: cal_flash_loss(
+        peers["inf-cl"] = lambda query, passage, positives, dim: cal_flash_loss(
             query, passage, positives, scale=1 / TEMPERATURE, head_dim=math.gcd(dim, 256)
         ).mean()
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        found["liger"] = lambda query, passage, positives, dim: liger(passage, query / TEMPERATURE, positives)
-    return found
+        peers["liger"] = lambda query, passage, positives, dim: liger(passage, query / TEMPERATURE, positives)
+    return peers
 
 
-def disagreement(found: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+def disagreement(result: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[float, float]:
     """Relative difference of the loss, and the largest of the gradients' norms."""
-    loss = float((found[0] - other[0]).abs() / found[0].abs())
-    pairs = [(own.float(), theirs.float()) for own, theirs in zip(found[1:], other[1:], strict=True)]
-    return loss, max(float((own - theirs).norm() / own.norm()) for own, theirs in pairs)
+    loss = float((result[0] - other[0]).abs() / result[0].abs())
+    pairs = [(gradient.float(), theirs.float()) for gradient, theirs in zip(result[1:], other[1:], strict=True)]
+    return loss, max(float((gradient - theirs).norm() / gradient.norm()) for gradient, theirs in pairs)
 
 
 def vectors(rows: int, columns: int, size: int, options: argparse.Namespace) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def sides_of(leaves: list[torch.Tensor], dims: tuple[int, ...], device: str) -> 
     """Every side but the cached ones."""
     sides = {"ours": ours(*leaves, dims), "dense": dense(*leaves, dims)}
     if device == "cuda":
-        sides |= {name: per_dim(*leaves, dims, one) for name, one in fused_peers().items()}
+        sides |= {name: per_dim(*leaves, dims, loss_of) for name, loss_of in fused_peers().items()}
     return sides
 
 
@@ -204,7 +204,7 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
         "measured": {name: as_row(value) for name, value in measured.items()},
         "disagreement": differences,
         "agree": {
-            name: all(one <= most for one, most in zip(pair, AGREEMENT[dtype], strict=True))
+            name: all(error <= most for error, most in zip(pair, AGREEMENT[dtype], strict=True))
             for name, pair in differences.items()
         },
         "best_peer": min((name for name in measured if name != "ours"), key=lambda name: measured[name].seconds),
@@ -230,7 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     for row in rows:
         measured = {name: Measured(**value) for name, value in row["measured"].items()}
-        own, alone = measured["ours"], one_dim.get((row["rows"], row["columns"]))
+        our_loss, alone = measured["ours"], one_dim.get((row["rows"], row["columns"]))
         cells = [
             f"{row['rows']} × {row['columns']}",
             "/".join(map(str, row["dims"])),
@@ -241,12 +241,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["best_cached"].removeprefix("cached "),
             f"{row['tried'][f'cached {MINI_BATCHES[0]}']['seconds']:.2f}",
             *(
-                f"{own.seconds / measured[name].seconds:.2f}" if row["agree"][name] else "no agreement"
+                f"{our_loss.seconds / measured[name].seconds:.2f}" if row["agree"][name] else "no agreement"
                 for name in (row["best_peer"], row["best_cached"])
             ),
-            f"{own.megabytes / measured['dense'].megabytes:.2f}",
-            "–" if alone is None else f"{own.seconds / alone:.2f}",
-            ", ".join(f"{max(one):.1e}" for one in zip(*row["disagreement"].values(), strict=True)),
+            f"{our_loss.megabytes / measured['dense'].megabytes:.2f}",
+            "–" if alone is None else f"{our_loss.seconds / alone:.2f}",
+            ", ".join(f"{max(errors):.1e}" for errors in zip(*row["disagreement"].values(), strict=True)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

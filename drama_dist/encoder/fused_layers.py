@@ -1,6 +1,6 @@
 """Llama layers whose attention, and whose parts between the matrix products, are fused for the CPU.
 
-Covers putting kernels/attention.py and kernels/layers.py in the place of a backbone's layers, for training and
+Covers putting kernels/llama_cpu/attention.py and layers.py in the place of a backbone's layers, for training and
 encoding. The weights are the same, and so are results and gradients, up to rounding. Elsewhere, and where the
 layers do not fit, transformers' own go on.
 """
@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drama_dist.encoder.attention import packed_attention
 from drama_dist.encoder.packing import Packed
-from drama_dist.kernels import attention, layers
+from drama_dist.kernels.llama_cpu import attention, layers
 
 
 class FusedLayer(LlamaDecoderLayer):

@@ -20,15 +20,11 @@ def mean_pool(hidden_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
 
 
 def unit_vectors(hidden_TK: torch.Tensor, packed: Packed, dim: int) -> np.ndarray:
-    """Mean pool, Matryoshka cut and normalisation, B × dim float32: on CUDA one kernel, without gradients.
+    """Mean pool, Matryoshka cut and normalisation, B × dim float32, without gradients.
 
     Raises ValueError where `dim` is larger than K.
     """
-    if hidden_TK.is_cuda:
-        from drama_dist.kernels.pooling import mean_pool_unit
-
-        return mean_pool_unit(hidden_TK, packed.boundaries_B1, dim).cpu().numpy()
-    return matryoshka_cut_array(mean_pool(hidden_TK, packed).numpy(), dim)
+    return matryoshka_cut_array(mean_pool(hidden_TK, packed).cpu().numpy(), dim)
 
 
 def matryoshka_cut_array(embeddings_NK: np.ndarray, dim: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -18,7 +17,8 @@ from transformers import LlamaConfig
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.flops import forward_flops, layer_weights
 from drama_dist.encoder.packing import token_budget_chunks
-from drama_dist.kernels import attention, compiled_tiles, eager_tiles, layers, streaming_tiles
+from drama_dist.kernels import select_backend
+from drama_dist.kernels.llama_cpu import attention, layers
 from drama_dist.plan.devices import Device
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.grad_cache import SHARE_OF_FREE
@@ -203,7 +203,8 @@ class StepCost:
     def _loss_parts(self) -> Memory:
         rows, columns = self.scores_shape
         gathered = rows if self.gathers_queries else columns
-        tiles = loss_kernels(self.device).held_bytes(rows, columns, sorted(self.encoder.dims), torch.get_num_threads())
+        backend = select_backend(torch.device("cpu" if self.device.is_cpu else "cuda"), torch.float32)
+        tiles = backend.held_bytes(rows, columns, self.encoder.dims, torch.get_num_threads())
         copies = 3 * gathered if self.ranks > 1 else 0  # each rank's part padded, the parts, and joined
         return Counter({"loss tiles": tiles, "exchange": copies * SINGLE * self.config.hidden_size})
 
@@ -238,13 +239,6 @@ def passages_of_batch(train: TrainSettings) -> int:
 def largest_share(count: int, ranks: int) -> int:
     """What a rank has at most of something split over ranks."""
     return -(-count // ranks)
-
-
-def loss_kernels(device: Device) -> Any:
-    """The loss's backend on a device: held_bytes(rows, columns, dims, threads)."""
-    if not device.is_cpu:
-        return streaming_tiles
-    return compiled_tiles if compiled_tiles.extension() else eager_tiles
 
 
 def layers_fuse(config: LlamaConfig) -> bool:

@@ -58,9 +58,7 @@ CHECKS = (
     ),
     Check("C++ compiler", probes.compiler, "see loss, attention and layers below", _COMPILER),
     Check("ninja", probes.ninja, "see loss, attention and layers below", "pip install ninja"),
-    Check(
-        "loss on the CPU", probes.loss, "kernels/eager_tiles.py: PyTorch operations, more time and memory", _COMPILER
-    ),
+    Check("loss on the CPU", probes.loss, "backend eager: PyTorch operations, more time and memory", _COMPILER),
     Check(
         "attention on the CPU",
         probes.attention,
@@ -76,7 +74,7 @@ CHECKS = (
     Check(
         "Triton",
         probes.triton,
-        "on the CPU the loss runs in compiled C++ tiles (above); on a GPU it would fail",
+        "on the CPU the loss runs in compiled C++ tiles (above); on a GPU in PyTorch operations, backend eager",
         _CUDA,
     ),
     Check(

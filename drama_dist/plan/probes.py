@@ -80,7 +80,7 @@ def bfloat16() -> str:
 
 
 def compiler() -> str:
-    """A library of one function, built with OpenMP as kernels/libraries.py does, loaded and called."""
+    """A library of one function, built with OpenMP as kernels/native.py does, loaded and called."""
     from torch.utils import cpp_extension
 
     name = cpp_extension.get_cxx_compiler()
@@ -121,14 +121,14 @@ def triton() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        from drama_dist.kernels.ahead_of_time import compile_variant, variants
+        from drama_dist.kernels.info_nce.ahead_of_time import compile_variant, variants
 
-        pooled = next(one for one in variants("sm_90") if one.kernel == "pool_forward")
-        registers = compile_variant(pooled, "sm_90").registers
+        norms = next(variant for variant in variants() if variant.kernel == "norms")
+        registers = compile_variant(norms, "sm_90").registers
         raise Missing(
-            f"{_version('triton')} compiles for sm_90 ({pooled.name}: {registers} registers), but nothing here runs it"
+            f"{_version('triton')} compiles for sm_90 ({norms.name}: {registers} registers), but nothing here runs it"
         )
-    difference = _loss_difference("triton", torch.device("cuda"))
+    difference = _loss_difference("cuda", torch.device("cuda"))
     return f"{_version('triton')}, loss differs from the reference by {difference:.0e}"
 
 
@@ -212,10 +212,10 @@ def loss() -> str:
     """The loss's kernels for the CPU, against the reference."""
     import torch
 
-    from drama_dist.kernels import compiled_tiles
+    from drama_dist.kernels.info_nce import cpu
 
-    _built(compiled_tiles)
-    difference = _loss_difference("streaming", torch.device("cpu"))
+    _built(cpu)
+    difference = _loss_difference("cpu", torch.device("cpu"))
     return f"tiles.cpp compiled, loss differs from the reference by {difference:.0e}"
 
 
@@ -224,7 +224,7 @@ def attention() -> str:
     import torch
 
     from drama_dist.encoder.attention import plain_attention
-    from drama_dist.kernels import attention as kernel
+    from drama_dist.kernels.llama_cpu import attention as kernel
 
     _built(kernel)
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def layers() -> str:
     from transformers import LlamaConfig, LlamaModel
 
     from drama_dist.encoder.fused_layers import fuse_layers
-    from drama_dist.kernels import layers as kernel
+    from drama_dist.kernels.llama_cpu import layers as kernel
 
     _built(kernel)
     config = LlamaConfig(

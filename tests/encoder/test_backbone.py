@@ -17,7 +17,7 @@ from drama_dist.encoder import attention, backbone
 from drama_dist.encoder.backbone import Encoder, LeakError, from_config, load
 from drama_dist.encoder.fused_layers import FusedLayer
 from drama_dist.encoder.threads import side_by_side
-from drama_dist.kernels import attention as attention_kernel
+from drama_dist.kernels.llama_cpu import attention as attention_kernel
 from drama_dist.settings import EncoderSettings, SettingsError
 
 CONTRACT = EncoderSettings(max_query_tokens=16, max_passage_tokens=24, dims=[48, 16])

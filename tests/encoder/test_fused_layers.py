@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from transformers import LlamaConfig, LlamaModel
 from drama_dist.encoder import attention
 from drama_dist.encoder.fused_layers import FusedLayer, fuse_layers
 from drama_dist.encoder.packing import Packed, pack
-from drama_dist.kernels import attention as kernel
-from drama_dist.kernels import layers, libraries
+from drama_dist.kernels import native
+from drama_dist.kernels.llama_cpu import attention as kernel
+from drama_dist.kernels.llama_cpu import layers
 
 LENGTHS = [1, 2, 7, 7, 7, 33]
 Gradients = dict[str, torch.Tensor]
@@ -191,15 +193,15 @@ def test_operands_need_not_be_contiguous() -> None:
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(name: str, openmp: bool) -> str:
+    def no_compiler(source: Path, openmp: bool) -> Path:
         raise RuntimeError("no g++")
 
-    monkeypatch.setattr(libraries, "_build", no_compiler)
-    libraries.library.cache_clear()
+    monkeypatch.setattr(native, "_build", no_compiler)
+    native.library.cache_clear()
     model = backbone()
     with pytest.warns(UserWarning, match=r"layers.cpp was not compiled \(no g\+\+\): transformer layers go on"):
         assert not fuse_layers(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not fuse_layers(model)
-    libraries.library.cache_clear()
+    native.library.cache_clear()

@@ -159,12 +159,12 @@ struct Backward {
     for (int64_t r = 0; r < rows; r += lane)
       for (int64_t c = 0; c < width; c += WIDTH) {
         Floats both[2] = {};
-        for (int64_t own = r; own < r + lane && own < count; ++own) {
-          int64_t place = own * width + c;
-          Floats weight = exponential(load(&scores[place]) * scaling - load(&normalisers[c]));
-          both[own - r] = weight * (load(&products[place]) - load(&shares[c])) * scaling;
-          store(&weights[place], weight);
-          store(&gradients[place], both[own - r]);
+        for (int64_t row = r; row < r + lane && row < count; ++row) {
+          int64_t at = row * width + c;
+          Floats weight = exponential(load(&scores[at]) * scaling - load(&normalisers[c]));
+          both[row - r] = weight * (load(&products[at]) - load(&shares[c])) * scaling;
+          store(&weights[at], weight);
+          store(&gradients[at], both[row - r]);
         }
         E* strip = &packed_gradients[c / STRIP * STRIP * rows];
         Operand<E>::write_packed(strip + r * STRIP + c % STRIP * lane, both[0], both[1]);

@@ -19,11 +19,11 @@ def norms_kernel(
     norms_ptr,  # M x R
     rows,
     scale,
-    floor,
+    floor,  # of norms: up to it a vector is none
     DIMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write scale / |v| of a row's first components, for every dim."""
+    """Write scale / |v| of a row's first components, for every dim; 0 where |v| is at most the floor."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     square = 0.0
@@ -32,7 +32,8 @@ def norms_kernel(
         at_K = vectors_ptr + row.to(tl.int64) * vector_stride + components_K
         vector_K = tl.load(at_K, mask=components_K < DIMS[d], other=0.0).to(tl.float32)
         square += tl.sum(vector_K * vector_K, 0)
-        tl.store(norms_ptr + d * rows + row, scale / tl.maximum(tl.sqrt(square), floor))
+        norm = tl.sqrt(square)
+        tl.store(norms_ptr + d * rows + row, scale / tl.where(norm <= floor, float("inf"), norm))
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def finish_kernel(
     """Write share · (a row's product − what the norms add), and zeros for components of no dim."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
-    place = row.to(tl.int64) * width
+    start = row.to(tl.int64) * width
     factor = 0.0
     for d in tl.static_range(len(DIMS) - 1, -1, -1):
         norm = tl.load(norms_ptr + d * rows + row) / scale
@@ -62,9 +63,9 @@ def finish_kernel(
         inside_K = components_K < DIMS[d]
         at_K = vectors_ptr + row.to(tl.int64) * vector_stride + components_K
         vector_K = tl.load(at_K, mask=inside_K, other=0.0).to(tl.float32)
-        product_K = tl.load(products_ptr + place + components_K, mask=inside_K, other=0.0)
+        product_K = tl.load(products_ptr + start + components_K, mask=inside_K, other=0.0)
         gradient_K = share * (product_K - factor * vector_K)
-        tl.store(result_ptr + place + components_K, gradient_K.to(result_ptr.dtype.element_ty), mask=inside_K)
+        tl.store(result_ptr + start + components_K, gradient_K.to(result_ptr.dtype.element_ty), mask=inside_K)
     for first in range(DIMS[len(DIMS) - 1], width, BLOCK_K):
         nothing_K = tl.zeros((BLOCK_K,), dtype=result_ptr.dtype.element_ty)
-        tl.store(result_ptr + place + first + k, nothing_K, mask=first + k < width)
+        tl.store(result_ptr + start + first + k, nothing_K, mask=first + k < width)

@@ -1,6 +1,6 @@
 // Tiles of scores and of their gradients, for one chunk of rows and a range of column tiles.
 //
-// Covers the arithmetic only: memory, packing, threads and the loss itself are compiled_tiles.py's.
+// Covers the arithmetic only: memory, packing, threads and the loss itself are cpu.py's.
 // Knows nothing of torch, so that it builds in seconds; one thread calls it for its own tiles.
 //
 // Shapes: R rows, N columns in tiles of 64 · STRIPS, K components in blocks (block d is what dim d has
@@ -14,9 +14,7 @@ constexpr float MASKED = -1e30f;
 
 struct Chunk {
   int64_t rows, padded_rows, columns, components, dims;
-  const int64_t* ends;  // M: where each block ends among the padded components
-  float exponent;       // z = exponent * score
-  float symmetric;
+  const int64_t* ends;             // M: where each block ends among the padded components
   const void* queries;             // R x K
   const void* queries_transposed;  // K x padded R
   const void* passages_by_depth;   // packed, depth is K
@@ -26,15 +24,12 @@ struct Chunk {
   const uint8_t* masked;           // R x columns, or null
   const int64_t* positives;        // R
   float* scores;                   // M x tiles x R x TILE
-  float* own;                      // M x R
+  float* positive_scores;          // M x R
   float* maxima;                   // M x R of one thread
-  float* sums;                     // M x R of one thread: sum of exp(z - maximum)
-  float* column_maxima;            // M x N
-  float* column_sums;              // M x N
+  float* sums;                     // M x R of one thread: sum of exp(score - maximum)
   const float* scales;             // M: weight / B
   const float* shifts;             // M x R
   const float* missed;             // M x R
-  const float* column_shifts;      // M x N, or null
   float* row_terms;                // M x R of one thread
   float* column_terms;             // M x N
   float* query_products;           // R x K of one thread
@@ -51,7 +46,7 @@ inline void score_row(const Chunk& c, int64_t d, int64_t tile, int64_t r, const 
   const int64_t padded = tiles_of(c) * TILE, first = tile * TILE, valid = c.columns - first;
   const float* norms = c.passage_norms + d * padded + first;
   const float norm = c.query_norms[d * c.rows + r];
-  const int64_t own = c.positives[r] - first;
+  const int64_t positive = c.positives[r] - first;
   for (int64_t v = 0; v < TILE; v += WIDTH) store(scores + v, load(product + v) * norm * load(norms + v));
   if (c.masked && valid >= TILE) {
     const uint8_t* flags = c.masked + r * c.columns + first;
@@ -65,21 +60,21 @@ inline void score_row(const Chunk& c, int64_t d, int64_t tile, int64_t r, const 
       if (c.masked[r * c.columns + first + v]) scores[v] = MASKED;
   }
   for (int64_t v = valid; v < TILE; ++v) scores[v] = MASKED;
-  if (own >= 0 && own < TILE) {
-    c.own[d * c.rows + r] = scores[own];
-    scores[own] = MASKED;
+  if (positive >= 0 && positive < TILE) {
+    c.positive_scores[d * c.rows + r] = scores[positive];
+    scores[positive] = MASKED;
   }
   Floats most = load(scores);
   for (int64_t v = WIDTH; v < TILE; v += WIDTH) most = larger(most, load(scores + v));
   float& running = c.maxima[d * c.rows + r];
   float& total = c.sums[d * c.rows + r];
-  const float highest = maximum(most) * c.exponent;
+  const float highest = maximum(most);
   if (highest > running) {
     total *= exponential(all(running - highest))[0];
     running = highest;
   }
   Floats sums{};
-  for (int64_t v = 0; v < TILE; v += WIDTH) sums += exponential(load(scores + v) * c.exponent - running);
+  for (int64_t v = 0; v < TILE; v += WIDTH) sums += exponential(load(scores + v) - running);
   total += sum(sums);
 }
 
@@ -100,51 +95,30 @@ void scores(const Chunk& c, int64_t begin, int64_t end) {
   }
 }
 
-// Every row's share in its columns' running logsumexp.
-void fold_columns(const Chunk& c, int64_t begin, int64_t end) {
-  const int64_t tiles = tiles_of(c);
-  for (int64_t tile = begin; tile < end; ++tile)
-    for (int64_t d = 0; d < c.dims; ++d)
-      for (int64_t v = 0; v < TILE; v += WIDTH) {
-        const float* scores = c.scores + (d * tiles + tile) * c.rows * TILE + v;
-        const int64_t place = (d * tiles + tile) * TILE + v;
-        Floats most = load(c.column_maxima + place), before = most, total = load(c.column_sums + place);
-        for (int64_t r = 0; r < c.rows; ++r) most = larger(most, load(scores + r * TILE) * c.exponent);
-        total *= exponential(before - most);
-        for (int64_t r = 0; r < c.rows; ++r) total += exponential(load(scores + r * TILE) * c.exponent - most);
-        store(c.column_maxima + place, most);
-        store(c.column_sums + place, total);
-      }
-}
-
 // Gradients of one dim's scores in a tile, added to the suffix sums over dims, and the norms' terms.
 void add_gradients_of_dim(const Chunk& c, int64_t d, int64_t tile) {
-  const int64_t tiles = tiles_of(c), place = (d * tiles + tile) * TILE;
-  const float* norms = c.passage_norms + place;
-  const float* column_shifts = c.column_shifts ? c.column_shifts + place : nullptr;
-  float* column_terms = c.column_terms + place;
+  const int64_t first = (d * tiles_of(c) + tile) * TILE;
+  const float* norms = c.passage_norms + first;
+  float* column_terms = c.column_terms + first;
   for (int64_t r = 0; r < c.rows; ++r) {
-    const int64_t row = d * c.rows + r, own = c.positives[r] - tile * TILE;
-    const float* scores = c.scores + (d * tiles + tile) * c.rows * TILE + r * TILE;
+    const int64_t row = d * c.rows + r, positive = c.positives[r] - tile * TILE;
+    const float* scores = c.scores + first * c.rows + r * TILE;
     float* suffix = c.suffix + r * TILE;
     const float norm = c.query_norms[row], scale = c.scales[d], shift = c.shifts[row];
     Floats terms{};
     for (int64_t v = 0; v < TILE; v += WIDTH) {
-      Floats score = load(scores + v), z = score * c.exponent;
-      Floats gradient = exponential(z - shift);
-      if (column_shifts) gradient += c.symmetric * exponential(z - load(column_shifts + v));
-      gradient *= scale;
+      Floats score = load(scores + v), gradient = exponential(score - shift) * scale;
       Floats term = gradient * score;
       terms += term;
       store(column_terms + v, load(column_terms + v) + term);
       store(suffix + v, load(suffix + v) + gradient * norm * load(norms + v));
     }
     c.row_terms[row] += sum(terms);
-    if (own >= 0 && own < TILE) {
-      const float gradient = -scale * c.missed[row], term = gradient * c.own[row];
+    if (positive >= 0 && positive < TILE) {
+      const float gradient = -scale * c.missed[row], term = gradient * c.positive_scores[row];
       c.row_terms[row] += term;
-      column_terms[own] += term;
-      suffix[own] += gradient * norm * norms[own];
+      column_terms[positive] += term;
+      suffix[positive] += gradient * norm * norms[positive];
     }
   }
 }
@@ -193,7 +167,6 @@ int64_t drama_depth_step_float32() { return Operand<float>::step; }
 int64_t drama_depth_step_bfloat16() { return Operand<Bfloat16>::step; }
 void drama_scores_float32(const Chunk* c, int64_t begin, int64_t end) { scores<float>(*c, begin, end); }
 void drama_scores_bfloat16(const Chunk* c, int64_t begin, int64_t end) { scores<Bfloat16>(*c, begin, end); }
-void drama_fold_columns(const Chunk* c, int64_t begin, int64_t end) { fold_columns(*c, begin, end); }
 void drama_gradients_float32(const Chunk* c, int64_t begin, int64_t end) { add_gradients<float>(*c, begin, end); }
 void drama_gradients_bfloat16(const Chunk* c, int64_t begin, int64_t end) { add_gradients<Bfloat16>(*c, begin, end); }
 }

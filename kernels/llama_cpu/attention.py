@@ -1,4 +1,4 @@
-"""Attention within packed sequences on the CPU, forward and backward, with nothing of length × length in memory.
+"""Attention within packed sequences on the CPU, forward and backward: scores of a few dozen rows at a time.
 
 Covers bidirectional attention of heads of 64 components, as many key-value heads as query heads. Of the forward
 pass only the log-sum-exp of each row of scores is kept, as FlashAttention does (Dao et al. 2022, alg. 1; Dao 2023).
@@ -9,19 +9,21 @@ bfloat16 or float32; sums and softmax in float32. Shapes: T tokens of S sequence
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from drama_dist.kernels.libraries import call, elements, library
+from drama_dist.kernels.native import call, check_elements, library
 
 HEAD = 64  # components
 
 
 def extension() -> ctypes.CDLL | None:
     """The compiled library; None (with one warning) where it cannot be built."""
-    return library("attention", "attention goes on with slower PyTorch operations", openmp=True)
+    source = Path(__file__).with_name("attention.cpp")
+    return library(source, "attention goes on with slower PyTorch operations", openmp=True)
 
 
 def attend(rows: torch.Tensor, boundaries_S1: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -30,7 +32,7 @@ def attend(rows: torch.Tensor, boundaries_S1: torch.Tensor, scaling: float) -> t
     boundaries_S1: int32, where each sequence begins, and the end. Raises ValueError where rows are not bfloat16 or
     float32 on the CPU, their width is not of whole heads, or boundaries are not int32 or end elsewhere than the rows.
     """
-    elements(rows.dtype, rows=rows)
+    check_elements(rows.dtype, rows=rows)
     if rows.shape[1] % (3 * HEAD):
         raise ValueError(f"rows have {rows.shape[1]} components: expected a multiple of 3 · {HEAD}")
     if boundaries_S1.dtype != torch.int32 or int(boundaries_S1[-1]) != len(rows):

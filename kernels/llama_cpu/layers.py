@@ -11,20 +11,22 @@ K components, heads of D components, I inner components.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from drama_dist.kernels.libraries import call, elements, library
+from drama_dist.kernels.native import call, check_elements, library
 
 _WIDTH = 16  # components of the widest vector in layers.cpp
 
 
 def extension() -> ctypes.CDLL | None:
     """The compiled library; None (with one warning) where it cannot be built."""
-    return library("layers", "transformer layers go on with slower PyTorch operations", openmp=True)
+    source = Path(__file__).with_name("layers.cpp")
+    return library(source, "transformer layers go on with slower PyTorch operations", openmp=True)
 
 
 def fits(hidden: int, inner: int, head: int) -> bool:
@@ -45,7 +47,7 @@ def project(
     Raises ValueError where dtypes differ, or are not bfloat16 or float32 on the CPU.
     """
     names = ("x", "norm", "query weights", "key weights", "value weights", "cosines", "sines")
-    elements(x_TK.dtype, **dict(zip(names, (x_TK, norm_K, *weights, *rotary_TD), strict=True)))
+    check_elements(x_TK.dtype, **dict(zip(names, (x_TK, norm_K, *weights, *rotary_TD), strict=True)))
     projected: torch.Tensor = _Project.apply(x_TK, norm_K, float(epsilon), *weights, *rotary_TD)
     return projected
 
@@ -62,7 +64,7 @@ def feed_forward(
 
     Raises ValueError where dtypes differ, or are not bfloat16 or float32 on the CPU.
     """
-    elements(x_TK.dtype, x=x_TK, norm=norm_K, gate=gate_IK, up=up_IK, down=down_KI)
+    check_elements(x_TK.dtype, x=x_TK, norm=norm_K, gate=gate_IK, up=up_IK, down=down_KI)
     result: torch.Tensor = _FeedForward.apply(x_TK, norm_K, float(epsilon), gate_IK, up_IK, down_KI)
     return result
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from drama_dist.kernels import attention
+from drama_dist.kernels.llama_cpu import attention
 
 # Around whole register tiles and strips; products go through 256 of the depth at once.
 LENGTHS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 130, 255, 257, 515]
 HEADS = 3
+KERNEL = attention  # see the fixture `instructions`
 
 
 def boundaries(lengths: list[int]) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""The autograd function of every backend: what is done with a chunk's scores, and in which order.
+
+Scores of every Matryoshka dim are snapshots of one product, and the gradients are computed in the forward pass, since
+the upstream gradient is a scalar. The backend's tiles do the arithmetic on chunks of rows (see Tiles): what is held
+beside the vectors is bounded by Backend.held_bytes.
+
+Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import softplus
+
+from drama_dist.kernels.info_nce.backends import Backend
+from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.tiles import MASKED, Tiles
+
+_EXACT = 50.0  # softplus(x) is x beyond it; PyTorch's own 20 errs by 2e-9
+_LARGE = 2.0**30  # squares of larger values, summed and inverted, leave float32's range
+
+
+class InfoNCEFunction(torch.autograd.Function):
+    """Forward returns (loss, per-dim losses, margins, masked pairs); only the loss has a gradient, of first order."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        context: Any,
+        queries_BK: torch.Tensor,
+        passages_NK: torch.Tensor,
+        temperature: float,
+        problem: Problem,
+        backend: Backend,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        queries, query_powers = _in_range(queries_BK.detach())
+        passages, passage_powers = _in_range(passages_NK.detach())
+        tiles = backend.tiles(queries, passages, temperature, problem)
+        learns = any(context.needs_input_grad)
+        chunks = backend.chunks(len(queries), problem.most_columns(len(passages)), problem.dims)
+        outputs = _over_chunks(tiles, chunks, problem, learns)
+        if learns:
+            query_gradient, passage_gradient = tiles.gradients()
+            context.save_for_backward(
+                _rescaled(query_gradient, query_powers, queries_BK.dtype),
+                _rescaled(passage_gradient, passage_powers, passages_NK.dtype),
+            )
+        context.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "info_nce has no second-order gradients: leave out create_graph, or say backend='reference'"
+            )
+        query_gradient, passage_gradient = context.saved_tensors
+        return upstream * query_gradient, upstream * passage_gradient, None, None, None
+
+
+def _over_chunks(
+    tiles: Tiles, chunks: list[slice], problem: Problem, learns: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The function's outputs; where there is something to learn, the tiles take up the gradients."""
+    losses, margins, masked = [], [], []
+    for rows in chunks:
+        scores = tiles.scores(rows)
+        positive_MR, negatives_MR, best_R = scores.positive_MR, scores.negatives_MR, scores.best_negative_R
+        if problem.part is not None:
+            positive_MR, negatives_MR, best_R = problem.part.merge(positive_MR, negatives_MR, best_R)
+        if learns:
+            shift_MR = torch.logaddexp(negatives_MR, positive_MR)
+            tiles.add_gradients(shift_MR, torch.sigmoid(negatives_MR - positive_MR))
+        losses.append(softplus(negatives_MR - positive_MR, threshold=_EXACT).sum(1))
+        margins.append(torch.where(best_R > MASKED / 10, positive_MR[-1] - best_R, torch.nan))
+        masked.append(scores.masked_pairs)
+    per_dim_M = torch.stack(losses).sum(0) / len(problem.positives_B)
+    loss = (per_dim_M * per_dim_M.new_tensor(problem.weights)).sum()
+    return loss, per_dim_M, torch.cat(margins), torch.stack(masked).sum()
+
+
+def _in_range(vectors_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The vectors, rows with very large values, and all of float16, brought to values below 1 by powers of two, which
+    leaves the scores as they are; and the powers, R × 1, None where nothing was to be done.
+
+    float16 does not hold the gradients' operands for vectors much shorter than 1.
+    """
+    narrow = vectors_RK.dtype == torch.float16
+    precision = torch.promote_types(vectors_RK.dtype, torch.float32)
+    # The norm of all vectors together is what is known fastest, and no value is larger.
+    if not narrow and not float(torch.linalg.vector_norm(vectors_RK, dtype=precision)) > _LARGE:
+        return vectors_RK, None
+    largest_R1 = torch.linalg.vector_norm(vectors_RK, torch.inf, dim=1, keepdim=True, dtype=precision)
+    powers_R1 = torch.frexp(largest_R1).mantissa / largest_R1  # exact: a power of two can be represented
+    powers_R1.masked_fill_(largest_R1 <= (0 if narrow else _LARGE), 1)
+    return (vectors_RK * powers_R1).to(vectors_RK.dtype), powers_R1
+
+
+def _rescaled(gradient_RK: torch.Tensor, powers_R1: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of what `_in_range` was given."""
+    return (gradient_RK if powers_R1 is None else gradient_RK * powers_R1).to(dtype)

@@ -1,0 +1,242 @@
+"""Tiles on a GPU: the library's matrix products on a chunk of rows, and Triton kernels for what is between them.
+
+float32, bfloat16 and float16 inputs; products and sums are float32, and float32 inputs multiplied as PyTorch is told to
+(TF32 where that is allowed). The same to the bit whenever it is run.
+Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import triton
+
+from drama_dist.kernels.info_nce import norm_kernels, score_kernels
+from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.tiles import FLOOR, Chunking, ChunkScores
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ALIGNMENT = 16  # of a product's rows, in elements
+_PROGRAMS = 1056  # eight for each multiprocessor of an H100
+# Each thread has whole columns of a tile: only sums of rows are exchanged between threads.
+BY_ROWS = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
+BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
+# Where registers are too few for these:
+BY_ROWS_SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 8}
+BY_COLUMNS_SMALL = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 8}
+if INTERPRETED:
+    BY_ROWS = BY_COLUMNS = BY_ROWS_SMALL = BY_COLUMNS_SMALL = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 1}
+_MOST_DIMS = 3
+
+
+def tile_shapes(dims: int, excluded: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """The tile of the kernel that goes along the rows, and of the one that goes down the columns."""
+    return (BY_ROWS, BY_COLUMNS) if dims <= _MOST_DIMS and not excluded else (BY_ROWS_SMALL, BY_COLUMNS_SMALL)
+
+
+class CUDATiles:
+    """See Tiles."""
+
+    chunking: ClassVar[Chunking] = Chunking(score_bytes=1 << 30, most_rows=16384, row_step=128)
+
+    @classmethod
+    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+        """See Backend: a chunk's products, sums, gradients; any threads."""
+        chunk = len(dims) * cls.chunking.largest(rows, columns, len(dims)) * (columns + _ALIGNMENT)
+        return 4 * chunk + 4 * (rows + columns) * (2 * max(dims) + 3 * len(dims))
+
+    def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
+        self._inputs = tuple(side if side.stride(1) == 1 else side.contiguous() for side in (queries_BK, passages_NK))
+        self._problem, self._columns, self._temperature = problem, len(passages_NK), temperature
+        begins = (0, *problem.dims[:-1])
+        self._blocks = [slice(*ends) for ends in zip(begins, problem.dims, strict=True)]
+        self._block_k = triton.next_power_of_2(max(block.stop - block.start for block in self._blocks))
+        self._scaled_norms_MB = self._inverse_norms(self._inputs[0], 1 / temperature)
+        self._passage_norms_MN = self._inverse_norms(self._inputs[1], 1.0)
+        self._ids = self._documents()
+        self._row_terms_MB = torch.empty_like(self._scaled_norms_MB)
+        self._column_terms_MN = torch.empty_like(self._passage_norms_MN)
+        self._scales_M = self._passage_norms_MN.new_tensor(problem.weights)
+        self._along, self._down = tile_shapes(len(problem.dims), "excluded" in self._ids)
+        self._rows = slice(0)
+        self._scores_MRN = self._product_buffer()
+        self._upstream_MRN = torch.empty(0)
+        self._products: tuple[torch.Tensor, ...] = ()  # none, where nothing is learned
+        self._chunk: dict[str, Any] = {}
+
+    def scores(self, rows: slice) -> ChunkScores:
+        query, passage = self._inputs
+        count, dims = rows.stop - rows.start, len(self._problem.dims)
+        self._rows = rows
+        for scores_RN, block in zip(self._scores_MRN, self._blocks, strict=True):
+            _multiply(query[rows, block], passage[:, block].T, scores_RN[:count, : self._columns])
+        self._chunk = self._arguments(rows)
+        blocks = triton.cdiv(count, self._along["BLOCK_R"])
+        splits, per_split = _shares(self._columns, blocks, self._along["BLOCK_C"])
+        maxima, sums = self._passage_norms_MN.new_empty(2, splits, dims, count)
+        positive_MR = maxima.new_empty(dims, count)
+        left_out = torch.empty(splits, count, dtype=torch.int32, device=maxima.device)
+        score_kernels.rows_kernel[(blocks, splits)](
+            **self._chunk,
+            maxima_ptr=maxima,
+            sums_ptr=sums,
+            scores_ptr=positive_MR,
+            left_out_ptr=left_out,
+            columns_per_split=per_split,
+            **self._along,
+        )
+        of_splits = maxima + sums.log()
+        negatives_MR = of_splits.logsumexp(0) if splits > 1 else of_splits[0]
+        masked_pairs = left_out.sum()
+        if "passages" in self._ids:  # the positives are among them
+            masked_pairs = masked_pairs - (self._ids["positives"][rows] >= 0).sum()
+        return ChunkScores(positive_MR, negatives_MR, maxima[:, -1].amax(0), masked_pairs)
+
+    def add_gradients(self, shift_MR: torch.Tensor, missed_MR: torch.Tensor) -> None:
+        dims, count = shift_MR.shape
+        if not self._products:
+            self._upstream_MRN, self._products = self._gradient_buffers()
+        blocks = triton.cdiv(self._columns, self._down["BLOCK_C"])
+        splits, per_split = _shares(count, blocks, self._down["BLOCK_R"])
+        row_terms = shift_MR.new_empty(blocks, dims, count)
+        column_terms = shift_MR.new_empty(splits, dims, self._columns)
+        score_kernels.gradients_kernel[(blocks, splits)](
+            **self._chunk,
+            upstream_ptr=self._upstream_MRN,
+            scales_ptr=self._scales_M,
+            shifts_ptr=shift_MR.contiguous(),
+            missed_ptr=missed_MR.contiguous(),
+            row_terms_ptr=row_terms,
+            column_terms_ptr=column_terms,
+            rows_per_split=per_split,
+            **self._down,
+        )
+        self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+        if self._rows.start:
+            self._column_terms_MN += column_terms.sum(0)
+        else:
+            torch.sum(column_terms, 0, out=self._column_terms_MN)
+        self._add_products(count)
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._scores_MRN = self._upstream_MRN = torch.empty(0)
+        self._chunk = {}
+        queries = self._finish(0, self._row_terms_MB, self._scaled_norms_MB, 1 / self._temperature)
+        return queries, self._finish(1, self._column_terms_MN, self._passage_norms_MN, 1.0)
+
+    def _inverse_norms(self, vectors_RK: torch.Tensor, scale: float) -> torch.Tensor:
+        rows, dims = len(vectors_RK), self._problem.dims
+        norms_MR = torch.empty(len(dims), rows, dtype=torch.float32, device=vectors_RK.device)
+        norm_kernels.norms_kernel[(rows,)](
+            vectors_RK, vectors_RK.stride(0), norms_MR, rows, scale, FLOOR, DIMS=dims, BLOCK_K=self._block_k
+        )
+        return norms_MR
+
+    def _finish(self, side: int, terms_MR: torch.Tensor, norms_MR: torch.Tensor, scale: float) -> torch.Tensor:
+        """The gradient of one side in the inputs' precision, divided last: weights alone stay in range of float16."""
+        vectors_RK = self._inputs[side]
+        gradient_RK = torch.empty_like(self._products[side], dtype=vectors_RK.dtype)
+        rows, width = gradient_RK.shape
+        norm_kernels.finish_kernel[(rows,)](
+            self._products[side],
+            vectors_RK,
+            vectors_RK.stride(0),
+            terms_MR,
+            norms_MR,
+            gradient_RK,
+            rows,
+            width,
+            scale,
+            1 / len(self._inputs[0]),
+            DIMS=self._problem.dims,
+            BLOCK_K=self._block_k,
+        )
+        return gradient_RK
+
+    def _add_products(self, count: int) -> None:
+        query, passage = self._inputs
+        for upstream_RN, block in zip(self._upstream_MRN, self._blocks, strict=True):
+            upstream_RN = upstream_RN[:count, : self._columns]
+            _multiply(upstream_RN, passage[:, block], self._products[0][self._rows, block])
+            of_passages = self._products[1][:, block]
+            _multiply(upstream_RN.T, query[self._rows, block], of_passages, add=self._rows.start > 0)
+
+    def _product_buffer(self) -> torch.Tensor:
+        """For a chunk's products: zeros after the last column."""
+        dims = len(self._blocks)
+        rows = self.chunking.largest(len(self._inputs[0]), self._problem.most_columns(self._columns), dims)
+        shape = dims, rows, self._columns + -self._columns % _ALIGNMENT
+        scores_MRN = torch.empty(shape, dtype=torch.float32, device=self._inputs[0].device)
+        scores_MRN[..., self._columns :] = 0
+        return scores_MRN
+
+    def _gradient_buffers(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """For what a chunk's gradients are multiplied from, in the inputs' precision; and for both sides' products."""
+        precision = self._inputs[0].dtype
+        scores = self._scores_MRN  # float32 operands may overwrite them
+        upstream = scores if precision == torch.float32 else torch.empty_like(scores, dtype=precision)
+        return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
+
+    def _documents(self) -> dict[str, torch.Tensor]:
+        """Positives and ids as int32, half the registers of int64: ids by their order. Without ids columns are ids."""
+        problem = self._problem
+        positives, positive_ids = problem.positives_B.int(), problem.positive_ids()
+        if problem.passage_ids_N is None or positive_ids is None:
+            return {"positives": positives, "positive ids": positives}
+        return {"positives": positives, **_ranked(problem.passage_ids_N, positive_ids, problem.excluded_ids_BE)}
+
+    def _arguments(self, rows: slice) -> dict[str, Any]:
+        """What both kernels are told of a chunk."""
+        ids = self._ids
+        positive_ids = ids["positive ids"][rows]
+        excluded = ids["excluded"][rows] if "excluded" in ids else None
+        return {
+            "products_ptr": self._scores_MRN,
+            "stride": self._scores_MRN.stride(1),
+            "dim_stride": self._scores_MRN.stride(0),
+            "rows": rows.stop - rows.start,
+            "columns": self._columns,
+            "x_norms_ptr": self._scaled_norms_MB[:, rows].contiguous(),
+            "y_norms_ptr": self._passage_norms_MN,
+            "positives_ptr": ids["positives"][rows],
+            "positive_ids_ptr": positive_ids,
+            "passage_ids_ptr": ids.get("passages", positive_ids),
+            "excluded_ptr": positive_ids if excluded is None else excluded,
+            "excluded_count": 0 if excluded is None else excluded.shape[1],
+            "M": len(self._blocks),
+            "HAS_IDS": "passages" in ids,
+            "HAS_EXCLUDED": excluded is not None,
+        }
+
+
+def _ranked(
+    passage_ids_N: torch.Tensor, positive_ids_B: torch.Tensor, excluded_BE: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Ids by their order among all that occur, int32: equal where they were equal."""
+    excluded = passage_ids_N.new_empty(len(positive_ids_B), 0) if excluded_BE is None else excluded_BE
+    every_id = torch.cat([passage_ids_N, positive_ids_B, excluded.flatten()])
+    ranks = every_id.unique(return_inverse=True)[1].int()
+    passages, positives, rest = ranks.split([len(passage_ids_N), len(positive_ids_B), excluded.numel()])
+    ranked = {"passages": passages, "positive ids": positives}
+    return ranked if excluded_BE is None else ranked | {"excluded": rest.view(excluded.shape)}
+
+
+def _shares(length: int, blocks: int, step: int) -> tuple[int, int]:
+    """Into how many shares, of how many elements in whole steps, a length is cut, so that all processors have work."""
+    shares = max(1, min(_PROGRAMS // blocks, triton.cdiv(length, 4 * step)))
+    each = triton.cdiv(triton.cdiv(length, shares), step) * step
+    return triton.cdiv(length, each), each
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, add: bool = False) -> None:
+    """In place: `result` (float32), or that much more, of operands in any precision."""
+    wanted: dict[str, Any] = {"out_dtype": torch.float32}
+    if left.dtype == torch.float32 or not left.is_cuda or torch.version.hip:  # no half precision that gives float32
+        left, right, wanted = left.float(), right.float(), {}
+    if add:
+        torch.addmm(result, left, right, **wanted, out=result)
+    else:
+        torch.mm(left, right, **wanted, out=result)

@@ -1,0 +1,162 @@
+"""The public contrastive loss: InfoNCE for all Matryoshka dims at once.
+
+Covers checking the arguments, and figures beside the loss. Knows nothing of ranks: the caller gathers passages and
+scales by its share of the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from drama_dist.kernels.info_nce.autograd import InfoNCEFunction
+from drama_dist.kernels.info_nce.backends import NAMES, named_backend
+from drama_dist.kernels.info_nce.problem import ColumnPart, Problem
+from drama_dist.kernels.info_nce.reference import info_nce_reference
+
+_LEAST_TEMPERATURE = 1e-6  # at lower ones float32 does not tell scores apart
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class InfoNCE:
+    """loss: differentiable scalar. per_dim: M contrastive losses, in the order of dims.
+
+    At the largest dim: accuracy, the share of queries whose positive has the best score; margins, B: score(positive) −
+    score(best negative) in units of 1/temperature, NaN where a query has no negative; margin, their mean. masked: how
+    many (query, passage) pairs did not count.
+    """
+
+    loss: torch.Tensor
+    per_dim: torch.Tensor
+    accuracy: torch.Tensor
+    margin: torch.Tensor
+    margins: torch.Tensor
+    masked: torch.Tensor
+
+
+def info_nce(
+    queries: torch.Tensor,
+    passages: torch.Tensor,
+    positives: torch.Tensor,
+    *,
+    temperature: float,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    passage_ids: torch.Tensor | None = None,
+    excluded_ids: torch.Tensor | None = None,
+    part: ColumnPart | None = None,
+    backend: str = "auto",
+) -> InfoNCE:
+    """Σ_d w_d · mean_i ( logsumexp_j S^d_ij − S^d_iy(i) ), S^d the cosine of the first d components / temperature.
+
+    InfoNCE is van den Oord et al. 2018, eq. 4; nested dims are Kusupati et al. 2022, eq. 1.
+
+    queries: B × K and passages: N × K, not normalised, of one floating dtype on one device; a vector of length 1e-12 or
+    less has scores of 0 and no gradient. positives: int64 (B), the column of each query's positive. temperature: a
+    number from 1e-6 on. dims: M different numbers, default (K,). dim_weights: in the same order, default 1/M each.
+    passage_ids: int64 (N); columns with the positive's id under another column do not count.
+    excluded_ids: int64 B × E, ids that are no negatives of a query (its other positives, what the judgements call
+    relevant), -1 where there are fewer; needs passage_ids, which are then from 0 on. Every other passage is a negative.
+    part: the passages are some of the columns, and positives is -1 where a query's positive is not among them; the
+    result is that over all parts, masked is the part's own, and so are the gradients of the passages. The gradients
+    of the queries are its share: their sum over the parts is the whole.
+    backend: reference, eager, cpu or cuda; auto asks `select_backend`. Autocast does not reach inside: products are in
+    the inputs' precision, sums in float32 at least. Gradients are of first order only, but for the reference's.
+    Raises ValueError where shapes, dtypes, dims, weights, columns, ids, the temperature or the backend do not fit, and
+    RuntimeError from a backward pass with create_graph.
+    """
+    dims = list(dims) if dims else [queries.shape[1]]
+    weights = list(dim_weights) if dim_weights else [1 / len(dims)] * len(dims)
+    _check_vectors(queries, passages)
+    _check_dims(queries, dims, weights)
+    _check_temperature(temperature)
+    _check_columns(positives, len(queries), len(passages), least=-1 if part else 0)
+    _check_ids(passage_ids, excluded_ids, part, len(queries), len(passages))
+    ascending, sorted_weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
+    problem = Problem(positives, ascending, sorted_weights, passage_ids, excluded_ids, part)
+    with torch.autocast(queries.device.type, enabled=False):
+        loss, per_dim, margins, masked = _contrast(queries, passages, float(temperature), problem, backend)
+    has_negative = ~margins.isnan()
+    accuracy = torch.where(has_negative, margins > 0, True).to(loss.dtype).mean()
+    margin = torch.where(has_negative, margins, 0).sum() / has_negative.sum().clamp_min(1)
+    in_given_order = per_dim[[ascending.index(dim) for dim in dims]]
+    return InfoNCE(loss, in_given_order, accuracy, margin, margins, masked)
+
+
+def _contrast(
+    queries: torch.Tensor, passages: torch.Tensor, temperature: float, problem: Problem, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(NAMES)}")
+    if backend != "reference":
+        chosen = named_backend(backend, queries.device, queries.dtype)
+        outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+        outputs = InfoNCEFunction.apply(queries, passages, temperature, problem, chosen)
+        return outputs
+    if problem.part is not None:
+        raise ValueError("backend='reference' takes no part: it needs all columns")
+    return info_nce_reference(queries, passages, temperature, problem)
+
+
+def _check_vectors(queries: torch.Tensor, passages: torch.Tensor) -> None:
+    if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1]:
+        raise ValueError(
+            f"expected queries B × K and passages N × K, got {tuple(queries.shape)}, {tuple(passages.shape)}"
+        )
+    if not len(queries) or not len(passages):
+        raise ValueError(f"expected queries and passages, got {len(queries)} and {len(passages)}")
+    if (queries.dtype, queries.device) != (passages.dtype, passages.device) or queries.dtype not in _DTYPES:
+        raise ValueError(
+            f"expected queries and passages of one floating dtype on one device, got {queries.dtype} on "
+            f"{queries.device} and {passages.dtype} on {passages.device}"
+        )
+
+
+def _check_dims(queries: torch.Tensor, dims: Sequence[int], weights: Sequence[float]) -> None:
+    if min(dims) < 1 or max(dims) > queries.shape[1] or len(set(dims)) != len(dims):
+        raise ValueError(f"dims={list(dims)}: expected different numbers from 1 to {queries.shape[1]}")
+    if len(weights) != len(dims):
+        raise ValueError(f"dim_weights={list(weights)}: expected one for each of dims={list(dims)}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, Real):
+        raise ValueError(f"temperature is a {type(temperature).__name__}: expected a number, it gets no gradient")
+    if not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: expected a number from {_LEAST_TEMPERATURE:g} on")
+
+
+def _check_columns(positives: torch.Tensor, rows: int, columns: int, least: int) -> None:
+    if positives.shape != (rows,) or positives.dtype != torch.int64:
+        raise ValueError(f"expected {rows} int64 positives, got {tuple(positives.shape)} {positives.dtype}")
+    first, last = torch.stack(positives.aminmax()).tolist()  # one wait for a GPU, not two
+    if first < least or last >= columns:
+        raise ValueError(f"positives name columns {first}..{last} of {columns}")
+
+
+def _check_ids(
+    passage_ids: torch.Tensor | None,
+    excluded_ids: torch.Tensor | None,
+    part: ColumnPart | None,
+    rows: int,
+    columns: int,
+) -> None:
+    if excluded_ids is not None and passage_ids is None:
+        raise ValueError("excluded_ids: expected passage_ids beside them")
+    shapes = {"passage_ids": (passage_ids, (columns,)), "part.positive_ids": (part and part.positive_ids, (rows,))}
+    for name, (ids, shape) in shapes.items():
+        if ids is not None and (ids.shape != shape or ids.dtype != torch.int64):
+            raise ValueError(f"expected {shape[0]} int64 {name}, got {tuple(ids.shape)} {ids.dtype}")
+    if excluded_ids is None or passage_ids is None:
+        return
+    if excluded_ids.ndim != 2 or len(excluded_ids) != rows or excluded_ids.dtype != torch.int64:
+        raise ValueError(
+            f"expected int64 excluded_ids of {rows} rows, got {tuple(excluded_ids.shape)} {excluded_ids.dtype}"
+        )
+    if int(passage_ids.min()) < 0:
+        raise ValueError(f"passage id {int(passage_ids.min())}: expected ids from 0 on, -1 stands for no excluded id")

@@ -1,0 +1,46 @@
+"""The oracle: InfoNCE for every Matryoshka dim, one dim after another, in plain operations and float64.
+
+Every backend is tested against it. Not meant for training: it holds several B × N matrices for each dim.
+Shapes: B queries, N passages, K components.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.tiles import FLOOR
+
+
+def info_nce_reference(
+    queries_BK: torch.Tensor,
+    passages_NK: torch.Tensor,
+    temperature: float,
+    problem: Problem,
+    precision: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (loss, per-dim losses M, margins B, masked pairs), the loss differentiable as often as one likes.
+
+    precision: of everything; less than float64 shows what plain PyTorch makes of the same inputs.
+    """
+    masked_BN = problem.masked(slice(0, len(queries_BK)))
+    if masked_BN is None:
+        masked_BN = torch.zeros(len(queries_BK), len(passages_NK), dtype=torch.bool, device=queries_BK.device)
+    at_positive = problem.positives_B.unsqueeze(1)
+    not_negative_BN = masked_BN.scatter(1, at_positive, True)
+    losses, margins = [], queries_BK.new_zeros(0)
+    for dim in problem.dims:
+        query, passage = (_unit(side[:, :dim].to(precision)) for side in (queries_BK, passages_NK))
+        score_BN = query @ passage.T / temperature
+        positive_B = score_BN.gather(1, at_positive)[:, 0]
+        losses.append((score_BN.masked_fill(masked_BN, -torch.inf).logsumexp(1) - positive_B).mean())
+        margins = positive_B - score_BN.masked_fill(not_negative_BN, -torch.inf).amax(1)
+    per_dim = torch.stack(losses)
+    margins = margins.detach().masked_fill(margins.isinf(), torch.nan)
+    return (per_dim * per_dim.new_tensor(problem.weights)).sum(), per_dim.detach(), margins, masked_BN.sum()
+
+
+def _unit(vectors_RK: torch.Tensor) -> torch.Tensor:
+    """Rows at unit length; zeros, without gradient, for those not longer than FLOOR."""
+    norms_R1 = vectors_RK.norm(dim=1, keepdim=True)
+    return vectors_RK / norms_R1.masked_fill(norms_R1 <= FLOOR, torch.inf)

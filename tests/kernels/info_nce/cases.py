@@ -1,0 +1,76 @@
+"""Problems for the loss, odd in every size, and how far a backend may be from the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from drama_dist.kernels import InfoNCE, info_nce
+
+K, DIMS, WEIGHTS = 37, [33, 20, 5], [0.5, 0.2, 0.3]
+OPTIONS = ["plain", "same document", "excluded"]
+BACKENDS = {
+    "eager": [torch.float64, torch.float32],
+    "cpu": [torch.float32, torch.bfloat16],
+    "cuda": [torch.float32, torch.float16],
+}
+GPU = torch.cuda.is_available()
+
+
+def device_of(backend: str) -> str:
+    """Where a backend is tested: Triton's interpreter stands in for a GPU."""
+    return "cuda" if GPU and backend == "cuda" else "cpu"
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Queries, passages (views into buffers of NaN), positives and ids."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    sides = []
+    for count, scale in ((rows, 1), (columns, 3)):
+        buffer = torch.full((count, K + 4), torch.nan, dtype=dtype, device=device)
+        buffer[:, :K] = scale * torch.randn(count, K, generator=generator, dtype=torch.float64).to(buffer)
+        sides.append(buffer[:, :K].requires_grad_())
+    positives = torch.randint(columns, (rows,), generator=generator)
+    ids = torch.randint(max(1, columns // 2), (columns,), generator=generator)
+    return *sides, positives.to(device), ids.to(device)
+
+
+def options(name: str, rows: int, columns: int, ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of info_nce for one of OPTIONS."""
+    if name == "plain":
+        return {}
+    generator = torch.Generator().manual_seed(5)
+    excluded = torch.randint(-1, max(1, columns // 2), (rows, 3), generator=generator).to(ids)
+    return {"passage_ids": ids} | ({"excluded_ids": excluded} if name == "excluded" else {})
+
+
+Outcome = tuple[InfoNCE, list[torch.Tensor]]
+
+
+def outcome(backend: str, queries: torch.Tensor, passages: torch.Tensor, *given: Any, **options: Any) -> Outcome:
+    """Result, and gradients of queries and passages in float64, for an upstream gradient of 2.5."""
+    leaves = [side.detach().requires_grad_() for side in (queries, passages)]
+    result = info_nce(*leaves, *given, backend=backend, **options)
+    return result, [gradient.double() for gradient in torch.autograd.grad(2.5 * result.loss, leaves)]
+
+
+def ours_and_truth(
+    backend: str, shape: tuple[int, int], dtype: torch.dtype, option: str, temperature: float = 0.05
+) -> tuple[Outcome, Outcome]:
+    """Of a backend and of the oracle, for the same inputs."""
+    queries, passages, positives, ids = inputs(*shape, dtype, device_of(backend))
+    arguments = {"temperature": temperature, "dims": DIMS, "dim_weights": WEIGHTS, **options(option, *shape, ids)}
+    ours, truth = (outcome(name, queries, passages, positives, **arguments) for name in (backend, "reference"))
+    return ours, truth
+
+
+def allowed(dtype: torch.dtype) -> float:
+    """Of the largest gradient: sums in float32, operands and results rounded to the inputs' precision."""
+    return {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+
+
+def assert_gradients_close(ours: list[torch.Tensor], truth: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Errors are shares of the side's largest gradient."""
+    for gradient, exact in zip(ours, truth, strict=True):
+        assert float((gradient - exact).abs().max()) <= allowed(dtype) * float(exact.abs().max()) + 1e-7

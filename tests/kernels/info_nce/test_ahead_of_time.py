@@ -1,0 +1,47 @@
+"""Every Triton kernel, compiled for chips that are not here, by the chips' own compilers."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+ahead_of_time = pytest.importorskip("drama_dist.kernels.info_nce.ahead_of_time")
+KERNELS = ("rows", "gradients", "norms", "finish")
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    """Processes of their own: in this one Triton may be interpreting, and tiles are the interpreter's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "every"])
+def test_registers_do_not_spill_and_shared_memory_fits(
+    target: str, every: bool, compilers: ProcessPoolExecutor
+) -> None:
+    """Of each kernel the first variant; or every one."""
+    shipped = compilers.submit(ahead_of_time.variants).result()
+    assert {variant.kernel for variant in shipped} == set(KERNELS)
+    first = [next(variant for variant in shipped if variant.kernel == kernel) for kernel in KERNELS]
+    tried = shipped if every else first
+    reports = list(compilers.map(ahead_of_time.compile_variant, tried, [target] * len(tried)))
+    spilled = [(variant.name, report.spilled) for variant, report in zip(tried, reports, strict=True) if report.spilled]
+    assert not spilled
+    assert max(report.shared for report in reports) <= ahead_of_time.SHARED_LIMITS[target]
+
+
+def test_the_report_shows_a_spill_where_there_is_one(compilers: ProcessPoolExecutor) -> None:
+    """A tile far too large for one warp."""
+    variants = compilers.submit(ahead_of_time.variants).result()
+    rows = next(variant for variant in variants if variant.kernel == "rows")
+    narrow = dataclasses.replace(rows, warps=1, constants=(*rows.constants[:-1], ("BLOCK_C", 1024)))
+    assert compilers.submit(ahead_of_time.compile_variant, narrow, "sm_80").result().spilled > 0
