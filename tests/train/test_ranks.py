@@ -94,7 +94,7 @@ def drawn_texts(batch: TextBatch) -> list[set[str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the ranks' processes: a tiny model has nothing to share, and threads that share a core wait for each other."""
+    """As in the ranks' processes: in a tiny model threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
