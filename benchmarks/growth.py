@@ -49,7 +49,7 @@ def step_rows(model: Path, sizes: list[int], rounds: int, device: str, dtype: st
 
 def _rows(job: str, sides: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
     measured = in_turns(sides, rounds, device)
-    return [{"job": job, "batch": int(size), "measured": as_row(one)} for size, one in measured.items()]
+    return [{"job": job, "batch": int(size), "measured": as_row(side)} for size, side in measured.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -62,20 +62,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     before: dict[str, Measured] = {}
     for row in rows:
-        one = Measured(**row["measured"])
+        measured = Measured(**row["measured"])
         last = before.get(row["job"])
         growth = (
             ["", ""]
             if last is None
             else [
-                f"{one.seconds / last.seconds:.2f}",
-                f"{one.megabytes / max(1.0, last.megabytes):.2f}",
+                f"{measured.seconds / last.seconds:.2f}",
+                f"{measured.megabytes / max(1.0, last.megabytes):.2f}",
             ]
         )
         lines.append(
-            f"| {row['job']} | {row['batch']} | {seconds_of(one)} | {growth[0]} | {one.megabytes:.0f} | {growth[1]} |"
+            f"| {row['job']} | {row['batch']} | {seconds_of(measured)} | {growth[0]} "
+            f"| {measured.megabytes:.0f} | {growth[1]} |"
         )
-        before[row["job"]] = one
+        before[row["job"]] = measured
     return "\n".join(lines)
 
 

@@ -97,17 +97,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     base = {row["job"]: Measured(**row["measured"]) for row in rows if row["length"] == 1024}
     for row in rows:
-        one = Measured(**row["measured"])
-        micros = [1e6 * seconds / row["tokens"] for seconds in (one.seconds, one.fastest, one.slowest)]
+        measured = Measured(**row["measured"])
+        micros = [1e6 * seconds / row["tokens"] for seconds in (measured.seconds, measured.fastest, measured.slowest)]
         ratios = ["", ""]
         if row["job"] in base:
             ratios = [
-                f"{one.seconds / base[row['job']].seconds:.2f}",
-                f"{one.megabytes / base[row['job']].megabytes:.2f}",
+                f"{measured.seconds / base[row['job']].seconds:.2f}",
+                f"{measured.megabytes / base[row['job']].megabytes:.2f}",
             ]
         lines.append(
             f"| {row['job']} | {row['length']} | {row['tokens']} | {micros[0]:.0f} ({micros[1]:.0f}–{micros[2]:.0f}) "
-            f"| {ratios[0]} | {one.megabytes:.0f} | {1e3 * one.megabytes / row['chunk_tokens']:.1f} | {ratios[1]} |"
+            f"| {ratios[0]} | {measured.megabytes:.0f} | {1e3 * measured.megabytes / row['chunk_tokens']:.1f} "
+            f"| {ratios[1]} |"
         )
     return "\n".join(lines)
 

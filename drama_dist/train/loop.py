@@ -44,7 +44,10 @@ _WITHOUT_EFFECT = {
 def train(
     settings: Settings, name: str, start: Encoder, augment: Path, table: PassageTable, inputs: dict[str, str]
 ) -> Path:
-    """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it."""
+    """Train `start` on the examples of the augment stage; the artefact is RUN/NAME with the encoder in it.
+
+    Raises ValueError as `train_encoder` does, and interrupts.Stopped.
+    """
     with_effect = {key: value for key, value in as_dict(settings.train).items() if key not in _WITHOUT_EFFECT}
     sections = {"seed": settings.seed, "encoder": as_dict(settings.encoder), "train": with_effect}
     folder = open_stage(settings.run, name, sections, inputs)
