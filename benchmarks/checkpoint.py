@@ -12,31 +12,34 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lengths import Trained
+from lengths import on_pairs, training_step
 from measure import arguments, circumstances, use, write_results
 
 from drama_dist.distributed.checkpoints import Checkpoints
+from drama_dist.distributed.engine import Engine
+from drama_dist.train.step import TrainingStep
 
 TEXTS, TOKENS = 64, 128
 
 
-def measure(trained: Trained, rounds: int) -> dict[str, Any]:
+def measure(step: TrainingStep, rounds: int) -> dict[str, Any]:
     """Medians of the rounds, in seconds; the first of each is not counted."""
-    words = trained.encoder.backbone.config.vocab_size
-    texts = torch.randint(words, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+    vocabulary = step.encoder.backbone.config.vocab_size
+    texts = torch.randint(vocabulary, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     figures: dict[str, list[float]] = {"waits": [], "blocks": [], "step": [], "step_while_writing": []}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         saved = Checkpoints(Path(folder), keep=1)
-        for number in range(rounds + 1):
-            figures["step"].append(_seconds(lambda: trained.step(texts)))
-            figures["waits"].append(_seconds(lambda number=number: trained.engine.save(saved, 2 * number)))
-            figures["step_while_writing"].append(_seconds(lambda: trained.step(texts)))
+        for turn in range(rounds + 1):
+            figures["step"].append(_seconds(partial(on_pairs, step, texts)))
+            figures["waits"].append(_seconds(partial(step.engine.save, saved, 2 * turn)))
+            figures["step_while_writing"].append(_seconds(partial(on_pairs, step, texts)))
             saved.wait()
-            figures["blocks"].append(_seconds(lambda number=number: _blocking(trained, saved, 2 * number + 1)))
+            figures["blocks"].append(_seconds(partial(_blocking, step.engine, saved, 2 * turn + 1)))
         megabytes = sum(file.stat().st_size for file in saved.whole()[-1].iterdir()) / 1e6
     return {name: statistics.median(values[1:]) for name, values in figures.items()} | {
         "slowest_wait": max(figures["waits"][1:]),
@@ -44,8 +47,8 @@ def measure(trained: Trained, rounds: int) -> dict[str, Any]:
     }
 
 
-def _blocking(trained: Trained, saved: Checkpoints, step: int) -> None:
-    trained.engine.save(saved, step)
+def _blocking(engine: Engine, saved: Checkpoints, step: int) -> None:
+    engine.save(saved, step)
     saved.wait()
 
 
@@ -71,7 +74,7 @@ def main() -> None:
     options = arguments(__doc__, rounds=7, model=True, devices=("cpu",), dtype=True).parse_args()
     use(options)
     facts = circumstances(options.device)
-    row = measure(Trained(options.model, options.dtype, 4096, checkpointed=False), options.rounds)
+    row = measure(training_step(options.model, options.dtype, 4096, checkpointed=False), options.rounds)
     name = f"checkpoint-{options.device}-{options.dtype}"
     print(table(row), write_results(name, facts, [row], table(row)), sep="\n")
 

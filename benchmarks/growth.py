@@ -9,11 +9,12 @@ quickstart's encoder, nothing kept: memory should hardly grow.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lengths import Trained
+from lengths import on_pairs, training_step
 from loss import ours
 from measure import Measured, arguments, as_row, circumstances, in_turns, seconds_of, use, write_results
 
@@ -36,19 +37,19 @@ def loss_rows(sizes: list[int], rounds: int, device: str, dtype: str) -> list[di
 
 def step_rows(model: Path, sizes: list[int], rounds: int, device: str, dtype: str) -> list[dict[str, Any]]:
     """The training step, without checkpointed layers."""
-    trained = Trained(model, dtype, CHUNK_TOKENS, checkpointed=False)
-    words = trained.encoder.backbone.config.vocab_size
+    step = training_step(model, dtype, CHUNK_TOKENS, checkpointed=False)
+    vocabulary = step.encoder.backbone.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     sides = {}
     for size in sizes:
-        texts = [torch.randint(words, (size, length), generator=generator).tolist() for length in TOKENS]
-        sides[str(size)] = lambda both=texts: trained.step([*both[0], *both[1]])
+        texts = [torch.randint(vocabulary, (size, length), generator=generator).tolist() for length in TOKENS]
+        sides[str(size)] = partial(on_pairs, step, [*texts[0], *texts[1]])
     return _rows("step", sides, rounds, device)
 
 
 def _rows(job: str, sides: dict[str, Any], rounds: int, device: str) -> list[dict[str, Any]]:
     measured = in_turns(sides, rounds, device)
-    return [{"job": job, "batch": int(size), "measured": as_row(one)} for size, one in measured.items()]
+    return [{"job": job, "batch": int(size), "measured": as_row(side)} for size, side in measured.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -61,20 +62,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     before: dict[str, Measured] = {}
     for row in rows:
-        one = Measured(**row["measured"])
+        measured = Measured(**row["measured"])
         last = before.get(row["job"])
         growth = (
             ["", ""]
             if last is None
             else [
-                f"{one.seconds / last.seconds:.2f}",
-                f"{one.megabytes / max(1.0, last.megabytes):.2f}",
+                f"{measured.seconds / last.seconds:.2f}",
+                f"{measured.megabytes / max(1.0, last.megabytes):.2f}",
             ]
         )
         lines.append(
-            f"| {row['job']} | {row['batch']} | {seconds_of(one)} | {growth[0]} | {one.megabytes:.0f} | {growth[1]} |"
+            f"| {row['job']} | {row['batch']} | {seconds_of(measured)} | {growth[0]} "
+            f"| {measured.megabytes:.0f} | {growth[1]} |"
         )
-        before[row["job"]] = one
+        before[row["job"]] = measured
     return "\n".join(lines)
 
 

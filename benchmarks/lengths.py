@@ -11,6 +11,7 @@ tokens that are in memory at once, a chunk's.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +19,50 @@ import torch
 from measure import Measured, arguments, as_row, circumstances, in_turns, use, write_results
 from texts import corpus
 
-from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
 from drama_dist.settings import TrainSettings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
-
-TRAIN = TrainSettings(temperature=0.05)
+from drama_dist.train.step import TrainingStep
+from drama_dist.train.term import Relevance
 
 
-class Trained:
-    """An encoder with its engine and gradient cache; every chunk is encoded twice."""
+def training_step(model: Path, dtype: str, chunk_tokens: int, checkpointed: bool) -> TrainingStep:
+    """Of an exported encoder; every chunk is encoded twice."""
+    settings = TrainSettings(
+        dtype=dtype,
+        temperature=0.05,
+        chunk_tokens=chunk_tokens,
+        activation_budget=0,
+        checkpoint_layers=checkpointed,
+    )
+    return TrainingStep(load(model), settings)
 
-    def __init__(self, model: Path, dtype: str, chunk_tokens: int, checkpointed: bool):
-        self.encoder = load(model)
-        if checkpointed:
-            self.encoder.checkpoint_layers()
-        self.engine = Engine(self.encoder, OptimiserSettings(dtype, 1, 0.01, 1.0))
-        self.cache = GradCache(self.encoder, self.engine, chunk_tokens, 0.0)
 
-    def step(self, texts: list[list[int]]) -> None:
-        """One training step with a learning rate of 0."""
-        embeddings = self.cache.encode(texts).embeddings_NK
-        queries = embeddings[: len(texts) // 2]
-        places = torch.arange(len(queries), device=self.encoder.device)
-        objective = contrastive_objective(
-            queries, embeddings[len(queries) :], places, places, self.encoder.contract, TRAIN
-        )
-        self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        self.engine.step(0.0)
+def on_pairs(step: TrainingStep, texts: list[list[int]]) -> None:
+    """One step with a learning rate of 0: the first half are queries, the others their passages; token ids."""
+    count = len(texts) // 2
+    relevance = Relevance(torch.arange(count), torch.arange(count))
+    step.of_tokens(texts[:count], texts[count:], relevance, learning_rate=0.0)
 
 
 @torch.no_grad()
 def encode(encoder: Encoder, texts: list[list[int]], chunk_tokens: int) -> None:
     """Vectors of all texts."""
     size = chunk_tokens // len(texts[0])
-    for place in range(0, len(texts), size):
-        encoder(pack(texts[place : place + size], encoder.device))
+    for begin in range(0, len(texts), size):
+        encoder(pack(texts[begin : begin + size], encoder.device))
 
 
 def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[list[int]]:
     """As many texts of `length` tokens, BOS and EOS among them, as make up `tokens`."""
-    bos, eos, own = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, length - 2
-    return [[bos, *stream[place * own : (place + 1) * own], eos] for place in range(tokens // length)]
+    bos, eos, inner = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, length - 2
+    return [[bos, *stream[index * inner : (index + 1) * inner], eos] for index in range(tokens // length)]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both jobs at every length, in turns."""
     chunk = max(options.lengths)
-    trained = Trained(options.model, options.dtype, chunk, checkpointed=True)
+    step = training_step(options.model, options.dtype, chunk, checkpointed=True)
     plain = load(options.model, dtype=options.dtype)
     stream = [
         token
@@ -75,8 +70,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for token in plain.tokenizer(text, add_special_tokens=False)["input_ids"]
     ]
     texts = {length: cut(stream, plain, length, options.chunks * chunk) for length in options.lengths}
-    sides = {("step", length): lambda own=own: trained.step(own) for length, own in texts.items()}
-    sides |= {("encode", length): lambda own=own: encode(plain, own, chunk) for length, own in texts.items()}
+    sides = {("step", length): partial(on_pairs, step, cuts) for length, cuts in texts.items()}
+    sides |= {("encode", length): partial(encode, plain, cuts, chunk) for length, cuts in texts.items()}
     measured = in_turns(
         {f"{job} {length}": call for (job, length), call in sides.items()}, options.rounds, options.device
     )
@@ -102,17 +97,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     base = {row["job"]: Measured(**row["measured"]) for row in rows if row["length"] == 1024}
     for row in rows:
-        one = Measured(**row["measured"])
-        micros = [1e6 * seconds / row["tokens"] for seconds in (one.seconds, one.fastest, one.slowest)]
+        measured = Measured(**row["measured"])
+        micros = [1e6 * seconds / row["tokens"] for seconds in (measured.seconds, measured.fastest, measured.slowest)]
         ratios = ["", ""]
         if row["job"] in base:
             ratios = [
-                f"{one.seconds / base[row['job']].seconds:.2f}",
-                f"{one.megabytes / base[row['job']].megabytes:.2f}",
+                f"{measured.seconds / base[row['job']].seconds:.2f}",
+                f"{measured.megabytes / base[row['job']].megabytes:.2f}",
             ]
         lines.append(
             f"| {row['job']} | {row['length']} | {row['tokens']} | {micros[0]:.0f} ({micros[1]:.0f}–{micros[2]:.0f}) "
-            f"| {ratios[0]} | {one.megabytes:.0f} | {1e3 * one.megabytes / row['chunk_tokens']:.1f} | {ratios[1]} |"
+            f"| {ratios[0]} | {measured.megabytes:.0f} | {1e3 * measured.megabytes / row['chunk_tokens']:.1f} "
+            f"| {ratios[1]} |"
         )
     return "\n".join(lines)
 

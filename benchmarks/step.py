@@ -47,11 +47,10 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from texts import Texts, abstracts, questions
 
 from drama_dist.distributed import ranks
-from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.encoder.backbone import load
 from drama_dist.settings import TrainSettings
-from drama_dist.train.grad_cache import GradCache
-from drama_dist.train.objective import contrastive_objective
+from drama_dist.train.step import TrainingStep
+from drama_dist.train.term import Relevance
 
 TEMPERATURE = 0.05
 CLIPPING = 1.0
@@ -89,27 +88,27 @@ Step = Callable[[Texts], Result]
 
 
 def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
-    """The training loop's own parts; budget: bytes for kept graphs."""
+    """The training loop's step; budget: GiB for kept graphs."""
     encoder = load(model)
     encoder.contract = replace(encoder.contract, max_query_tokens=LIMIT, max_passage_tokens=LIMIT)
-    engine = Engine(encoder, OptimiserSettings(dtype, 1, 0.01, CLIPPING))
-    chunks = GradCache(encoder, engine, chunk_tokens, budget)
-    train = TrainSettings(temperature=TEMPERATURE)
+    training_step = TrainingStep(
+        encoder,
+        TrainSettings(
+            dtype=dtype,
+            temperature=TEMPERATURE,
+            gradient_clipping=CLIPPING,
+            chunk_tokens=chunk_tokens,
+            activation_budget=budget,
+        ),
+    )
 
     def step(texts: Texts) -> Result:
-        sequences = encoder.tokenize_queries(texts.queries) + encoder.tokenize_passages(texts.passages)
-        encoded = chunks.encode(sequences)
-        count, device = len(texts.queries), encoder.device
-        objective = contrastive_objective(
-            encoded.embeddings_NK[:count],
-            encoded.embeddings_NK[count:],
-            torch.arange(count, device=device),
-            torch.arange(len(texts.passages), device=device),  # every column counts, as for the peer
-            encoder.contract,
-            train,
-        )
-        chunks.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
-        return Result(objective.loss, engine.step(0.0), sum(map(len, sequences)), sum(encoded.lengths))
+        queries, passages = encoder.tokenize_queries(texts.queries), encoder.tokenize_passages(texts.passages)
+        every_column_counts = torch.arange(len(passages))  # also of equal texts, as for the peer
+        relevance = Relevance(torch.arange(len(queries)), every_column_counts)
+        result = training_step.of_tokens(queries, passages, relevance, learning_rate=0.0)
+        tokens = sum(map(len, [*queries, *passages]))
+        return Result(result.objective.loss, result.gradient_norm, tokens, sum(result.lengths))
 
     return step
 
@@ -129,8 +128,11 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
         features = [encoder.preprocess(queries), *(encoder.preprocess(column) for column in texts.columns)]
         tokens = sum(int(feature["attention_mask"].sum()) for feature in features)
         features = [
-            {key: value.to(encoder.device) if isinstance(value, torch.Tensor) else value for key, value in one.items()}
-            for one in features
+            {
+                key: value.to(encoder.device) if isinstance(value, torch.Tensor) else value
+                for key, value in column.items()
+            }
+            for column in features
         ]
         optimiser.zero_grad()
         narrow = (
@@ -148,35 +150,35 @@ def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
 
 def measure(texts: Texts, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    own = {
+    our_sides = {
         f"ours {options.dtype}, {budget:g} GiB kept": partial(
-            ours, options.model, options.dtype, options.chunk_tokens, budget * 2**30
+            ours, options.model, options.dtype, options.chunk_tokens, budget
         )
         for budget in options.budgets
     }
     tried = {dtype: _tried(texts.first(TRIED), dtype, options) for dtype in options.dtypes}
-    best = {dtype: min(found, key=lambda name: found[name].seconds) for dtype, found in tried.items()}
+    best = {dtype: min(timed, key=lambda name: timed[name].seconds) for dtype, timed in tried.items()}
     peers = {best[dtype]: _peers(dtype, options)[best[dtype]] for dtype in options.dtypes}
     exact = {
         "ours float32": ours(options.model, "float32", options.chunk_tokens, 0.0)(texts.first(EXACT)),
         "peer float32": theirs(options.model, "float32", PEERS[options.device][-1])(texts.first(EXACT)),
     }
-    makes = own | peers
+    makes = our_sides | peers
     megabytes = {name: alone_megabytes(partial(_prepared, make, texts), options.device) for name, make in makes.items()}
     steps = {name: partial(make(), texts) for name, make in makes.items()}
     results = {name: step() for name, step in steps.items()}  # the round that does not count
     measured = in_turns(steps, options.rounds, options.device, warm_up=0)
-    first, peer = results[next(iter(own))], best[options.dtype]
+    first, peer = results[next(iter(our_sides))], best[options.dtype]
     return {
         "texts": texts.name,
         "batch": len(texts.queries),
         "tokens": first.tokens,
         "distinct_tokens": first.encoded,
-        "tried": {name: as_row(value) for found in tried.values() for name, value in found.items()},
+        "tried": {name: as_row(value) for timed in tried.values() for name, value in timed.items()},
         "measured": {name: as_row(replace(value, megabytes=megabytes[name])) for name, value in measured.items()},
-        "results": {name: asdict(one) for name, one in (results | exact).items()},
+        "results": {name: asdict(result) for name, result in (results | exact).items()},
         "agree": _agree(*exact.values(), "float32")
-        and all(_agree(results[name], results[peer], options.dtype) for name in own),
+        and all(_agree(results[name], results[peer], options.dtype) for name in our_sides),
         "best_peer": peer,
     }
 
@@ -187,10 +189,10 @@ def _peers(dtype: str, options: argparse.Namespace) -> dict[str, Callable[[], St
 
 def _tried(texts: Texts, dtype: str, options: argparse.Namespace) -> dict[str, Measured]:
     """One round of each of the peer's settings, each with a model of its own."""
-    found = {}
+    timed = {}
     for name, make in _peers(dtype, options).items():
-        found |= in_turns({name: partial(make(), texts)}, 1, options.device)
-    return found
+        timed |= in_turns({name: partial(make(), texts)}, 1, options.device)
+    return timed
 
 
 def _prepared(make: Callable[[], Step], texts: Texts) -> Callable[[], object]:
@@ -206,9 +208,9 @@ def _name(dtype: str, peer: dict[str, int]) -> str:
     return f"peer {dtype}, mini-batch {size}"
 
 
-def _agree(found: Result, other: Result, dtype: str) -> bool:
-    pairs = (found.loss, other.loss), (found.norm, other.norm)
-    return found.tokens == other.tokens and all(abs(one - two) <= AGREEMENT[dtype] * abs(two) for one, two in pairs)
+def _agree(result: Result, other: Result, dtype: str) -> bool:
+    pairs = (result.loss, other.loss), (result.norm, other.norm)
+    return result.tokens == other.tokens and all(abs(one - two) <= AGREEMENT[dtype] * abs(two) for one, two in pairs)
 
 
 LEGEND = """Real tokens a second: median (slowest–fastest round). MB: peak of all that the side adds, on CPUs alone
@@ -226,15 +228,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         peer = row["measured"][row["best_peer"]]
         for name, value in row["measured"].items():
-            one = Measured(**value)
-            times = peer["seconds"] / one.seconds
+            measured = Measured(**value)
+            times = peer["seconds"] / measured.seconds
             encoded = times * row["distinct_tokens"] / row["tokens"] if name.startswith("ours") else times
-            memory = one.megabytes / peer["megabytes"]
+            memory = measured.megabytes / peer["megabytes"]
             ratios = [f"{ratio:.2f}" if row["agree"] else "no agreement" for ratio in (times, encoded, memory)]
             result = row["results"][name]
             lines.append(
                 f"| {row['texts']} | {row['batch']} | {row['tokens']} ({row['distinct_tokens']}) | {name} "
-                f"| {rate_of(row['tokens'], one)} | {one.megabytes:.0f} | {' | '.join(ratios)} "
+                f"| {rate_of(row['tokens'], measured)} | {measured.megabytes:.0f} | {' | '.join(ratios)} "
                 f"| {result['loss']:.4f} | {result['norm']:.4f} |"
             )
     return "\n".join(lines)
@@ -255,8 +257,8 @@ def main() -> None:
     name, facts = f"step-{options.device}-{options.dtype}", circumstances(options.device)
     rows = earlier_rows(name)
     for batch in options.batches:
-        for choice in options.sets:
-            texts = questions(options.data, batch) if choice == "questions" else abstracts(options.data, batch)
+        for name_of_set in options.sets:
+            texts = questions(options.data, batch) if name_of_set == "questions" else abstracts(options.data, batch)
             add_row(rows, measure(texts, options), facts, "texts", "batch")
             path = write_rows(name, rows, LEGEND, table)
     print(by_run(rows, table), path, sep="\n")

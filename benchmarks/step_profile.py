@@ -34,11 +34,11 @@ KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 def profiled(step: Any, texts: Texts) -> tuple[Counter[str], float]:
     """Seconds by kind of one step, and the operations of its products."""
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         step(texts)
     seconds: Counter[str] = Counter()
     flops = 0.0
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         kind = KIND_OF.get(event.key, "everything else")
         seconds[kind] += event.self_cpu_time_total / 1e6
         flops += event.flops if kind == "products" else 0
@@ -47,10 +47,10 @@ def profiled(step: Any, texts: Texts) -> tuple[Counter[str], float]:
 
 def measure(texts: Texts, budget: float, options: Any) -> dict[str, Any]:
     """One line of the table; medians of the rounds."""
-    step = ours(options.model, options.dtype, options.chunk_tokens, budget * 2**30)
+    step = ours(options.model, options.dtype, options.chunk_tokens, budget)
     step(texts)
     rounds = [profiled(step, texts) for _ in range(options.rounds)]
-    seconds = {kind: median(one[kind] for one, _ in rounds) for kind in [*KINDS, "everything else"]}
+    seconds = {kind: median(by_kind[kind] for by_kind, _ in rounds) for kind in [*KINDS, "everything else"]}
     return {
         "texts": texts.name,
         "batch": options.batch,

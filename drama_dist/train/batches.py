@@ -48,8 +48,9 @@ def batches(
     """Yield global batches without end, beginning with step `first_step`.
 
     Every epoch is a new shuffle, and draws one positive for every example. No two queries of a batch have the same
-    drawn positive; an example that would is put off to the next batch. hard_negatives: per query; of a fraction, that
-    share of the queries gets one. Raises ValueError where there are too few examples.
+    drawn positive; an example that would is put off to the next batch. Where two epochs meet, an example may come
+    twice in a batch, with two of its positives. hard_negatives: per query; of a fraction, that share of the queries
+    gets one. Raises ValueError where there are too few examples.
     """
     distinct = len({example.positives[0] for example in examples})
     if distinct < batch_size:
@@ -111,8 +112,7 @@ def _batch(members: list[tuple[Example, str]], hard_negatives: float, generator:
     positives = []
     for example, positive in members:
         positives.append(columns.setdefault(positive, len(columns)))
-        # Positives were drawn here once. With one of them the draw stays, so that a seed keeps its negatives.
-        generator.choice((positive,))
+        generator.choice((positive,))  # takes the bits that drawing it here once took: a seed keeps its negatives
         wanted = int(hard_negatives) + (generator.random() < hard_negatives % 1)
         for negative in generator.sample(example.negatives, min(wanted, len(example.negatives))):
             columns.setdefault(negative, len(columns))

@@ -10,6 +10,8 @@ Shapes: M dims, R rows of a chunk; the others as in term.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from drama_dist.distributed import ranks
@@ -34,13 +36,16 @@ def gathers_queries(
 class InfoNCETerm:
     """All ranks' queries against all ranks' passages, for every Matryoshka dim. See Term.
 
-    Figures, at the largest dim: per_dim, the loss of each dim; accuracy, the share of queries whose positive has the
-    best score; margin, the mean of the distribution `margins`: score(positive) − score(best negative) in units of
-    1/temperature, of every query that has a negative. masked: (query, passage) pairs that are neither.
+    Figures: per_dim, the loss of each dim; masked, how many (query, passage) pairs are neither positive nor negative;
+    at the largest dim accuracy, the share of queries whose positive has the best score, and margin, the mean of the
+    distribution `margins`: score(positive) − score(best negative) in units of 1/temperature, where there is a negative.
     """
 
     def __init__(self, encoder: EncoderSettings, train: TrainSettings):
         self.encoder, self.train = encoder, train
+        self._info_nce = partial(
+            info_nce, temperature=train.temperature, dims=encoder.dims, dim_weights=train.dim_weights or None
+        )
 
     def __call__(self, batch: EmbeddedBatch) -> TermResult:
         relevance, components = batch.relevance, batch.queries_BK.shape[1]
@@ -59,17 +64,17 @@ class InfoNCETerm:
             queries_BK,
             passages_NK,
             relevance.positives_B[rows],
-            relevance.passage_ids_N,
-            None if excluded_ids_BE is None else excluded_ids_BE[rows],
+            passage_ids=relevance.passage_ids_N,
+            excluded_ids=None if excluded_ids_BE is None else excluded_ids_BE[rows],
         )
         share = len(queries_BK) / sum(counts)
         query_gradient_BK, passage_gradient_NK = torch.autograd.grad(result.loss * share, (queries_BK, passages_NK))
-        figures = torch.cat([torch.stack([result.loss.detach(), _known(result.accuracy)]), result.per_dim])
+        figures = torch.cat([torch.stack([result.loss.detach(), result.accuracy]), result.per_dim])
         return self._result(
             query_gradient_BK,
             ranks.sum_to_owner(passage_gradient_NK, len(batch.passages_NK), "passage gradients"),
             ranks.sum_over_ranks(figures * share).tolist(),
-            ranks.gather_rows(_known(result.margins), "figures"),
+            ranks.gather_rows(result.margins, "figures"),
             result,
         )
 
@@ -85,38 +90,17 @@ class InfoNCETerm:
             queries_BK,
             passages_NK,
             torch.where(here_B, positives_B - columns.start, -1),
-            relevance.passage_ids_N[columns],
-            relevance.excluded_ids_BE,
-            ColumnPart(relevance.passage_ids_N[positives_B], max(counts), _merge),
+            passage_ids=relevance.passage_ids_N[columns],
+            excluded_ids=relevance.excluded_ids_BE,
+            part=ColumnPart(relevance.passage_ids_N[positives_B], max(counts), _merge),
         )
         query_gradient_BK, passage_gradient_NK = torch.autograd.grad(result.loss, (queries_BK, passages_NK))
         return self._result(
             ranks.sum_to_owner(query_gradient_BK, len(batch.queries_BK), "query gradients"),
             passage_gradient_NK,
-            [float(result.loss.detach()), float(_known(result.accuracy)), *result.per_dim.tolist()],
-            _known(result.margins),
+            [float(result.loss.detach()), float(result.accuracy), *result.per_dim.tolist()],
+            result.margins,
             result,
-        )
-
-    def _info_nce(
-        self,
-        queries_BK: torch.Tensor,
-        passages_NK: torch.Tensor,
-        positives_B: torch.Tensor,
-        passage_ids_N: torch.Tensor,
-        excluded_ids_BE: torch.Tensor | None,
-        part: ColumnPart | None = None,
-    ) -> InfoNCE:
-        return info_nce(
-            queries_BK,
-            passages_NK,
-            positives_B,
-            temperature=self.train.temperature,
-            dims=self.encoder.dims,
-            dim_weights=self.train.dim_weights or None,
-            passage_ids=passage_ids_N,
-            excluded_ids=excluded_ids_BE,
-            part=part,
         )
 
     def _result(
@@ -133,7 +117,7 @@ class InfoNCETerm:
             "per_dim": dict(zip(self.encoder.dims, per_dim, strict=True)),
             "accuracy": accuracy,
             "margin": float(margins.mean()) if len(margins) else 0.0,
-            "masked": int(ranks.sum_over_ranks(_known(result.masked))),
+            "masked": int(ranks.sum_over_ranks(result.masked)),
         }
         return TermResult(loss, query_gradient_BK, passage_gradient_NK, figures, {"margins": margins.tolist()})
 
@@ -153,8 +137,3 @@ def _slice_of_this_rank(counts: list[int]) -> slice:
     """Its rows among all ranks' rows, of which each rank has so many."""
     begin = sum(counts[: ranks.rank()])
     return slice(begin, begin + counts[ranks.rank()])
-
-
-def _known(figure: torch.Tensor | None) -> torch.Tensor:
-    assert figure is not None  # only the reference backend leaves figures out
-    return figure

@@ -39,6 +39,7 @@ class TrainingStep:
     """An encoder under training, with its optimiser, gradient cache and objective; all ranks call it alike."""
 
     def __init__(self, encoder: Encoder, settings: TrainSettings):
+        ranks.start()  # they agree on a dtype before there is an engine
         self.encoder, self.dtype = encoder, agreed_dtype_name(settings.dtype)
         self.engine = Engine(
             encoder,

@@ -28,7 +28,7 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
         chunk = healing._Chunk(SEQUENCES, [1, 5, 11, 13])
-        found = healing._chunk_loss(student, source, chunk, kl_weight)
+        loss = healing._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
         for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
@@ -38,15 +38,15 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
             targets = torch.tensor(ids)[torch.tensor(scored) + 1]
             language_model = cross_entropy(scores, targets, reduction="sum")
             expected = expected + kl_weight * divergence + (1 - kl_weight) * language_model
-    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_scored_places_have_a_next_token_and_are_as_many_as_asked() -> None:
+def test_scored_positions_have_a_next_token_and_are_as_many_as_asked() -> None:
     shape = PruneSettings(heal_tokens=16, heal_scored_share=1.0)
     (whole,) = healing._step_chunks(SEQUENCES, shape, seed=1, step=0)
     assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
     flat = [token for ids in whole.sequences for token in ids]
-    assert all(flat[place] != 1 for place in whole.scored)  # 1 ends every sequence
+    assert all(flat[position] != 1 for position in whole.scored)  # 1 ends every sequence
     half = replace(shape, heal_scored_share=0.5)
     (first,), (again,), (later,) = (healing._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
     assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)

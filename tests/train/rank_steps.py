@@ -112,21 +112,21 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     name, *extras = full_name.split("+")
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
-    step = TrainingStep(encoder, settings_of(name, "bfloat16" if "bfloat16" in extras else "float32"))
+    training_step = TrainingStep(encoder, settings_of(name, "bfloat16" if "bfloat16" in extras else "float32"))
     if "unscaled" in extras:
-        scaled = step.engine.backward
-        step.engine.backward = lambda loss, last: scaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
+        scaled = training_step.engine.backward
+        training_step.engine.backward = lambda loss, last: scaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
     saved = Checkpoints(out / "checkpoints", keep=1)
-    numbers = range(step.engine.resume(saved) if "resume" in extras else 0, SAVED if "save" in extras else STEPS)
-    texts = batches_of_examples(STEPS) if "positives" in extras else [batch_of(number) for number in range(STEPS)]
-    results = [step(texts[number], rate(number)) for number in numbers]
+    steps = range(training_step.engine.resume(saved) if "resume" in extras else 0, SAVED if "save" in extras else STEPS)
+    texts = batches_of_examples(STEPS) if "positives" in extras else [batch_of(step) for step in range(STEPS)]
+    results = [training_step(texts[step], rate(step)) for step in steps]
     if "save" in extras:
-        step.engine.save(saved, SAVED)
+        training_step.engine.save(saved, SAVED)
         saved.wait()
     return {
         "losses": [result.objective.loss for result in results],
         "norms": [result.gradient_norm for result in results],
-        "weights": step.engine.full_weights(),
+        "weights": training_step.engine.full_weights(),
     }
 
 

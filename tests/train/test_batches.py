@@ -98,10 +98,11 @@ def test_texts_count_as_one_passage_under_any_id() -> None:
     texts = {"a": "one", "b": "two", "b2": "two", "c": "three", "d": "four"}
     table = PassageTable(Dataset.from_list([vars(Passage(id, text)) for id, text in texts.items()]))
     batch = Batch(["q", "r", "s"], ["a", "b2", "c"], [0, 1, 2], [("b", "d"), (), ("d",)])
-    found = texts_of(batch, table)
-    assert (found.queries, found.passages) == (["q", "r", "s"], ["one", "two", "three"])
-    assert found.relevance.positives_B.tolist() == [0, 1, 2] and found.relevance.passage_ids_N.tolist() == [0, 1, 2]
-    assert found.relevance.excluded_ids_BE is not None
-    assert found.relevance.excluded_ids_BE.tolist() == [[1], [-1], [-1]]  # "b" has the text of "b2", "d" none here
+    looked_up = texts_of(batch, table)
+    assert (looked_up.queries, looked_up.passages) == (["q", "r", "s"], ["one", "two", "three"])
+    relevance = looked_up.relevance
+    assert relevance.positives_B.tolist() == [0, 1, 2] and relevance.passage_ids_N.tolist() == [0, 1, 2]
+    assert relevance.excluded_ids_BE is not None
+    assert relevance.excluded_ids_BE.tolist() == [[1], [-1], [-1]]  # "b" has the text of "b2", "d" none here
     twins = texts_of(Batch(["q"], ["b", "b2"], [0], [()]), table).relevance
     assert twins.passage_ids_N.tolist() == [0, 0] and twins.excluded_ids_BE is None

@@ -45,8 +45,8 @@ CONTRACT = EncoderSettings(max_query_tokens=16, max_passage_tokens=48, dims=[48,
 
 @pytest.fixture(params=["llm", "fusing_llm"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
+    model: Path = request.getfixturevalue(request.param)
+    return model
 
 
 @pytest.fixture
@@ -100,9 +100,8 @@ def test_gradients_equal_those_of_the_whole_batch(
     cache.backward(upstream_of(encoded.embeddings_NK))
     assert encoded.recomputed == share if share is not None else 0 < encoded.recomputed < 1
     assert engine.calls == 1
-    found = gradients(encoder)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    assert gradients(encoder).keys() == expected.keys()
+    for name, gradient in gradients(encoder).items():
         scale = float(expected[name].abs().max())
         assert float((gradient - expected[name]).abs().max()) <= 1e-5 * scale, name
 
@@ -164,7 +163,7 @@ def test_dropout_is_the_same_when_a_chunk_is_encoded_again(encoder: Encoder) -> 
     encoder.backbone.config.attention_dropout = 0.5
     for layer in encoder.backbone.layers:
         layer.self_attn.attention_dropout = 0.5
-    sequences, found = encoder.tokenize_passages(TEXTS), []
+    sequences, both = encoder.tokenize_passages(TEXTS), []
     upstream = torch.randn(len(sequences), encoder.hidden_size, generator=torch.Generator().manual_seed(1))
     for budget in (ALL, NOTHING):
         torch.manual_seed(4)
@@ -174,9 +173,9 @@ def test_dropout_is_the_same_when_a_chunk_is_encoded_again(encoder: Encoder) -> 
         cache.encode(sequences)
         torch.rand(7)  # the random state moves on
         cache.backward(upstream)
-        found.append(gradients(encoder))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+        both.append(gradients(encoder))
+    for name, gradient in both[0].items():
+        torch.testing.assert_close(both[1][name], gradient, rtol=1e-5, atol=1e-7)
     assert not torch.equal(encoder(pack(sequences)), encoder(pack(sequences)))  # there is dropout
 
 
@@ -238,7 +237,7 @@ def test_equal_texts_are_encoded_once(encoder: Encoder) -> None:
 
 def test_kept_graphs_stay_within_the_budget(encoder: Encoder) -> None:
     """By what autograd really holds for each chunk, and with longer texts than those of the first step."""
-    sequences = encoder.tokenize_passages([text + " and more" * place for place, text in enumerate(TEXTS * 3)])
+    sequences = encoder.tokenize_passages([text + " and more" * index for index, text in enumerate(TEXTS * 3)])
     cache = GradCache(encoder, PlainEngine(), 48, ALL)  # type: ignore[arg-type]
     cache.encode(sequences)
     whole = cache.held_bytes

@@ -94,7 +94,7 @@ def drawn_texts(batch: TextBatch) -> list[set[str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the ranks: a tiny model has nothing to share, and threads on one core wait for each other."""
+    """As in the ranks' processes: in a tiny model threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -150,10 +150,10 @@ def compare_all(out: Path, names: list[str], expected: dict[str, Any]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def distance(ended: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Relative, of all weights together."""
-    assert one.keys() == other.keys()
-    apart = torch.stack([(one[name].double() - other[name].double()).norm() for name in other]).norm()
+    assert ended.keys() == other.keys()
+    apart = torch.stack([(ended[name].double() - other[name].double()).norm() for name in other]).norm()
     return float(apart / torch.stack([weight.double().norm() for weight in other.values()]).norm())
 
 
@@ -191,7 +191,7 @@ def test_bfloat16_over_two_ranks_is_as_good_as_in_one_process(
 def errors(ended: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     """The largest relative error of losses and norms, and how far weights are apart over how far they went."""
     worst = {
-        name: max(abs(found / exact - 1) for found, exact in zip(ended[name], expected[name], strict=True))
+        name: max(abs(value / exact - 1) for value, exact in zip(ended[name], expected[name], strict=True))
         for name in ("losses", "norms")
     }
     went = distance(expected["start"], expected["weights"])
