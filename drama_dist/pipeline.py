@@ -7,6 +7,7 @@ Stages know each other only through the run's folder. What a stage does is in it
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,15 @@ from drama_dist.distributed.precision import dtype_name
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.evaluate.report import results_table, write_report
-from drama_dist.evaluate.scoring import evaluate_system
+from drama_dist.evaluate.scoring import score_system
 from drama_dist.export.stage import export_encoder
 from drama_dist.prune.stage import prune as build_backbone
 from drama_dist.prune.stage import random_twin
-from drama_dist.run.folder import fingerprint, open_stage, write_text
+from drama_dist.run.folder import CHECKPOINTS, fingerprint, open_stage, write_text
 from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
-from drama_dist.search.shards import TextEncoder, encode_corpus, load_embeddings
+from drama_dist.search.lexical import build_lexical_index
+from drama_dist.search.shards import EmbeddingShards, TextEncoder, write_shards
 from drama_dist.search.teacher import Teacher
 from drama_dist.settings import OTHER_MODEL, Settings, as_dict, write_settings
 from drama_dist.train.loop import train as train_encoder
@@ -84,7 +86,10 @@ def encode(settings: Settings, system: str = "drama", share: Share = WHOLE) -> P
     if not stage.done:
         encoder = _encoder(settings, system)
         dtype = dtype_name(settings.teacher.dtype if system == "teacher" else settings.encode.dtype)
-        encode_corpus(stage, open_corpus(folder).passages, encoder, settings.encode.shard_passages, share, dtype=dtype)
+        passages, rows = open_corpus(folder).passages, settings.encode.shard_passages
+        shards = write_shards(stage.folder, passages, encoder, rows, share, name)
+        if shards is not None:
+            stage.finish(passages=len(shards), dim=shards.dim, dtype=dtype)
     return stage.final
 
 
@@ -194,8 +199,10 @@ def _score(
     """Result rows of one system, one for each dim."""
     name, depth = result_name(system), settings.evaluate.depth
     if system == "bm25":
-        return [row.as_row() for row in evaluate_system(name, [], None, None, texts, depth, folder)]
-    passages = load_embeddings(encoded[system])
+        language = Counter(query.language for query in texts.queries).most_common(1)[0][0]
+        index = build_lexical_index(texts.passages.texts(), language, folder / CHECKPOINTS / "bm25")
+        return [row.as_row() for row in score_system(name, [], None, index, texts, depth, folder)]
+    passages = EmbeddingShards(encoded[system])
     queries = _encoder(settings, system).encode_queries([query.text for query in texts.queries])
-    dims = settings.encoder.dims if system in TRAINED else [passages.shape[1]]
-    return [row.as_row() for row in evaluate_system(name, dims, queries, passages, texts, depth, folder)]
+    dims = settings.encoder.dims if system in TRAINED else [passages.dim]
+    return [row.as_row() for row in score_system(name, dims, queries, passages, texts, depth, folder)]

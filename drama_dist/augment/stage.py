@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.queries import write_queries
@@ -25,8 +23,8 @@ from drama_dist.records import Example, write_records
 from drama_dist.run.folder import CHECKPOINTS, StageFolder, open_stage, write_text
 from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
-from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import TextEncoder, load_embeddings
+from drama_dist.search.lexical import LexicalIndex, build_lexical_index
+from drama_dist.search.shards import EmbeddingShards, TextEncoder
 from drama_dist.settings import Settings, as_dict
 
 _PART = 512
@@ -59,7 +57,7 @@ def augment(
         _synthetic(settings, stage, corpus, share)
         return stage.folder
     written, aside = _write(settings, stage, corpus)
-    examples = _rank(settings, stage, corpus, written, teacher, load_embeddings(teacher_vectors))
+    examples = _rank(settings, stage, corpus, written, teacher, EmbeddingShards(teacher_vectors))
     counts = _counts(examples, aside)
     if ranks.rank() == 0:
         write_records(stage.folder / "examples.jsonl", examples)
@@ -104,13 +102,16 @@ def _rank(
     corpus: Corpus,
     written: list[Written],
     teacher: TextEncoder,
-    teacher_embeddings: np.ndarray,
+    shards: EmbeddingShards,
 ) -> list[Example]:
     table, choice = corpus.passages, settings.augment
     lexical = None
     if settings.teacher.fuse_bm25:
-        lexical = LexicalIndex(table.contents(range(len(table))), settings.corpus.language)
-    ranker = Ranker(teacher, teacher_embeddings, lexical, settings.teacher.rrf_k)
+        if ranks.rank() == 0:
+            build_lexical_index(table.texts(), settings.corpus.language, stage.folder / CHECKPOINTS / "bm25")
+        ranks.barrier()
+        lexical = LexicalIndex(stage.folder / CHECKPOINTS / "bm25")
+    ranker = Ranker(teacher, shards, lexical, settings.teacher.rrf_k)
 
     def rank(_: int, part: Sequence[Written]) -> list[Example]:
         rankings = ranker.rank([query.query for query in part], choice.negatives_to_rank)

@@ -5,7 +5,7 @@ Covers writing and opening the corpus stage's artefact. How a corpus is read fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from drama_dist.records import BadRecord, Passage, Query, read_records
 
 Qrels = dict[str, dict[str, int]]
 _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", "language")})
+_TEXTS_AT_ONCE = 1024
 
 
 class PassageTable:
@@ -60,6 +61,11 @@ class PassageTable:
         rows = self._rows[[int(position) for position in positions]]
         pairs = zip(rows["title"], rows["text"], strict=True)
         return [Passage("", text, title).content for title, text in pairs]
+
+    def texts(self) -> Iterator[str]:
+        """The contents of all passages in order; memory holds a few of them at a time."""
+        for start in range(0, len(self), _TEXTS_AT_ONCE):
+            yield from self.contents(range(start, min(start + _TEXTS_AT_ONCE, len(self))))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Scoring systems on a corpus: embeddings or BM25 in, rankings, run files and measures out.
+"""Scoring systems on a corpus: embedding shards or a BM25 index in, rankings, run files and measures out.
 
-Covers searching at every Matryoshka dim from one encoding, TREC run files and per-query values. Which
+Covers exact search at every Matryoshka dim from one encoding, TREC run files and per-query values. Which
 systems there are and how they encode is the pipeline's affair.
 Shapes: N passages, Q test queries (in the order of `Corpus.queries`), K components, k hits.
 """
@@ -8,7 +8,6 @@ Shapes: N passages, Q test queries (in the order of `Corpus.queries`), K compone
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.evaluate.metrics import mean_over_queries, per_query
 from drama_dist.records import Hit
 from drama_dist.run.folder import write_text
-from drama_dist.search.dense import DenseIndex
+from drama_dist.search.dense import search_exact
 from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.shards import EmbeddingShards
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,36 @@ class SystemResult:
         return {"system": self.system, "dim": self.dim, **self.metrics}
 
 
-def evaluate_system(
+def score_system(
     system: str,
     dims: Sequence[int],
     queries_QK: np.ndarray | None,
-    passages_NK: np.ndarray | None,
+    passages: EmbeddingShards | LexicalIndex,
     corpus: Corpus,
     depth: int,
     folder: Path,
 ) -> list[SystemResult]:
-    """Score one system: its embeddings at every dim, largest first, or BM25 where it has none (None).
+    """Score one system: its embeddings at every dim, largest first, or BM25, which has neither dims nor query vectors.
 
     depth: hits per query. Writes for each result the run, LABEL.trec, and nDCG@10 of each query,
-    LABEL.ndcg.json, into `folder` (see `label`). Raises ValueError where the embeddings do not fit the
+    LABEL.ndcg.json, into `folder` (see `label`). Raises ValueError where embeddings or index do not fit the
     corpus, a dim is larger than K, or no query is judged.
     """
-    if queries_QK is None or passages_NK is None:
-        return [_score(system, None, corpus, *_search_words(corpus, depth), folder)]
-    expected = (len(corpus.queries), len(corpus.passages))
-    if (len(queries_QK), len(passages_NK)) != expected:
+    queries = corpus.queries
+    if len(passages) != len(corpus.passages):
         raise ValueError(
-            f"{system}: {len(queries_QK)} query and {len(passages_NK)} passage vectors "
-            f"for {expected[0]} queries and {expected[1]} passages; encode again"
+            f"{system}: encodes {len(passages)} passages, not the corpus' {len(corpus.passages)}; encode again"
         )
+    if isinstance(passages, LexicalIndex):
+        hits = passages.search([query.text for query in queries], depth)
+        return [_score(system, None, corpus, *hits, folder)]
+    if queries_QK is None or len(queries_QK) != len(queries):
+        vectors = 0 if queries_QK is None else len(queries_QK)
+        raise ValueError(f"{system}: {vectors} query vectors for {len(queries)} queries; encode again")
     results = []
     for dim in sorted(dims, reverse=True):
-        index = DenseIndex(matryoshka_cut_array(passages_NK, dim))
-        found = index.search(matryoshka_cut_array(queries_QK, dim), depth)
-        results.append(_score(system, dim, corpus, *found, folder))
+        hits = search_exact(passages, matryoshka_cut_array(queries_QK, dim), depth, dim)
+        results.append(_score(system, dim, corpus, *hits, folder))
     return results
 
 
@@ -76,7 +78,7 @@ def label(system: str, dim: int | None) -> str:
 
 
 def ndcg_path(folder: Path, name: str) -> Path:
-    """Where `evaluate_system` writes nDCG@10 of each query: a JSON object, query id -> value."""
+    """Where `score_system` writes nDCG@10 of each query: a JSON object, query id -> value."""
     return folder / f"{name}.ndcg.json"
 
 
@@ -93,13 +95,6 @@ def write_run(path: Path, run: Mapping[str, Sequence[Hit]], tag: str) -> None:
             above = min(np.float32(hit.score), np.nextafter(above, np.float32(-np.inf)))
             lines.append(f"{_field(query)} Q0 {_field(hit.passage_id)} {rank} {above!s} {_field(tag)}\n")
     write_text(path, "".join(lines))
-
-
-def _search_words(corpus: Corpus, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    everything = range(len(corpus.passages))
-    languages = Counter(query.language for query in corpus.queries)
-    index = LexicalIndex(corpus.passages.contents(everything), languages.most_common(1)[0][0])
-    return index.search([query.text for query in corpus.queries], depth)
 
 
 def _score(

@@ -19,7 +19,8 @@ from drama_dist.corpus.collection import Corpus, open_corpus
 from drama_dist.corpus.stage import build_corpus
 from drama_dist.records import Example, Query, read_records
 from drama_dist.run.shares import Share
-from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.lexical import build_lexical_index
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.settings import AugmentSettings, Settings
 
 CHOICE = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
@@ -144,13 +145,14 @@ def test_negatives_come_from_the_asked_ranks(corpus: Corpus) -> None:
     assert set(seen) == {ids[position] for position in (4, 5, 7, 8, 9)}
 
 
-def test_ranking_fuses_the_teacher_with_words(corpus: Corpus) -> None:
+def test_ranking_fuses_the_teacher_with_words(settings: Settings, corpus: Corpus, tmp_path: Path) -> None:
     contents = corpus.passages.contents(range(len(corpus.passages)))
     teacher = LetterCounts()
     embeddings = teacher.encode_passages(contents)
     query = [contents[7][:40]]
-    alone = Ranker(teacher, embeddings, None, 60).rank(query, 10)
-    fused = Ranker(teacher, embeddings, LexicalIndex(contents, "en"), 60).rank(query, 10)
+    shards = EmbeddingShards(vectors(settings, corpus))
+    alone = Ranker(teacher, shards, None, 60).rank(query, 10)
+    fused = Ranker(teacher, shards, build_lexical_index(contents, "en", tmp_path), 60).rank(query, 10)
     assert alone.shape == fused.shape == (1, 10) and fused[0, 0] == 7
     assert (
         alone[0].tolist() == np.argsort(-(embeddings @ teacher.encode_queries(query)[0]), kind="stable")[:10].tolist()

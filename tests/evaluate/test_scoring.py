@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from drama_dist.corpus.collection import Corpus, PassageTable
-from drama_dist.evaluate.scoring import evaluate_system, write_run
+from drama_dist.evaluate.scoring import score_system, write_run
 from drama_dist.records import Hit, Passage, Query
+from drama_dist.search.lexical import build_lexical_index
+from drama_dist.search.shards import EmbeddingShards, write_shard
 
 TEXTS = ["alpha beta gamma", "beta delta", "gamma epsilon zeta", "alpha alpha", "eta theta"]
 
@@ -23,13 +25,19 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def vectors(rows: int) -> np.ndarray:
-    found = np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    drawn = np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def shards(folder: Path, passages: np.ndarray) -> EmbeddingShards:
+    for index, start in enumerate(range(0, len(passages), 2)):
+        write_shard(folder, index, passages[start : start + 2])
+    return EmbeddingShards(folder)
 
 
 def test_each_dim_equals_a_ranking_by_the_cut_vectors(corpus: Corpus, tmp_path: Path) -> None:
     queries, passages = vectors(2), vectors(5)
-    results = evaluate_system("drama", [3, 8], queries, passages, corpus, 4, tmp_path)
+    results = score_system("drama", [3, 8], queries, shards(tmp_path, passages), corpus, 4, tmp_path)
     assert [(result.system, result.dim) for result in results] == [("drama", 8), ("drama", 3)]
     for result in results:
         cut_q, cut_p = (rows[:, : result.dim] for rows in (queries, passages))
@@ -46,14 +54,18 @@ def test_each_dim_equals_a_ranking_by_the_cut_vectors(corpus: Corpus, tmp_path: 
 
 
 def test_bm25_has_no_dim(corpus: Corpus, tmp_path: Path) -> None:
-    (result,) = evaluate_system("bm25", [], None, None, corpus, 4, tmp_path)
+    index = build_lexical_index(corpus.passages.texts(), "en", tmp_path)
+    (result,) = score_system("bm25", [], None, index, corpus, 4, tmp_path)
     assert result.as_row().keys() == {"system", "dim", "ndcg@10", "recall@100", "mrr@10"}
     assert result.dim is None and result.metrics["mrr@10"] == 1.0 and result.metrics["recall@100"] == 0.75
 
 
 def test_vectors_of_another_corpus_are_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 query and 4 passage vectors for 2 queries and 5 passages"):
-        evaluate_system("drama", [8], vectors(2), vectors(4), corpus, 4, tmp_path)
+    with pytest.raises(ValueError, match="drama: encodes 4 passages, not the corpus' 5"):
+        score_system("drama", [8], vectors(2), shards(tmp_path, vectors(4)), corpus, 4, tmp_path)
+    for queries, count in ((vectors(3), 3), (None, 0)):
+        with pytest.raises(ValueError, match=f"drama: {count} query vectors for 2 queries"):
+            score_system("drama", [8], queries, shards(tmp_path, vectors(5)), corpus, 4, tmp_path)
 
 
 def test_run_files_keep_the_order_of_equal_scores_and_encode_spaces(tmp_path: Path) -> None:
