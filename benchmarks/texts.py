@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from drama_dist.corpus.read import SetAside, read_corpus
 from drama_dist.corpus.split import random_crop
 from drama_dist.records import Passage
-from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.lexical import build_lexical_index
 
 _NEGATIVE_RANKS = slice(10, 30)
 Row = TypeVar("Row")
@@ -54,8 +55,9 @@ def abstracts(data: Path, count: int) -> Texts:
     """CISI: a sentence of each of `count` abstracts, the abstract, and a hard negative from BM25's ranks 11 to 30."""
     passages = read_corpus(data / "cisi", "en", SetAside()).passages
     crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) or "" for passage in passages]
-    index = LexicalIndex([passage.content for passage in passages], "en")
-    _, ranks = index.search(crops, _NEGATIVE_RANKS.stop)
+    with TemporaryDirectory() as folder:
+        index = build_lexical_index((passage.content for passage in passages), "en", Path(folder))
+        _, ranks = index.search(crops, _NEGATIVE_RANKS.stop)
     negatives = [_far(passages, row[_NEGATIVE_RANKS], own) for row, own in zip(ranks.tolist(), passages, strict=True)]
     contents = [passage.content for passage in passages]
     usable = [row for row in zip(crops, contents, negatives, strict=True) if row[0] and row[2]]

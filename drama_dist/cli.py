@@ -162,11 +162,24 @@ def _search(options: argparse.Namespace) -> None:
     encoded = _finished(options.run, f"encode/{CORPUS}/drama")
     corpus = open_collection(_finished(options.run, "corpus"))
     query = encoder.encode_queries([options.query], options.dim)
-    scores, positions = search_folder(encoded, query, options.k)
+    scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, options.k)
     for rank, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
         passage = corpus.passages[int(position)]
         text = passage.content if len(passage.content) <= 200 else passage.content[:200].rsplit(" ", 1)[0] + " ..."
         print(f"{rank}. {passage.id}  ({score:.3f})\n   {text}")
+
+
+def _index_over(encoded: Path, run: Path) -> Path | None:
+    """The index over drama's vectors; None where the run has none."""
+    from drama_dist.run.folder import fingerprint, inputs_of
+
+    name = f"{CORPUS}/drama"
+    if not is_finished(run, f"index/{name}"):
+        return None
+    index = run / "index" / name
+    if inputs_of(index)[f"encode/{name}"] != fingerprint(encoded):
+        raise ValueError(f"{index}: over other vectors than {encoded} has; delete it, or build it again: drama encode")
+    return index
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 PACKAGES_CORPUS = "installed-packages"
 SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
+EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -250,7 +251,8 @@ class EncodeSettings:
     batch_tokens: CostOnly[Count | None] = None  # null: what suits the device
     dtype: Dtype = "auto"
     max_passage_tokens: TextTokens | None = None  # null: as in training
-    index: Text = "Flat"  # exact search shard by shard; or a faiss factory string, as HNSW32 or IVF4096,PQ64
+    index: Text = EXACT  # exact search shard by shard; or a faiss factory string, as HNSW32 or IVF4096,PQ64
+    index_search: FreeText = ""  # how faiss searches that index, for example nprobe=16; empty: as faiss does by itself
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -20,7 +20,7 @@ import drama_dist
 from drama_dist.corpus.collection import open_collection
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.runner import make
-from drama_dist.search.shards import load_embeddings
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.settings import Settings, write_settings
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,8 @@ def test_another_model_can_be_the_start_and_be_evaluated(small_settings: Callabl
     as_it_is = drama_dist.load(llm)
     as_it_is.contract.max_passage_tokens = 256
     expected = as_it_is.encode_passages(open_collection(run / "corpus").passages.contents(range(5)))
-    np.testing.assert_allclose(load_embeddings(run / "encode" / "corpus" / llm.name)[:5], expected, atol=1e-5)
+    _, first = next(EmbeddingShards(run / "encode" / "corpus" / llm.name).blocks(5))
+    np.testing.assert_allclose(first, expected, atol=1e-5)
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(

@@ -2,7 +2,7 @@
 
 The top ranks are positives, ranks further down hard negatives; the ranks between are neither, since
 they may well be relevant (arXiv 2502.18460, section 3.2).
-Shapes: N passages, Q queries, K components, D ranks.
+Shapes: Q queries, D ranks.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ import numpy as np
 from drama_dist.augment.written import Written
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example
-from drama_dist.search.dense import DenseIndex
+from drama_dist.search.dense import search_exact
 from drama_dist.search.fusion import reciprocal_rank_fusion
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import TextEncoder
+from drama_dist.search.shards import EmbeddingShards, TextEncoder
 from drama_dist.settings import AugmentSettings
 
 
 class Ranker:
-    """The teacher's index, and BM25's where `lexical` is given."""
+    """Ranks by the teacher's vectors, fused with BM25 where `lexical` is given."""
 
-    def __init__(self, teacher: TextEncoder, embeddings_NK: np.ndarray, lexical: LexicalIndex | None, rrf_k: int):
-        self._teacher, self._lexical, self._rrf_k = teacher, lexical, rrf_k
-        self._index = DenseIndex(embeddings_NK)
+    def __init__(self, teacher: TextEncoder, shards: EmbeddingShards, lexical: LexicalIndex | None, rrf_k: int):
+        self._teacher, self._shards, self._lexical, self._rrf_k = teacher, shards, lexical, rrf_k
 
     def rank(self, queries: Sequence[str], depth: int) -> np.ndarray:
         """Positions of passages, best first, Q × D; -1 where a query has fewer."""
-        _, dense_QD = self._index.search(self._teacher.encode_queries(queries), depth)
+        _, dense_QD = search_exact(self._shards, self._teacher.encode_queries(queries), depth)
         if self._lexical is None:
             return dense_QD
-        _, words_QD = self._lexical.search(queries, depth)
-        return reciprocal_rank_fusion([dense_QD, words_QD], depth, self._rrf_k)[1]
+        _, lexical_QD = self._lexical.search(queries, depth)
+        return reciprocal_rank_fusion([dense_QD, lexical_QD], depth, self._rrf_k)[1]
 
 
 def example(
-    written: Written, ranking_D: np.ndarray, table: PassageTable, choice: AugmentSettings, seed: int
+    written: Written, ranking_D: np.ndarray, table: PassageTable, settings: AugmentSettings, seed: int
 ) -> Example:
     """The training example of a written query, given its ranking.
 
@@ -47,11 +46,11 @@ def example(
     passage that the query was written from is never one.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
-    positives = ids[: choice.positives]
-    far = ids[choice.negatives_from_rank - 1 : choice.negatives_to_rank]
+    positives = ids[: settings.positives]
+    far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
     pool = [id for id in far if id != written.passage_id and id not in positives]
     rng = random.Random(f"{seed} negatives {written.query}")
-    negatives = rng.sample(pool, min(choice.negatives, len(pool)))
+    negatives = rng.sample(pool, min(settings.negatives, len(pool)))
     return Example(
         written.query, tuple(positives), tuple(negatives), written.source, written.language, written.provenance
     )

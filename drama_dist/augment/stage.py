@@ -23,7 +23,7 @@ from drama_dist.run.folder import CHECKPOINTS, StageFolder, write_text
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import load_embeddings
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 
@@ -60,9 +60,9 @@ def augment(run: Run, folder: StageFolder) -> None:
 def _ranker(run: Run) -> Ranker:
     teacher, settings = SYSTEMS["teacher"], run.settings
     assert isinstance(teacher, DenseSystem)
-    lexical = LexicalIndex.open(run.path("encode/corpus/bm25")) if settings.teacher.fuse_bm25 else None
-    vectors = load_embeddings(run.path("encode/corpus/teacher"))
-    return Ranker(teacher.load(settings), vectors, lexical, settings.teacher.rrf_k)
+    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if settings.teacher.fuse_bm25 else None
+    shards = EmbeddingShards(run.path("encode/corpus/teacher"))
+    return Ranker(teacher.load(settings), shards, lexical, settings.teacher.rrf_k)
 
 
 def _write(

@@ -6,7 +6,8 @@ importing one: read.py does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from drama_dist.records import BadRecord, Passage, Query, read_records, write_re
 
 Qrels = dict[str, dict[str, int]]
 _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", "language")})
+_TEXTS_AT_ONCE = 1024
 
 
 class PassageTable:
@@ -62,6 +64,11 @@ class PassageTable:
         pairs = zip(rows["title"], rows["text"], strict=True)
         return [Passage("", text, title).content for title, text in pairs]
 
+    def texts(self) -> Iterator[str]:
+        """The contents of all passages in order; memory holds a few of them at a time."""
+        for start in range(0, len(self), _TEXTS_AT_ONCE):
+            yield from self.contents(range(start, min(start + _TEXTS_AT_ONCE, len(self))))
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -70,6 +77,12 @@ class Collection:
     passages: PassageTable
     queries: list[Query]
     qrels: Qrels
+
+    @property
+    def language(self) -> str:
+        """The most common one of the queries; of the first passage where there are none."""
+        languages = Counter(query.language for query in self.queries)
+        return languages.most_common(1)[0][0] if languages else self.passages[0].language
 
 
 def open_collection(folder: Path) -> Collection:

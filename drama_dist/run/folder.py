@@ -180,6 +180,11 @@ def _hash_files(folder: Path, paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
+def inputs_of(folder: Path) -> dict[str, str]:
+    """The fingerprints of what a finished artefact was made from."""
+    return dict(json.loads((folder / "provenance.json").read_text("utf-8"))["inputs"])
+
+
 def seconds_of(run: Path | str, name: str) -> float:
     """Wall-clock seconds that a finished stage took."""
     return float(json.loads((Path(run) / name / "provenance.json").read_text("utf-8"))["seconds"])
@@ -190,6 +195,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _find(stage: StageFolder) -> bool:

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from drama_dist.settings import Settings, recorded
+from drama_dist.settings import EXACT, Settings, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
 TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
@@ -61,6 +61,10 @@ def _of_training(settings: Settings, **_: str) -> list[str]:
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
     return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
+
+
+def _of_index(settings: Settings, collection: str, system: str) -> list[str]:
+    return [stored_collection(collection), f"encode/{collection}/{system}"]
 
 
 def _of_evaluation(settings: Settings, collection: str) -> list[str]:
@@ -154,6 +158,15 @@ STAGES = (
         inputs="drama_dist.search.stage:inputs",
         processes="one",
         array=lambda settings, collection, system: system != "bm25",
+    ),
+    Stage(
+        name="index/{collection}/{system}",
+        verb="encode",
+        help="build an index over a system's vectors",
+        work="drama_dist.search.stage:index",
+        sections=("encode.index", "encode.index_search"),
+        needs=_of_index,
+        processes="one",
     ),
     Stage(
         name="evaluate/{collection}",
@@ -253,14 +266,21 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
     """What a command makes: the inverse of `command_of`; `run` makes everything."""
     if verb == "run":
         trained = [stage for name, stage in TRAINING.items() if name in settings.evaluate.systems]
-        exported = ["export"] if "drama" in settings.evaluate.systems else []
-        return [*trained, *evaluations(settings), *exported, "report"]
+        served = [*_encoding(settings, CORPUS, "drama"), "export"] if "drama" in settings.evaluate.systems else []
+        return [*trained, *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)
     if verb == "train" and system not in TRAINING:
         raise ValueError(f"--system {system}: expected one that is trained: {', '.join(TRAINING)}")
-    parameters = {"corpus": stored_collection(collection), "train": TRAINING.get(system, "")}
-    return [parameters.get(verb, f"encode/{collection}/{system}" if verb == "encode" else verb)]
+    if verb == "encode":
+        return _encoding(settings, collection, system)
+    return [{"corpus": stored_collection(collection), "train": TRAINING.get(system, "")}.get(verb, verb)]
+
+
+def _encoding(settings: Settings, collection: str, system: str) -> list[str]:
+    """A system's encoding of a collection, and the index over it that the settings ask for."""
+    indexed = settings.encode.index != EXACT and system not in ("bm25", "teacher")  # which no one searches by itself
+    return [f"encode/{collection}/{system}", *([f"index/{collection}/{system}"] if indexed else [])]
 
 
 def is_finished(run: Path | str, name: str) -> bool:

@@ -80,6 +80,9 @@ class Run:
 
 
 def make(settings: Settings, command: str, share: Share = WHOLE, **parameters: str) -> Path:
-    """Make the artefacts of a `drama` command, as `Run.make` does; parameters: collection, system."""
+    """Make the artefacts of a `drama` command, as `Run.make` does; of a share only the one that tasks share.
 
-    return Run(settings).make(*artefacts_of(settings, command, **parameters), share=share)
+    parameters: collection, system.
+    """
+    names = artefacts_of(settings, command, **parameters)
+    return Run(settings).make(*(names if share.whole else names[:1]), share=share)

@@ -1,14 +1,17 @@
-"""Lexical search: BM25 over the passages' words.
+"""Lexical search: BM25 over the passages' words, in an index on disk.
 
-Covers how texts become tokens in each language, and ranking. Words are stemmed where Snowball has
-the language; scripts that do not set words apart with spaces are read as pairs of characters.
+Covers how texts become tokens in each language, building the index and ranking with it. Words are stemmed where
+Snowball has the language; scripts that do not set words apart with spaces are read as pairs of characters.
 Shapes: N passages, Q queries, k hits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import bm25s
 import numpy as np
@@ -16,6 +19,7 @@ import regex
 import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
+from drama_dist.run.folder import sync, write_text
 from drama_dist.search.ranking import top_positions
 
 # Hangul is here because Korean words carry their particles, and Snowball has no Korean.
@@ -24,42 +28,49 @@ _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}
 _TOKENS = regex.compile(rf"(?P<unspaced>{_UNSPACED}+)|(?P<word>(?:(?!{_UNSPACED})\w){{2,}})")
 _LETTER_WITH_SIGNS = regex.compile(r"\X")
 _ENGLISH = ("en", "eng", "english")
+_RECORD = "lexical.json"  # written last: an index without it is not whole
+
+
+def build_lexical_index(texts: Iterable[str], language: str, folder: Path) -> LexicalIndex:
+    """Write the index of `texts` to `folder`, which may hold other files, and open it; before its end it does not open.
+
+    language: ISO 639 code or English name; one that Snowball does not have, or "", means no stemming.
+    Texts are read once, one at a time; memory holds 4 bytes for each of their tokens and, at the end, some 24 for each
+    different token of each text. Raises ValueError where no text has a word.
+    """
+    (folder / _RECORD).unlink(missing_ok=True)
+    analyzer, vocabulary, tokens = Analyzer(language), dict[str, int](), _TokenIds()
+    for text in texts:
+        tokens.append(vocabulary.setdefault(token, len(vocabulary)) for token in analyzer.tokenize(text))
+    if not vocabulary:
+        raise ValueError(f"none of {len(tokens)} passages has a word to index (language {language!r})")
+    bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75, backend="numpy", csc_backend="scipy")  # numpy's takes 1.5 times
+    bm25.scores = bm25.build_index_from_ids(range(len(vocabulary)), tokens, show_progress=False)
+    bm25.vocab_dict = vocabulary
+    bm25.save(folder, show_progress=False)
+    for path in folder.glob("*.index.*"):
+        sync(path)
+    write_text(folder / _RECORD, json.dumps({"language": language, "passages": len(tokens)}) + "\n")
+    return LexicalIndex(folder)
 
 
 class LexicalIndex:
-    """BM25 (Lucene's variant, k1 1.5, b 0.75) over `texts`.
+    """BM25 (Lucene's variant, k1 1.5, b 0.75) as `build_lexical_index` wrote it; processes share its mapped files.
 
-    language: ISO 639 code or English name; one that Snowball does not have, or "", means no stemming.
-    Raises ValueError where no text has a word.
+    Raises FileNotFoundError where the folder holds no index, or one that was not written to its end.
     """
 
-    def __init__(self, texts: Sequence[str], language: str):
-        name = language.lower()
-        self._stemmer = _stemmer(name)
-        self._stopwords = frozenset(STOPWORDS_EN) if name in _ENGLISH else frozenset()
-        self._count = len(texts)
-        tokens = [self.tokenize(text) for text in texts]
-        if not any(tokens):
-            raise ValueError(f"none of {len(texts)} passages has a word to index (language {language!r})")
-        self._bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75, backend="numpy")
-        self._bm25.index(tokens, show_progress=False)
-
-    @classmethod
-    def open(cls, folder):
-        import pickle
-
-        return cls(*pickle.loads((folder / "lexical.pickle").read_bytes()))
+    def __init__(self, folder: Path):
+        if not (folder / _RECORD).is_file():
+            raise FileNotFoundError(
+                f"{folder}: no BM25 index, or a part of one; run `drama encode --system bm25` first"
+            )
+        record = json.loads((folder / _RECORD).read_text("utf-8"))
+        self._analyzer, self._count = Analyzer(record["language"]), int(record["passages"])
+        self._bm25 = bm25s.BM25.load(folder, mmap=True)
 
     def __len__(self) -> int:
         return self._count
-
-    def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text: stemmed words, and character pairs of scripts without spaces."""
-        words: list[str] = []
-        for match in _TOKENS.finditer(text.lower()):
-            words.extend([match["word"]] if match["word"] else _pairs(match["unspaced"]))
-        kept = [word for word in words if word not in self._stopwords]
-        return self._stemmer.stemWords(kept) if self._stemmer else kept
 
     def search(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The min(k, N) best passages of each query, best first, ties by position.
@@ -71,7 +82,7 @@ class LexicalIndex:
         scores_Qk = np.zeros((len(texts), k), dtype=np.float32)
         positions_Qk = np.full((len(texts), k), -1, dtype=np.int64)
         for row, text in enumerate(texts):
-            scores_N = self._scores(self.tokenize(text))
+            scores_N = self._scores(self._analyzer.tokenize(text))
             top = top_positions(scores_N, k)
             top = top[scores_N[top] > 0]
             scores_Qk[row, : len(top)], positions_Qk[row, : len(top)] = scores_N[top], top
@@ -80,6 +91,40 @@ class LexicalIndex:
     def _scores(self, tokens: list[str]) -> np.ndarray:
         ids = self._bm25.get_tokens_ids(tokens)
         return self._bm25.get_scores_from_ids(ids) if ids else np.zeros(self._count, dtype=np.float32)
+
+
+class Analyzer:
+    """Turns texts of a language (see `build_lexical_index`) into tokens."""
+
+    def __init__(self, language: str):
+        name = language.lower()
+        self._stemmer = _stemmer(name)
+        self._stopwords = frozenset(STOPWORDS_EN) if name in _ENGLISH else frozenset()
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text: stemmed words, and character pairs of scripts without spaces."""
+        words: list[str] = []
+        for match in _TOKENS.finditer(text.lower()):
+            words.extend([match["word"]] if match["word"] else _pairs(match["unspaced"]))
+        kept = [word for word in words if word not in self._stopwords]
+        return self._stemmer.stemWords(kept) if self._stemmer else kept
+
+
+class _TokenIds:
+    """The token ids of all texts, as bm25s goes through them: a sequence of arrays, 4 bytes a token."""
+
+    def __init__(self) -> None:
+        self._ids, self._ends = array("i"), array("q", [0])
+
+    def append(self, ids: Iterable[int]) -> None:
+        self._ids.extend(ids)
+        self._ends.append(len(self._ids))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[array[int]]:
+        return (self._ids[start:end] for start, end in pairwise(self._ends))
 
 
 def _stemmer(language: str) -> Stemmer.Stemmer | None:

@@ -1,7 +1,7 @@
 """The top k of a row of scores, ties by position.
 
-The one place that decides order between equal scores, for lexical search and rank fusion; faiss has its
-own selection, and search.py puts its ties in this order.
+For scores of all passages at once, as lexical search has them. faiss has its own selection, and dense.py puts its ties
+in this order.
 """
 
 from __future__ import annotations

@@ -1,25 +1,24 @@
-"""From passages to embedding shards: resumable, split over ranks.
+"""Embedding shards: writing them, resumable and split over ranks, and reading them a block at a time.
 
-A shard is a .npy file with the unit vectors of consecutive passages; the shards of a folder in order
-are the corpus in order. Covers writing and reading them. Searching them is search.py's affair.
-Shapes: N passages, K components, n passages of one shard.
+A shard is a .npy file with the unit vectors of consecutive passages; the shards of a folder in order are the corpus in
+order, and all but the last have as many rows. How they are searched is in dense.py.
+Shapes: N passages, K components, n passages of one shard or block.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
-from drama_dist.run.folder import StageFolder
+from drama_dist.run.folder import sync
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
-from drama_dist.search.dense import write_index
 
 _NORM_TOLERANCE = 1e-3
 
@@ -37,115 +36,165 @@ class TextEncoder(Protocol):
     ) -> np.ndarray: ...
 
 
-def encode_corpus(
-    stage: StageFolder,
+class EmbeddingShards:
+    """The vectors of a corpus on disk, float32 (N, K); memory holds what is asked for, and nothing else.
+
+    Raises FileNotFoundError where the folder has no shard, ValueError where one is missing, cut short, of another width
+    or type, or where provenance.json says that there are more or fewer vectors.
+    """
+
+    def __init__(self, folder: Path):
+        # By length first: from 100,000 shards on, their numbers have six digits.
+        self._paths = sorted(folder.glob("shard-*.npy"), key=lambda path: (len(path.name), path.name))
+        if not self._paths:
+            raise FileNotFoundError(f"{folder}: no embedding shards; run `drama encode` for this run first")
+        self._shard_rows, self.dim = _map_shard(self._paths[0]).shape
+        self._offsets: list[int] = []  # where the vectors begin in each file
+        self._count = 0
+        for index, path in enumerate(self._paths):
+            if path != _shard_path(folder, index):
+                raise ValueError(f"{_shard_path(folder, index)}: missing, though later shards are there; encode again")
+            shard = _map_shard(path)  # open no longer than this: there may be more shards than a process may open files
+            self._check_shape(path, shard.shape, is_last=path == self._paths[-1])
+            self._offsets.append(shard.offset)
+            self._count += len(shard)
+        record = folder / "provenance.json"
+        expected = json.loads(record.read_text("utf-8"))["passages"] if record.exists() else len(self)
+        if expected != len(self):
+            raise ValueError(f"{folder}: {len(self)} vectors, but provenance.json says {expected}; encode again")
+
+    def _check_shape(self, path: Path, shape: tuple[int, ...], is_last: bool) -> None:
+        rows_fit = shape[0] == self._shard_rows or (is_last and 0 < shape[0] < self._shard_rows)
+        if not rows_fit or shape[1] != self.dim:
+            expected = (self._shard_rows, self.dim)
+            raise ValueError(f"{path}: shape {shape} after shards of {expected}; encode again")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """All vectors in order, `rows` at a time whatever the shards' size: (position of the first, float32 (n, K)).
+
+        The next block overwrites the array.
+        """
+        buffer_nK = np.empty((min(rows, len(self)), self.dim), dtype=np.float32)
+        for first in range(0, len(self), rows):
+            block_nK = buffer_nK[: len(self) - first]
+            self._read(first, block_nK)
+            yield first, block_nK
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """`count` vectors drawn without replacement, in the order of the corpus; all where there are no more."""
+        positions = np.arange(len(self))
+        if count < len(self):
+            chance = np.random.default_rng(seed)
+            positions = np.sort(chance.choice(len(self), count, replace=False, shuffle=False))
+        sample_nK = np.empty((len(positions), self.dim), dtype=np.float32)
+        cuts = np.searchsorted(positions, self._shard_rows * np.arange(1, len(self._paths)))
+        for path, drawn, rows_nK in zip(self._paths, np.split(positions, cuts), np.split(sample_nK, cuts), strict=True):
+            if len(drawn):
+                rows_nK[:] = _map_shard(path)[drawn % self._shard_rows]
+        return sample_nK
+
+    def _read(self, first: int, out_nK: np.ndarray) -> None:
+        """Fill `out_nK` from position `first` on. Files are read, not mapped: a map's pages count as memory held."""
+        filled = 0
+        while filled < len(out_nK):
+            index, row = divmod(first + filled, self._shard_rows)
+            part_nK = out_nK[filled : filled + self._shard_rows - row]
+            with open(self._paths[index], "rb") as file:
+                file.seek(self._offsets[index] + row * part_nK.strides[0])
+                if file.readinto(part_nK.data) != part_nK.nbytes:
+                    raise ValueError(f"{self._paths[index]}: cut short while it was read; encode again")
+            filled += len(part_nK)
+
+
+def write_shards(
+    folder: Path,
     passages: PassageTable,
     encoder: TextEncoder,
     shard_passages: int,
     share: Share = WHOLE,
-    **facts: Any,
-) -> Path:
-    """Encode every passage into shards in the stage's folder, add a search index, finish the stage.
+    name: str = "encode",
+) -> EmbeddingShards | None:
+    """Encode every passage into shards in `folder`, which is there; return them, or None for a share of the work.
 
-    facts: for the stage's provenance.
-    Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier
-    attempt left whole are kept. A share that is not the whole is left
-    in the folder, and the stage not finished. Raises ValueError where a vector is not finite or not of length 1,
-    naming the passage, and where there is no passage.
+    Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier attempt left
+    whole are kept. name: what the progress bar and errors call the work. Raises ValueError where a vector is not finite
+    or not of length 1, naming the passage, and where there is no passage.
     """
-    if stage.done:
-        return stage.final
     if not len(passages):
-        raise ValueError(f"{stage.name}: the corpus has no passages to encode")
-    own = share.indices_of(-(-len(passages) // shard_passages))
-    spans = {n: range(n * shard_passages, min((n + 1) * shard_passages, len(passages))) for n in own}
-    missing = [number for number in own if not _is_whole(_shard(stage.folder, number), len(spans[number]))]
-    total = sum(len(span) for span in spans.values())
-    bar = progress_bar(total, stage.name, "passages", done=total - sum(len(spans[number]) for number in missing))
-    for number in missing:
-        vectors_nK = encoder.encode_passages(passages.contents(spans[number]), progress=bar.update)
-        _check(vectors_nK, passages, spans[number])
-        _write(_shard(stage.folder, number), vectors_nK)
+        raise ValueError(f"{name}: the corpus has no passages to encode")
+    mine = share.indices_of(-(-len(passages) // shard_passages))
+    spans = {i: range(i * shard_passages, min((i + 1) * shard_passages, len(passages))) for i in mine}
+    missing = [i for i in mine if not _is_whole(_shard_path(folder, i), len(spans[i]))]
+    total = sum(map(len, spans.values()))
+    bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
+    for i in missing:
+        vectors_nK = encoder.encode_passages(passages.contents(spans[i]), progress=bar.update)
+        _check_vectors(vectors_nK, passages, spans[i])
+        write_shard(folder, i, vectors_nK)
     bar.close()
     ranks.barrier()
     if not share.whole:
-        return stage.folder
-    shards = _open_shards(stage.folder)
-    if sum(map(len, shards)) != len(passages):
+        return None
+    shards = EmbeddingShards(folder)
+    if len(shards) != len(passages):
         raise ValueError(
-            f"{stage.folder}: the shards hold {sum(map(len, shards))} vectors for {len(passages)} passages; "
+            f"{folder}: the shards hold {len(shards)} vectors for {len(passages)} passages; "
             f"start all ranks together, or delete the folder and encode again"
         )
-    if ranks.rank() == 0:
-        write_index(np.concatenate(shards), stage.folder)
-    return stage.finish(passages=len(passages), dim=int(shards[0].shape[1]), **facts)
-
-
-def load_embeddings(folder: Path) -> np.ndarray:
-    """All shards of a folder in the order of the corpus: float32 (N, K).
-
-    Raises FileNotFoundError where there is no shard, ValueError where one is missing, cut short or of
-    another width.
-    """
-    embeddings_NK: np.ndarray = np.concatenate(_open_shards(folder))
-    record = folder / "provenance.json"
-    expected = json.loads(record.read_text("utf-8"))["passages"] if record.exists() else len(embeddings_NK)
-    if expected != len(embeddings_NK):
-        raise ValueError(f"{folder}: {len(embeddings_NK)} vectors, but provenance.json says {expected}; encode again")
-    return embeddings_NK
-
-
-def _open_shards(folder: Path) -> list[np.ndarray]:
-    """The shards in order, memory-mapped; raises as `load_embeddings` does."""
-    paths = sorted(folder.glob("shard-*.npy"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no embedding shards; run `drama encode` for this run first")
-    shards: list[np.ndarray] = []
-    for number, path in enumerate(paths):
-        if path != _shard(folder, number):
-            raise ValueError(f"{_shard(folder, number)}: missing, though later shards are there; encode again")
-        shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        rows, width = shards[-1].shape[0], shards[-1].shape[1:]
-        cut_short = rows != len(shards[0]) and not (path == paths[-1] and 0 < rows < len(shards[0]))
-        if len(width) != 1 or width != shards[0].shape[1:] or cut_short:
-            raise ValueError(f"{path}: shape {shards[-1].shape} after shards of {shards[0].shape}; encode again")
     return shards
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npy"
+def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
+    """Write the shard `index`, from 0, under a temporary name; rename it when it is on the disk."""
+    path = _shard_path(folder, index)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as out:
+        np.save(out, np.ascontiguousarray(vectors_nK, dtype=np.float32), allow_pickle=False)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def _shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.npy"
+
+
+def _map_shard(path: Path) -> np.memmap:
+    """Raises ValueError where the file is not a whole array of float32 vectors."""
+    try:
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a whole shard ({error}); encode again") from error
+    if shard.ndim != 2 or shard.dtype != np.float32 or not shard.flags.c_contiguous:
+        raise ValueError(f"{path}: {shard.dtype} of shape {shard.shape}, expected rows of float32; encode again")
+    return shard
 
 
 def _is_whole(path: Path, rows: int) -> bool:
     if not path.is_file():
         return False
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+        shard = _map_shard(path)
+    except (ValueError, OSError):
         return False
-    return found.ndim == 2 and len(found) == rows and found.dtype == np.float32 and not len(_unfit(found))
+    return len(shard) == rows and not len(_unfit_rows(shard))
 
 
-def _unfit(vectors_nK: np.ndarray) -> np.ndarray:
+def _unfit_rows(vectors_nK: np.ndarray) -> np.ndarray:
     """Rows that are not unit vectors; NaN and infinity are among them."""
     with np.errstate(over="ignore", invalid="ignore"):
         norms_n = np.linalg.norm(vectors_nK, axis=1)
         return np.flatnonzero(~(np.abs(norms_n - 1) <= _NORM_TOLERANCE))
 
 
-def _check(vectors_nK: np.ndarray, passages: PassageTable, span: range) -> None:
+def _check_vectors(vectors_nK: np.ndarray, passages: PassageTable, span: range) -> None:
     if vectors_nK.ndim != 2 or len(vectors_nK) != len(span):
         raise ValueError(f"the encoder returned shape {vectors_nK.shape} for {len(span)} passages")
-    for row in _unfit(vectors_nK)[:1]:
+    for row in _unfit_rows(vectors_nK)[:1]:
         passage = passages[span[int(row)]]
         raise ValueError(
             f"passage {passage.id!r}: its vector has norm {np.linalg.norm(vectors_nK[row])}, expected 1; "
             f"try dtype float32 (the text begins {passage.content[:60]!r})"
         )
-
-
-def _write(path: Path, vectors_nK: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as out:
-        np.save(out, vectors_nK.astype(np.float32, copy=False), allow_pickle=False)
-    temporary.replace(path)

@@ -1,6 +1,7 @@
-"""The encode stage: a collection as a system encodes it, RUN/encode/COLLECTION/SYSTEM.
+"""The encode stage, RUN/encode/COLLECTION/SYSTEM, and the index stage over its vectors, RUN/index/COLLECTION/SYSTEM.
 
-What is written is the system's affair (systems.py): embedding shards, or a lexical index.
+What encoding writes is the system's affair (systems.py): embedding shards, or a lexical index. An index is built where
+encode.index asks for one; without it search is exact, over the shards.
 """
 
 from __future__ import annotations
@@ -8,11 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from drama_dist.corpus.collection import open_collection
+from drama_dist.distributed import ranks
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
+from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.search.systems import system_called
-from drama_dist.settings import Settings
+from drama_dist.search.dense import build_index, recall_against_exact
+from drama_dist.search.shards import EmbeddingShards
+from drama_dist.search.systems import DenseSystem, system_called
+from drama_dist.settings import Settings, SettingsError
+
+_QUERIES = 1000  # of which recall is measured
 
 
 def sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:
@@ -30,3 +37,25 @@ def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
     """Do the stage, or a share of it."""
     stored = open_collection(run.path(stored_collection(collection)))
     system_called(system, run.settings).encode(run.settings, folder, stored)
+
+
+def index(run: Run, folder: StageFolder, collection: str, system: str) -> None:
+    """Do the index stage; its recall against exact search is printed, and recorded in provenance.json."""
+    facts = _build(run, folder, collection, system) if ranks.rank() == 0 else {}
+    folder.finish(**facts)
+
+
+def _build(run: Run, folder: StageFolder, collection: str, system: str) -> dict[str, Any]:
+    settings, dense = run.settings, system_called(system, run.settings)
+    if not isinstance(dense, DenseSystem):
+        raise SettingsError(f"encode.index={settings.encode.index}: {system} has no vectors to index")
+    shards = EmbeddingShards(run.path(f"encode/{collection}/{system}"))
+    built = build_index(shards, settings.encode.index, folder.folder, settings.encode.index_search)
+    texts = [query.text for query in open_collection(run.path(stored_collection(collection))).queries[:_QUERIES]]
+    queries_QK = dense.load(settings).encode_queries(texts) if texts else shards.sample(_QUERIES, settings.seed)
+    recall = recall_against_exact(built, shards, queries_QK)
+    size = sum(path.stat().st_size for path in folder.folder.glob("index.*"))
+    asked = f"{len(queries_QK)} {'test queries' if texts else 'passages as queries'}"
+    shown = ", ".join(f"Recall@{k} {share:.3f}" for k, share in recall.items())
+    say(f"{folder.name}: {shown} against exact search, {asked}; {size / 1e6:,.1f} MB")
+    return {"recall": {str(k): share for k, share in recall.items()}, "recall_queries": asked, "bytes": size}

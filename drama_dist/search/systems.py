@@ -22,11 +22,11 @@ from drama_dist.encoder.backbone import load
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
-from drama_dist.search.dense import DenseIndex
-from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import TextEncoder, encode_corpus, load_embeddings
+from drama_dist.search.dense import search_exact
+from drama_dist.search.lexical import LexicalIndex, build_lexical_index
+from drama_dist.search.shards import EmbeddingShards, TextEncoder, write_shards
 from drama_dist.search.teacher import Teacher
-from drama_dist.settings import OTHER_MODEL, Settings, SettingsError, recorded
+from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, recorded
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DenseSystem(System):
         """The encoder, ready for queries and passages."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
-        return {"encode": recorded(settings.encode), "encoder": recorded(settings.encoder)}
+        return {"encode": _of_vectors(settings.encode), "encoder": recorded(settings.encoder)}
 
     def dtype(self, settings: Settings) -> str:
         """bfloat16 or float32."""
@@ -85,15 +85,16 @@ class DenseSystem(System):
         return [size]
 
     def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
-        encoder, dtype = self.load(settings), self.dtype(settings)
-        encode_corpus(folder, collection.passages, encoder, settings.encode.shard_passages, folder.share, dtype=dtype)
+        encoder, rows = self.load(settings), settings.encode.shard_passages
+        shards = write_shards(folder.folder, collection.passages, encoder, rows, folder.share, folder.name)
+        if shards is not None:
+            folder.finish(passages=len(shards), dim=shards.dim, dtype=self.dtype(settings))
 
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        passages_NK = load_embeddings(encoded)
+        shards = EmbeddingShards(encoded)
         queries_QK = self.load(settings).encode_queries(queries)
-        for dim in sorted(self.dims(settings, passages_NK.shape[1]), reverse=True):
-            index = DenseIndex(matryoshka_cut_array(passages_NK, dim))
-            yield Ranking(dim, *index.search(matryoshka_cut_array(queries_QK, dim), depth))
+        for dim in sorted(self.dims(settings, shards.dim), reverse=True):
+            yield Ranking(dim, *search_exact(shards, matryoshka_cut_array(queries_QK, dim), depth, dim))
 
 
 class TrainedSystem(DenseSystem):
@@ -136,7 +137,7 @@ class OtherModel(DenseSystem):
     """Any Llama-type encoder, with the contract of its own folder."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
-        return {"encode": recorded(settings.encode)}
+        return {"encode": _of_vectors(settings.encode)}
 
     def model(self, settings: Settings) -> str:
         return self.name.removeprefix(OTHER_MODEL)
@@ -152,16 +153,12 @@ class LexicalSystem(System):
         return {}
 
     def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
-        import pickle
-
-        texts = collection.passages.contents(range(len(collection.passages)))
         if ranks.rank() == 0:
-            language = collection.passages[0].language
-            (folder.folder / "lexical.pickle").write_bytes(pickle.dumps((texts, language)))
+            build_lexical_index(collection.passages.texts(), collection.language, folder.folder)
         folder.finish(passages=len(collection.passages))
 
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        yield Ranking(None, *LexicalIndex.open(encoded).search(queries, depth))
+        yield Ranking(None, *LexicalIndex(encoded).search(queries, depth))
 
 
 SYSTEMS: dict[str, System] = {
@@ -186,6 +183,11 @@ def system_called(label: str, settings: Settings) -> System:
     raise SettingsError(
         f"system {label!r}: expected {', '.join(SYSTEMS)}, or a model of evaluate.systems: {settings.evaluate.systems}"
     )
+
+
+def _of_vectors(encode: EncodeSettings) -> dict[str, Any]:
+    """What vectors depend on; an index over them is another stage's."""
+    return {name: value for name, value in recorded(encode).items() if name not in ("index", "index_search")}
 
 
 def _encoder(settings: Settings, source: str, **options: Any) -> TextEncoder:

@@ -19,7 +19,8 @@ from drama_dist.records import Example, Query, read_records
 from drama_dist.run.progress import Progress
 from drama_dist.run.runner import make
 from drama_dist.run.shares import Share
-from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.lexical import build_lexical_index
+from drama_dist.search.shards import EmbeddingShards, write_shard
 from drama_dist.search.systems import TeacherSystem
 from drama_dist.settings import AugmentSettings, Settings
 
@@ -151,17 +152,17 @@ def test_negatives_come_from_the_asked_ranks(corpus: Collection) -> None:
     assert set(seen) == {ids[position] for position in (4, 5, 7, 8, 9)}
 
 
-def test_ranking_fuses_the_teacher_with_words(corpus: Collection) -> None:
-    contents = corpus.passages.contents(range(len(corpus.passages)))
+def test_ranking_fuses_the_teacher_with_words(corpus: Collection, tmp_path: Path) -> None:
+    contents = list(corpus.passages.texts())
     teacher = LetterCounts()
-    embeddings = teacher.encode_passages(contents)
-    query = [contents[7][:40]]
-    alone = Ranker(teacher, embeddings, None, 60).rank(query, 10)
-    fused = Ranker(teacher, embeddings, LexicalIndex(contents, "en"), 60).rank(query, 10)
+    embeddings_NK = teacher.encode_passages(contents)
+    write_shard(tmp_path, 0, embeddings_NK)
+    query, shards = [contents[7][:40]], EmbeddingShards(tmp_path)
+    alone = Ranker(teacher, shards, None, 60).rank(query, 10)
+    fused = Ranker(teacher, shards, build_lexical_index(contents, "en", tmp_path / "bm25"), 60).rank(query, 10)
     assert alone.shape == fused.shape == (1, 10) and fused[0, 0] == 7
-    assert (
-        alone[0].tolist() == np.argsort(-(embeddings @ teacher.encode_queries(query)[0]), kind="stable")[:10].tolist()
-    )
+    cosines_N = embeddings_NK @ teacher.encode_queries(query)[0]
+    assert alone[0].tolist() == np.argsort(-cosines_N, kind="stable")[:10].tolist()
     assert alone.tolist() != fused.tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +10,16 @@ from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
 from drama_dist.records import Passage
 from drama_dist.run.folder import StageFolder, fingerprint, open_stage
 from drama_dist.run.progress import Progress
-from drama_dist.run.shares import Share
-from drama_dist.search import shards as encode
-from drama_dist.search.dense import load_index, search_folder
-from drama_dist.search.shards import encode_corpus, load_embeddings
+from drama_dist.run.shares import WHOLE, Share
+from drama_dist.search import shards as shards_module
+from drama_dist.search.shards import EmbeddingShards, write_shard, write_shards
 
 
 class LetterCounts:
@@ -59,17 +60,39 @@ def passages(tmp_path: Path) -> PassageTable:
     return PassageTable.open(tmp_path / "passages")
 
 
+def encode_corpus(
+    stage: StageFolder, passages: PassageTable, encoder: LetterCounts, shard_passages: int, share: Share = WHOLE
+) -> Path:
+    """What a stage does: write the shards, and finish where they are all there."""
+    shards = write_shards(stage.folder, passages, encoder, shard_passages, share, stage.name)
+    return stage.folder if shards is None else stage.finish(passages=len(shards), dim=shards.dim)
+
+
+def vectors_of(folder: Path, rows: int = 3) -> np.ndarray:
+    """All vectors, read in blocks."""
+    shards = EmbeddingShards(folder)
+    blocks = [(first, block.copy()) for first, block in shards.blocks(rows)]
+    assert [first for first, _ in blocks] == list(range(0, len(shards), rows))
+    return np.concatenate([block for _, block in blocks])
+
+
 def open_encode(tmp_path: Path, name: str = "encode/letters") -> StageFolder:
     return open_stage(tmp_path / "run", name, {"dtype": "float32"}, {"corpus": "abc"})
 
 
 def test_embeddings_are_the_encoders_in_corpus_order(tmp_path: Path, passages: PassageTable) -> None:
     folder = encode_corpus(open_encode(tmp_path), passages, LetterCounts(), shard_passages=4)
-    found = load_embeddings(folder)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, LetterCounts().encode_passages(texts_of(10)))
-    assert sorted(path.name for path in folder.glob("shard*")) == [f"shard-0000{n}.npy" for n in range(3)]
-    assert len(load_index(folder)) == 10
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"shard-0000{n}.npy" for n in range(3)),
+        "settings.yaml",
+        "provenance.json",
+    }
+    shards = EmbeddingShards(folder)
+    assert (len(shards), shards.dim) == (10, 8)
+    for rows in (1, 3, 4, 9, 10, 1000):
+        vectors = vectors_of(folder, rows)
+        assert vectors.dtype == np.float32
+        np.testing.assert_array_equal(vectors, LetterCounts().encode_passages(texts_of(10)))
 
 
 def test_the_bar_moves_within_a_shard_and_begins_at_what_is_there(
@@ -83,7 +106,7 @@ def test_the_bar_moves_within_a_shard_and_begins_at_what_is_there(
         bars.append(Mock(total=total, done=done))
         return bars[-1]
 
-    monkeypatch.setattr(encode, "progress_bar", bar)
+    monkeypatch.setattr(shards_module, "progress_bar", bar)
     encode_corpus(open_encode(tmp_path), passages, LetterCounts(), shard_passages=5)
     assert (bars[0].total, bars[0].done) == (10, 5)
     assert bars[0].update.call_args_list == [call(1)] * 5
@@ -121,7 +144,7 @@ def test_a_shard_that_is_not_whole_is_encoded_again(tmp_path: Path, passages: Pa
     encoder = LetterCounts()
     folder = encode_corpus(open_encode(tmp_path), passages, encoder, shard_passages=5)
     assert encoder.seen == texts_of(10)
-    np.testing.assert_array_equal(load_embeddings(folder), LetterCounts().encode_passages(texts_of(10)))
+    np.testing.assert_array_equal(vectors_of(folder), LetterCounts().encode_passages(texts_of(10)))
 
 
 def test_a_vector_that_is_not_finite_names_its_passage(tmp_path: Path, passages: PassageTable) -> None:
@@ -168,10 +191,10 @@ def test_tasks_without_a_process_group_leave_shards_and_a_plain_run_finishes(
     encoders = [LetterCounts(), LetterCounts(fail_after=2), LetterCounts()]  # 5 shards; task 1 dies before its second
     for number, encoder in enumerate(encoders):
         try:
-            found = encode_corpus(open_encode(tmp_path), passages, encoder, 2, Share(number, 3))
+            folder = encode_corpus(open_encode(tmp_path), passages, encoder, 2, Share(number, 3))
         except RuntimeError:
             continue
-        assert found == tmp_path / "run" / "encode" / "letters.partial"
+        assert folder == tmp_path / "run" / "encode" / "letters.partial"
     assert [len(encoder.seen) for encoder in encoders] == [4, 2, 2]
     again = LetterCounts()
     encode_corpus(open_encode(tmp_path), passages, again, 2, Share(0, 3))
@@ -181,33 +204,68 @@ def test_tasks_without_a_process_group_leave_shards_and_a_plain_run_finishes(
     assert last.seen == texts_of(10)[8:] and fingerprint(folder) == fingerprint(alone)
 
 
+def test_shards_of_another_number_of_passages_are_refused(tmp_path: Path, passages: PassageTable) -> None:
+    write_shard(tmp_path, 2, LetterCounts().encode_passages(texts_of(4)))
+    with pytest.raises(ValueError, match="the shards hold 14 vectors for 10 passages; start all ranks together"):
+        write_shards(tmp_path, passages, LetterCounts(), 5)
+
+
+def test_a_corpus_without_passages_is_refused(tmp_path: Path) -> None:
+    nothing = PassageTable(Dataset.from_dict({"id": []}))
+    with pytest.raises(ValueError, match="encode/x: the corpus has no passages"):
+        write_shards(tmp_path, nothing, LetterCounts(), 4, WHOLE, "encode/x")
+
+
 def test_a_missing_or_short_shard_is_refused(tmp_path: Path, passages: PassageTable) -> None:
     folder = encode_corpus(open_encode(tmp_path), passages, LetterCounts(), shard_passages=3)
     middle = folder / "shard-00001.npy"
-    kept = middle.read_bytes()
-    np.save(middle, np.load(middle)[:2])
-    with pytest.raises(ValueError, match="shard-00001"):
-        load_embeddings(folder)
+    kept, vectors = middle.read_bytes(), np.load(middle)
+    for spoiled in (vectors[:2], vectors[:, :7], vectors[0], vectors.astype(np.float64), np.asfortranarray(vectors)):
+        np.save(middle, spoiled)
+        with pytest.raises(ValueError, match=r"shard-00001\.npy.* encode again"):
+            EmbeddingShards(folder)
+    for spoiled in (kept[:-9], kept[:90], b"", b"not an array"):
+        middle.write_bytes(spoiled)
+        with pytest.raises(ValueError, match=r"shard-00001\.npy.* encode again"):
+            EmbeddingShards(folder)
     middle.unlink()
-    with pytest.raises(ValueError, match="shard-00001"):
-        load_embeddings(folder)
+    with pytest.raises(ValueError, match=r"shard-00001\.npy: missing"):
+        EmbeddingShards(folder)
     middle.write_bytes(kept)
-    assert len(load_embeddings(folder)) == 10
+    shards = EmbeddingShards(folder)
+    assert len(shards) == 10
+    middle.write_bytes(kept[:-9])
+    with pytest.raises(ValueError, match=r"shard-00001\.npy: cut short while it was read"):
+        list(shards.blocks(4))
+    middle.write_bytes(kept)
     (folder / "shard-00003.npy").unlink()
     with pytest.raises(ValueError, match="9 vectors, but provenance"):
-        load_embeddings(folder)
+        EmbeddingShards(folder)
     with pytest.raises(FileNotFoundError, match="drama encode"):
-        load_embeddings(tmp_path)
+        EmbeddingShards(tmp_path)
 
 
-def test_search_in_a_folder_takes_the_dim_of_the_queries(tmp_path: Path, passages: PassageTable) -> None:
-    folder = encode_corpus(open_encode(tmp_path), passages, LetterCounts(), shard_passages=4)
-    before = fingerprint(folder)
-    vectors = load_embeddings(folder)
-    for dim in (8, 3):
-        cut = vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
-        scores, positions = search_folder(folder, cut[[6]], 1)
-        assert positions[0, 0] == np.argmax(cut @ cut[6]) and scores[0, 0] == pytest.approx(1, abs=1e-5)
-    assert fingerprint(folder) == before
-    with pytest.raises(FileNotFoundError, match="drama encode"):
-        search_folder(tmp_path, vectors[:1], 1)
+def test_more_shards_than_a_process_may_open_files_and_than_five_digits_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_shard_path", lambda folder, index: folder / f"shard-{index + 99_950:05d}.npy")
+    for index in range(120):
+        write_shard(tmp_path, index, np.full((1, 2), index))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+    try:
+        assert vectors_of(tmp_path)[:, 0].tolist() == list(range(120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_sample_has_no_row_twice_keeps_the_order_and_is_the_seeds(tmp_path: Path) -> None:
+    for index, rows in enumerate((40, 40, 13)):
+        write_shard(tmp_path, index, np.repeat(np.arange(40 * index, 40 * index + rows)[:, None], 3, axis=1))
+    shards = EmbeddingShards(tmp_path)
+    drawn = shards.sample(30, seed=1)[:, 0]
+    assert len(set(drawn)) == 30 and (np.diff(drawn) > 0).all() and drawn.max() > 40 > drawn.min()
+    np.testing.assert_array_equal(drawn, shards.sample(30, seed=1)[:, 0])
+    assert set(drawn) != set(shards.sample(30, seed=2)[:, 0])
+    for count in (93, 1000):
+        np.testing.assert_array_equal(shards.sample(count, seed=1)[:, 2], np.arange(93))
