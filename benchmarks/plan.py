@@ -86,7 +86,7 @@ class Run:
         began = time.perf_counter()
         train, contract = self.settings.train, self.settings.encoder
         queries, passages = train.batch_size, round(train.batch_size * (1 + train.hard_negatives))
-        own = len(ranks.own_share(queries)), len(ranks.own_share(passages))
+        own = len(ranks.rank_slice(queries)), len(ranks.rank_slice(passages))
         limits = contract.max_query_tokens, contract.max_passage_tokens
         texts = [self._text(limit) for count, limit in zip(own, limits, strict=True) for _ in range(count)]
         peaks: dict[str, Any] = {}

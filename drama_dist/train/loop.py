@@ -124,7 +124,7 @@ def _batch_step(
     settings: Settings, batch: Batch, encoder: Encoder, cache: GradCache, table: PassageTable
 ) -> tuple[Objective, Encoded]:
     """Forward and backward of one global batch."""
-    queries, passages = ranks.own_share(len(batch.queries)), ranks.own_share(len(batch.passages))
+    queries, passages = ranks.rank_slice(len(batch.queries)), ranks.rank_slice(len(batch.passages))
     contents = table.contents([table.position(passage) for passage in batch.passages])
     sequences = encoder.tokenize_queries([batch.queries[i] for i in queries])
     sequences += encoder.tokenize_passages([contents[i] for i in passages])

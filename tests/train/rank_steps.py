@@ -64,7 +64,7 @@ def step_losses(
     losses, norms = [], []
     for step in steps:
         queries, passages, positives, ids = texts(step)
-        mine, also = ranks.own_share(len(queries)), ranks.own_share(len(passages))
+        mine, also = ranks.rank_slice(len(queries)), ranks.rank_slice(len(passages))
         sequences = encoder.tokenize_queries([queries[i] for i in mine])
         sequences += encoder.tokenize_passages([passages[i] for i in also])
         embeddings = cache.encode(sequences).embeddings_NK
@@ -110,7 +110,7 @@ def traffic() -> dict[str, dict[str, int]]:
     passages = queries * (1 + TRAFFIC["negatives"])
     found = {}
     for travels in ("passages", "queries"):
-        rows, columns = len(ranks.own_share(queries)), len(ranks.own_share(passages))
+        rows, columns = len(ranks.rank_slice(queries)), len(ranks.rank_slice(passages))
         ranks.take_traffic()
         contrastive_objective(
             torch.randn(rows, dims[0]),
