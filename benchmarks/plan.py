@@ -74,7 +74,7 @@ class Run:
         train, contract = self.settings.train, self.settings.encoder
         queries, passages = train.batch_size, passages_of_batch(train)
         texts = [
-            [self._text(limit) for _ in range(len(ranks.own_share(count)))]
+            [self._text(limit) for _ in range(len(ranks.rank_slice(count)))]
             for count, limit in ((queries, contract.max_query_tokens), (passages, contract.max_passage_tokens))
         ]
         begin(CPU)

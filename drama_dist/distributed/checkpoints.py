@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: written beside the training, whole or not there, checked before they are used.
+"""Checkpoints of a training run: written in the background, atomic, and verified before they are used.
 
-Each rank writes the pieces of tensors that it holds; a checkpoint is the folder `step-N` with a safetensors file and
-a record (checksum, where each piece lies) of every rank, and state.json. Another number of ranks, or another ZeRO
-stage, reads the same folder. Covers writing in the background, checking, choosing and dropping checkpoints. What
-the tensors are is engine.py's affair.
+Each rank writes the pieces of tensors that it holds. A checkpoint is a folder `step-N` with state.json and, for each
+rank, a safetensors file and a record (its checksum, and each piece's offset). It can be read with another number of
+ranks or another ZeRO stage. Covers writing, verifying, selecting and deleting checkpoints, but not which tensors are
+in them: engine.py decides that.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from safetensors.torch import save_file
 from drama_dist.distributed import ranks
 from drama_dist.run.progress import say
 
-_PATIENCE = 600.0  # seconds that rank 0 waits for the others' files
+_TIMEOUT = 600.0  # seconds that rank 0 waits for the other ranks' files
 _STATE = "state.json"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; training must not go on as if it were."""
+    """A checkpoint could not be written, so training must not continue as if it had been."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive components of a tensor of a shape, from component `begin` of the flattened whole."""
+    """Consecutive components of a tensor of shape `shape`, from component `begin` of the flattened tensor."""
 
     values: torch.Tensor
     begin: int
@@ -45,49 +45,49 @@ class Piece:
 
 
 class Checkpoints:
-    """The checkpoints of one stage; all ranks make every call. keep: how many of the newest stay, beside the best."""
+    """The checkpoints of one stage; every rank makes every call. keep: how many of the newest stay besides the best."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
-        self._copies: dict[str, torch.Tensor] = {}  # used again: new memory takes longer than the copy itself
+        self._copies: dict[str, torch.Tensor] = {}  # reused: allocating memory takes longer than copying
 
     def save(self, step: int, pieces: Mapping[str, Piece], **facts: Any) -> None:
         """Copy this rank's pieces and return; they are written in the background.
 
-        facts: kept in state.json; "loss" decides which checkpoint is the best. Raises CheckpointError where the
-        checkpoint before this one could not be written.
+        facts: stored in state.json; "loss" decides which checkpoint is the best. Raises CheckpointError if the previous
+        checkpoint could not be written.
         """
         self.wait()
         copied = {
             name: Piece(self._copy(name, piece.values), piece.begin, piece.shape) for name, piece in pieces.items()
         }
-        given = step, copied, {"step": step, **facts}, ranks.rank(), ranks.world_size()
-        # A daemon: it must not hold up the end of a process whose other ranks are gone.
-        self._writer = threading.Thread(target=self._try_to_write, args=given, daemon=True)
+        arguments = step, copied, {"step": step, **facts}, ranks.rank(), ranks.world_size()
+        # A daemon: it must not keep a process alive whose other ranks are gone.
+        self._writer = threading.Thread(target=self._try_to_write, args=arguments, daemon=True)
         self._writer.start()
 
     def wait(self) -> None:
-        """Until what is being written is whole; raises CheckpointError, on all ranks, where one of them failed."""
+        """Wait for the checkpoint being written; raises CheckpointError on all ranks if any of them failed."""
         if self._writer is None:
             return
         self._writer.join()
         self._writer = None
-        failed = [rank for rank, is_so in enumerate(ranks.on_every_rank(int(self._error is not None))) if is_so]
+        failed = [rank for rank, flag in enumerate(ranks.on_every_rank(int(self._error is not None))) if flag]
         if failed:
-            reason = self._error or f"rank {failed[0]} failed; its message says why"
+            reason = self._error or f"rank {failed[0]} failed; see its message"
             raise CheckpointError(f"{self.folder}: the checkpoint could not be written: {reason}") from self._error
 
     def clear_unfinished(self) -> None:
-        """Drop what a killed attempt left half written."""
+        """Delete checkpoints that a killed attempt left incomplete."""
         if ranks.rank() == 0:
             for path in self.folder.glob("step-*.tmp"):
                 shutil.rmtree(path)
         ranks.barrier()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; what is damaged is named and passed over."""
+        """The newest intact checkpoint; damaged ones are reported and skipped."""
         step = -1
         if ranks.rank() == 0:
             for path in reversed(self.whole()):
@@ -95,7 +95,7 @@ class Checkpoints:
                 if damage is None:
                     step = _step(path)
                     break
-                say(f"{damage}; going back to the checkpoint before it")
+                say(f"{damage}; falling back to the checkpoint before it")
         step = ranks.on_every_rank(step)[0]
         return None if step < 0 else self._path(step)
 
@@ -107,15 +107,15 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def _copy(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        kept = self._copies.get(name)
-        if kept is None or kept.shape != values.shape:
-            kept = self._copies[name] = torch.empty(values.shape, dtype=values.dtype)
-        return kept.copy_(values.detach())
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != values.shape:
+            copy = self._copies[name] = torch.empty(values.shape, dtype=values.dtype)
+        return copy.copy_(values.detach())
 
-    def _try_to_write(self, *given: Any) -> None:
+    def _try_to_write(self, *arguments: Any) -> None:
         try:
-            self._write(*given)
-        except Exception as error:  # whatever it is, the training's own thread raises it
+            self._write(*arguments)
+        except Exception as error:  # raised by `wait`, in the training's thread
             self._error = error
 
     def _write(self, step: int, pieces: dict[str, Piece], facts: dict[str, Any], rank: int, size: int) -> None:
@@ -124,55 +124,54 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         _write_rank(folder, rank, pieces)
         if rank == 0:
-            _until(lambda: all(_record(folder, other).exists() for other in range(size)), folder)
-            records = [_checksum(_record(folder, other)) for other in range(size)]
+            _wait_until(lambda: all(_record(folder, each).exists() for each in range(size)), folder)
+            records = [_checksum(_record(folder, each)) for each in range(size)]
             state = json.dumps({**facts, "world_size": size, "records": records})
             _write_synced(folder / _STATE, json.dumps({"state": state, "sha256": _sha256(state)}).encode())
-            shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been resumed from
+            shutil.rmtree(final, ignore_errors=True)  # damaged: otherwise training would have resumed from it
             folder.rename(final)
             _sync(self.folder)
             self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
-        found = self.whole()
-        for path in found:
-            if _step(path) > step:  # damaged, or training would have gone on from it
+        paths = self.whole()
+        for path in paths:
+            if _step(path) > step:  # damaged: otherwise training would have resumed from it
                 shutil.rmtree(path)
-        found = [path for path in found if _step(path) <= step]
-        rated = {path: loss for path in found if (loss := _loss(path)) is not None}
-        best = min(rated, key=rated.__getitem__) if rated else None
-        for path in found[: -self.keep]:
+        paths = [path for path in paths if _step(path) <= step]
+        losses = {path: loss for path in paths if (loss := _loss(path)) is not None}
+        best = min(losses, key=losses.__getitem__) if losses else None
+        for path in paths[: -self.keep]:
             if path != best:
                 shutil.rmtree(path)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The facts that `save` was given; raises ValueError where the file is damaged."""
+    """The facts that `save` was given; raises ValueError if the file is damaged."""
     path = checkpoint / _STATE
     sealed = json.loads(path.read_text("utf-8"))
     if _sha256(sealed["state"]) != sealed["sha256"]:
-        raise ValueError(f"{path}: its checksum is not the recorded one")
+        raise ValueError(f"{path}: its checksum does not match the recorded one")
     state: dict[str, Any] = json.loads(sealed["state"])
     return state
 
 
 class Reader:
-    """Whole tensors of a checkpoint, put together from all ranks' pieces."""
+    """Full tensors of a checkpoint, assembled from all ranks' pieces."""
 
     def __init__(self, checkpoint: Path):
-        self._places: dict[str, list[tuple[Path, int, tuple[int, ...]]]] = {}
+        self._pieces: dict[str, list[tuple[int, Path, tuple[int, ...]]]] = {}
         for rank in range(len(read_state(checkpoint)["records"])):
             record = _record(checkpoint, rank)
-            pieces = json.loads(record.read_text("utf-8"))["pieces"]
-            for name, (begin, shape) in pieces.items():
-                place = record.with_suffix(".safetensors"), begin, tuple(shape)
-                self._places.setdefault(name, []).append(place)
+            for name, (begin, shape) in json.loads(record.read_text("utf-8"))["pieces"].items():
+                piece = begin, record.with_suffix(".safetensors"), tuple(shape)
+                self._pieces.setdefault(name, []).append(piece)
 
     def read(self, name: str) -> torch.Tensor:
-        """Raises KeyError where the checkpoint has no such tensor, ValueError where a part of it is missing."""
-        shape = self._places[name][0][2]
+        """Raises KeyError if the checkpoint has no such tensor, ValueError if a part of it is missing."""
+        shape = self._pieces[name][0][2]
         values = []
-        for path, _, _ in sorted(self._places[name], key=lambda place: place[1]):
+        for _, path, _ in sorted(self._pieces[name], key=lambda piece: piece[0]):
             with safe_open(path, "pt") as file:
                 values.append(file.get_tensor(name))
         if sum(map(len, values)) != prod(shape):
@@ -180,21 +179,21 @@ class Reader:
         return torch.cat(values).view(shape)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._pieces
 
 
 def _write_rank(folder: Path, rank: int, pieces: dict[str, Piece]) -> None:
-    """The record comes last: it says that the tensors are whole."""
+    """Write a rank's tensors, then its record, which means that the tensors are complete."""
     record = _record(folder, rank)
     tensors = record.with_suffix(".safetensors")
     save_file({name: piece.values for name, piece in pieces.items()}, tensors)
     _sync(tensors)
-    places = {name: (piece.begin, piece.shape) for name, piece in pieces.items()}
-    _write_synced(record, json.dumps({"sha256": _checksum(tensors), "pieces": places}).encode())
+    offsets = {name: (piece.begin, piece.shape) for name, piece in pieces.items()}
+    _write_synced(record, json.dumps({"sha256": _checksum(tensors), "pieces": offsets}).encode())
 
 
 def _loss(checkpoint: Path) -> float | None:
-    """None where it was not said, or is damaged."""
+    """None if the checkpoint records no loss, or is damaged."""
     try:
         loss = read_state(checkpoint).get("loss")
     except (OSError, ValueError, KeyError):
@@ -208,10 +207,10 @@ def _damage(checkpoint: Path) -> str | None:
         for rank, checksum in enumerate(read_state(checkpoint)["records"]):
             record = _record(checkpoint, rank)
             if _checksum(record) != checksum:
-                return f"{record}: damaged: its checksum is not the recorded one"
+                return f"{record}: damaged: its checksum does not match the recorded one"
             tensors = record.with_suffix(".safetensors")
             if _checksum(tensors) != json.loads(record.read_text("utf-8"))["sha256"]:
-                return f"{tensors}: damaged: its checksum is not the recorded one"
+                return f"{tensors}: damaged: its checksum does not match the recorded one"
     except (OSError, ValueError, KeyError) as error:
         return f"{checkpoint}: damaged: {error}"
     return None
@@ -249,9 +248,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _until(done: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE
+def _wait_until(done: Callable[[], bool], folder: Path) -> None:
+    deadline = time.monotonic() + _TIMEOUT
     while not done():
         if time.monotonic() > deadline:
-            raise OSError(f"{folder}: not all ranks wrote their files within {_PATIENCE:.0f} s")
+            raise OSError(f"{folder}: not all ranks wrote their files within {_TIMEOUT:.0f} s")
         time.sleep(0.05)

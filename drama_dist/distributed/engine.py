@@ -105,7 +105,7 @@ class Engine:
             f"{kind or _WEIGHTS}/{name}": piece
             for kind in (None, *MOMENTS)
             for name, weight in self._weights()
-            if (piece := self._state.own(weight, kind)) is not None
+            if (piece := self._state.local_piece(weight, kind)) is not None
         }
         checkpoints.save(step, pieces | _random_state(), **facts)
 

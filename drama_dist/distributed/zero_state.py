@@ -1,7 +1,7 @@
-"""Weights and optimiser moments in whole, whatever ZeRO stage splits them: read, replaced, initialised.
+"""Full weights and optimiser moments, whichever ZeRO stage partitions them: read, replaced, initialised.
 
-Covers float32 master weights and AdamW's two moments of a DeepSpeed engine, by parameter. All ranks call every
-function, with the same values. Does not know files: checkpoints.py does.
+Covers the float32 master weights and AdamW's two moments of a DeepSpeed engine, by parameter. Every rank calls every
+function, with the same values. Does not cover files: checkpoints.py does.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroState(Protocol):
-    """moment None means the master weight itself."""
+    """moment: one of MOMENTS, or None for the master weight."""
 
     def initialise(self) -> None:
-        """Moments of zero before the first step: DeepSpeed makes them in it, too late for resuming."""
+        """Create zero moments before the first step: DeepSpeed creates them during it, too late for resuming."""
         ...
 
     def read(self, weight: nn.Parameter) -> torch.Tensor:
         """The master weight: float32, in its full shape."""
         ...
 
-    def own(self, weight: nn.Parameter, moment: str | None) -> Piece | None:
-        """What this rank holds of it and no rank before does; no copy. None where that is nothing."""
+    def local_piece(self, weight: nn.Parameter, moment: str | None) -> Piece | None:
+        """The piece that this rank is the first to hold, not copied; None if there is none."""
         ...
 
     def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None: ...
@@ -43,7 +43,7 @@ def zero_state(engine: Any, stage: int) -> ZeroState:
 
 
 def set_steps(engine: Any, step: int) -> None:
-    """Let AdamW's bias correction go on from `step`."""
+    """Make AdamW's bias correction continue from `step`."""
     for state in _adamw(engine).state.values():
         state["step"].fill_(float(step))
 
@@ -62,7 +62,7 @@ class Whole:
     def read(self, weight: nn.Parameter) -> torch.Tensor:
         return weight.data.clone()
 
-    def own(self, weight: Any, moment: str | None) -> Piece | None:
+    def local_piece(self, weight: Any, moment: str | None) -> Piece | None:
         if ranks.rank():
             return None
         values = self._adamw.state[weight][moment] if moment else weight.data
@@ -86,15 +86,15 @@ class SplitOptimiser:
     def read(self, weight: nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: torch.Tensor = safe_get_full_fp32_param(weight)
-        return found
+        full: torch.Tensor = safe_get_full_fp32_param(weight)
+        return full
 
-    def own(self, weight: Any, moment: str | None) -> Piece | None:
-        held = weight._hp_mapping
-        if held is None:
+    def local_piece(self, weight: Any, moment: str | None) -> Piece | None:
+        mapping = weight._hp_mapping
+        if mapping is None:
             return None
-        values = held.optim_fragment[moment] if moment else held.hp_fragment
-        return Piece(values, held.lp_fragment_address.start, tuple(weight.shape))
+        values = mapping.optim_fragment[moment] if moment else mapping.hp_fragment
+        return Piece(values, mapping.lp_fragment_address.start, tuple(weight.shape))
 
     def replace(self, weight: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -119,10 +119,10 @@ class SplitWeights:
     def read(self, weight: Any) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: torch.Tensor = safe_get_full_fp32_param(weight)
-        return found.view(weight.ds_shape)
+        full: torch.Tensor = safe_get_full_fp32_param(weight)
+        return full.view(weight.ds_shape)
 
-    def own(self, weight: Any, moment: str | None) -> Piece | None:
+    def local_piece(self, weight: Any, moment: str | None) -> Piece | None:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         begin = ranks.rank() * weight.ds_tensor.ds_numel
@@ -135,23 +135,23 @@ class SplitWeights:
         import deepspeed
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        part = weight.ds_tensor.ds_numel  # DeepSpeed's own setter of a whole fails where the ranks do not divide it
-        begin = ranks.rank() * part
-        own = pad(value.flatten(), (0, part * ranks.world_size() - value.numel()))[begin : begin + part]
+        size = weight.ds_tensor.ds_numel  # DeepSpeed's setter for full weights fails if the ranks do not divide them
+        begin = ranks.rank() * size
+        partition = pad(value.flatten(), (0, size * ranks.world_size() - value.numel()))[begin : begin + size]
         if moment:
-            safe_set_local_optimizer_state(weight, own, moment)
+            safe_set_local_optimizer_state(weight, partition, moment)
             return
         with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
             if ranks.rank() == 0:
                 weight.data.copy_(value)
-        safe_set_local_fp32_param(weight, own)
+        safe_set_local_fp32_param(weight, partition)
 
 
 def _adamw(engine: Any) -> torch.optim.AdamW:
-    found: torch.optim.AdamW = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return found
+    adamw: torch.optim.AdamW = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return adamw
 
 
 def _zero_moments(like: torch.Tensor) -> dict[str, torch.Tensor]:
-    count = torch.zeros((), device=like.device)  # where the fused optimiser looks for it
-    return {"step": count, **{name: torch.zeros_like(like, requires_grad=False) for name in MOMENTS}}
+    step = torch.zeros((), device=like.device)  # the fused optimiser expects it there
+    return {"step": step, **{name: torch.zeros_like(like, requires_grad=False) for name in MOMENTS}}

@@ -1,8 +1,8 @@
-"""The extractor: from a language model and a choice of what stays, a smaller plain Llama.
+"""The extractor: selects the most important parts of a language model and makes a smaller plain Llama of them.
 
-Covers the choice by importance and cutting the weights. Grouped-query attention becomes multi-head
-attention (key-value heads are copied to the query heads they serve, then heads are chosen); the
-head size stays, so rotary embeddings stay what they are.
+Covers the selection by importance and slicing the weights. Grouped-query attention becomes multi-head attention
+(key-value heads are copied to the query heads they serve, then heads are selected); the head size does not change, so
+neither do rotary embeddings.
 Shapes: L layers, H hidden, A query heads, D head size, F MLP neurons.
 """
 
@@ -20,11 +20,11 @@ from drama_dist.settings import PruneSettings, SettingsError
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Indices that stay, ascending: hidden dimensions, layers, and for each kept layer heads and neurons.
+class Selection:
+    """Indices to keep, ascending: hidden dimensions, layers, and heads and neurons of each selected layer.
 
-    norm_gains: for each RMSNorm of the small model, the square root of the share of its input's
-    energy that the kept hidden dimensions hold.
+    norm_gains: for each RMSNorm of the small model, the square root of the fraction of its input's energy that is in
+    the selected hidden dimensions.
     """
 
     hidden: torch.Tensor
@@ -34,84 +34,83 @@ class Kept:
     norm_gains: torch.Tensor
 
 
-def choose(importance: Importance, shape: PruneSettings) -> Kept:
-    """Keep the most important parts; layers evenly spaced (first and last among them) or by block influence.
+def select(importance: Importance, prune: PruneSettings) -> Selection:
+    """Select the most important parts; layers evenly spaced, with the first and the last, or by block influence.
 
-    Raises SettingsError where the wanted shape is larger than the model's.
+    Raises SettingsError if the requested shape is larger than the model's.
     """
-    _check_shape(importance, shape)
-    hidden = _top(importance.hidden_H, shape.hidden)
-    layers = _layers(importance.layers_L, shape)
-    norms = [2 * layer + part for layer in layers for part in (0, 1)] + [len(importance.energy) - 1]
+    _check_shape(importance, prune)
+    hidden = _top(importance.hidden_H, prune.hidden)
+    layers = _layers(importance.layers_L, prune)
+    norms = [2 * layer + offset for layer in layers for offset in (0, 1)] + [len(importance.energy) - 1]
     energy = importance.energy[norms]
-    return Kept(
+    return Selection(
         hidden,
         layers,
-        [_top(importance.heads_LA[layer], shape.heads) for layer in layers],
-        [_top(importance.mlp_LF[layer], shape.mlp) for layer in layers],
+        [_top(importance.heads_LA[layer], prune.heads) for layer in layers],
+        [_top(importance.mlp_LF[layer], prune.mlp) for layer in layers],
         (energy[:, hidden].sum(1) / energy.sum(1)).sqrt(),
     )
 
 
 @torch.no_grad()
-def shrink(model: LlamaForCausalLM, kept: Kept) -> LlamaForCausalLM:
-    """Cut the model to what is kept; float32, on the CPU.
+def shrink(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
+    """Slice the model down to the selection; float32, on the CPU.
 
-    The result equals the model with the other parts masked to zero and each RMSNorm's gain times
-    `norm_gains`. The full model's RMSNorm divides by the root of the sum over kept dimensions
-    over H; the small one's by the sum over h: hence the factor √(H/h) in gains, and H/h in epsilon.
+    The result equals the model with all other parts masked to zero and each RMSNorm's gain times `norm_gains`. The full
+    model's RMSNorm divides the sum of squares over the selected dimensions by H, the small one's by h: hence the factor
+    √(H/h) in the gains, and H/h in epsilon.
     """
-    widening = model.config.hidden_size / len(kept.hidden)
-    small = LlamaForCausalLM(_small_config(model.config, kept, widening)).float()
-    small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, kept.hidden])
+    hidden = selection.hidden
+    widening = model.config.hidden_size / len(hidden)
+    small = LlamaForCausalLM(_small_config(model.config, selection, widening)).float()
+    small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, hidden])
     if not model.config.tie_word_embeddings:
-        small.lm_head.weight.copy_(model.lm_head.weight[:, kept.hidden])
-    for place, layer in enumerate(kept.layers):
-        _copy_layer(small.model.layers[place], model.model.layers[layer], kept, place)
+        small.lm_head.weight.copy_(model.lm_head.weight[:, hidden])
+    for index, layer in enumerate(selection.layers):
+        _copy_layer(small.model.layers[index], model.model.layers[layer], selection, index)
     old_norms = norms_in_order(model)
-    chosen = [old_norms[2 * layer + part] for layer in kept.layers for part in (0, 1)] + [old_norms[-1]]
-    for new, old, gain in zip(norms_in_order(small), chosen, kept.norm_gains, strict=True):
-        new.weight.copy_(old.weight[kept.hidden].float() * gain * widening**0.5)
+    selected = [old_norms[2 * layer + offset] for layer in selection.layers for offset in (0, 1)] + [old_norms[-1]]
+    for new, old, gain in zip(norms_in_order(small), selected, selection.norm_gains, strict=True):
+        new.weight.copy_(old.weight[hidden].float() * gain * widening**0.5)
     return small
 
 
-def _check_shape(importance: Importance, shape: PruneSettings) -> None:
+def _check_shape(importance: Importance, prune: PruneSettings) -> None:
     layers, heads = importance.heads_LA.shape
-    has = {"layers": layers, "hidden": len(importance.hidden_H), "heads": heads, "mlp": importance.mlp_LF.shape[1]}
-    for name, size in has.items():
-        if getattr(shape, name) > size:
-            raise SettingsError(f"prune.{name}={getattr(shape, name)}: the model has only {size}")
+    sizes = {"layers": layers, "hidden": len(importance.hidden_H), "heads": heads, "mlp": importance.mlp_LF.shape[1]}
+    for name, size in sizes.items():
+        if getattr(prune, name) > size:
+            raise SettingsError(f"prune.{name}={getattr(prune, name)}: the model has only {size}")
 
 
-def _layers(influence_L: torch.Tensor, shape: PruneSettings) -> list[int]:
-    if shape.layer_choice == "influence":
-        return _top(influence_L, shape.layers).tolist()
-    return torch.linspace(0, len(influence_L) - 1, shape.layers).round().long().tolist()
+def _layers(influence_L: torch.Tensor, prune: PruneSettings) -> list[int]:
+    if prune.layer_choice == "influence":
+        return _top(influence_L, prune.layers).tolist()
+    return torch.linspace(0, len(influence_L) - 1, prune.layers).round().long().tolist()
 
 
 def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _small_config(config: LlamaConfig, kept: Kept, widening: float) -> LlamaConfig:
+def _small_config(config: LlamaConfig, selection: Selection, widening: float) -> LlamaConfig:
     small = copy.deepcopy(config)
-    small.num_hidden_layers = len(kept.layers)
-    small.hidden_size = len(kept.hidden)
-    small.intermediate_size = len(kept.mlp[0])
-    small.num_attention_heads = small.num_key_value_heads = len(kept.heads[0])
+    small.num_hidden_layers = len(selection.layers)
+    small.hidden_size = len(selection.hidden)
+    small.intermediate_size = len(selection.mlp[0])
+    small.num_attention_heads = small.num_key_value_heads = len(selection.heads[0])
     small.head_dim = config.head_dim
     small.rms_norm_eps = config.rms_norm_eps * widening
     small.dtype = "float32"
     return small
 
 
-def _copy_layer(new: Any, old: Any, kept: Kept, place: int) -> None:
-    hidden, neurons, size = kept.hidden, kept.mlp[place], old.self_attn.head_dim
-    heads = kept.heads[place]
-    served_by = heads // old.self_attn.num_key_value_groups
-    rows = {"q_proj": heads, "k_proj": served_by, "v_proj": served_by}
-    for name, chosen in rows.items():
-        source = getattr(old.self_attn, name).weight.unflatten(0, (-1, size))[chosen]
+def _copy_layer(new: Any, old: Any, selection: Selection, index: int) -> None:
+    hidden, heads, neurons = selection.hidden, selection.heads[index], selection.mlp[index]
+    size, key_value_heads = old.self_attn.head_dim, heads // old.self_attn.num_key_value_groups
+    for name, rows in {"q_proj": heads, "k_proj": key_value_heads, "v_proj": key_value_heads}.items():
+        source = getattr(old.self_attn, name).weight.unflatten(0, (-1, size))[rows]
         getattr(new.self_attn, name).weight.copy_(source.flatten(0, 1)[:, hidden])
     output = old.self_attn.o_proj.weight.unflatten(1, (-1, size))[hidden][:, heads]
     new.self_attn.o_proj.weight.copy_(output.flatten(1))

@@ -1,8 +1,8 @@
-"""Importance of every part of a Llama-type language model, measured on calibration text, forward only.
+"""Importance of every part of a Llama-type language model, measured on calibration text with forward passes only.
 
-After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2): hidden dimensions by mean
-|RMSNorm output|, heads by the L2 norm of their context, MLP neurons by mean |activation|, layers by block
-influence, 1 − cosine of a block's input and output (Men et al. 2024, arXiv 2403.03853).
+After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2): hidden dimensions by mean |RMSNorm output|,
+heads by the L2 norm of their context, MLP neurons by mean |activation|, layers by block influence, 1 − cosine of a
+block's input and output (Men et al. 2024, arXiv 2403.03853).
 Shapes: L layers, H hidden, A query heads, F MLP neurons, T tokens.
 """
 
@@ -26,8 +26,8 @@ _CHUNK_TOKENS = 4096
 class Importance:
     """Means over calibration tokens, float32.
 
-    energy: mean square of each RMSNorm's input, (2L + 1) × H, in order of use; it tells how much of
-    the norm a subset of hidden dimensions keeps.
+    energy: mean square of each RMSNorm's input, (2L + 1) × H, in order of use; it gives the fraction of the norm that a
+    subset of hidden dimensions retains.
     """
 
     hidden_H: torch.Tensor
@@ -39,7 +39,7 @@ class Importance:
 
 @torch.no_grad()
 def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int]]) -> Importance:
-    """Run the model over token id sequences and return what its parts contribute."""
+    """Run the model over token id sequences and measure the importance of its parts."""
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, values: torch.Tensor) -> None:
@@ -72,25 +72,25 @@ def norms_in_order(model: LlamaForCausalLM) -> list[Any]:
 
 def _watch(model: LlamaForCausalLM, add: Callable[[str, torch.Tensor], None]) -> list[Any]:
     handles = []
-    for number, norm in enumerate(norms_in_order(model)):
+    for index, norm in enumerate(norms_in_order(model)):
 
-        def after_norm(_: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
+        def after_norm(_: Any, args: Any, output: torch.Tensor, index: int = index) -> None:
             add("hidden", output[0].float().abs())
-            add(f"energy {number}", args[0][0].float().square())
+            add(f"energy {index}", args[0][0].float().square())
 
         handles.append(norm.register_forward_hook(after_norm))
-    for number, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.model.layers):
 
-        def before_output(_: Any, args: Any, number: int = number) -> None:
+        def before_output(_: Any, args: Any, index: int = index) -> None:
             context = args[0][0].float().unflatten(-1, (model.config.num_attention_heads, -1))
-            add(f"heads {number}", context.norm(dim=-1))
+            add(f"heads {index}", context.norm(dim=-1))
 
-        def before_down(_: Any, args: Any, number: int = number) -> None:
-            add(f"mlp {number}", args[0][0].float().abs())
+        def before_down(_: Any, args: Any, index: int = index) -> None:
+            add(f"mlp {index}", args[0][0].float().abs())
 
-        def after_layer(_: Any, args: Any, output: Any, number: int = number) -> None:
+        def after_layer(_: Any, args: Any, output: Any, index: int = index) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            add(f"layer {number}", 1 - cosine_similarity(args[0][0].float(), hidden[0].float(), dim=-1))
+            add(f"layer {index}", 1 - cosine_similarity(args[0][0].float(), hidden[0].float(), dim=-1))
 
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before_output))
         handles.append(layer.mlp.down_proj.register_forward_pre_hook(before_down))
@@ -100,7 +100,7 @@ def _watch(model: LlamaForCausalLM, add: Callable[[str, torch.Tensor], None]) ->
 
 def _collect(sums: dict[str, torch.Tensor], layers: int, tokens: int) -> Importance:
     def stacked(name: str, count: int) -> torch.Tensor:
-        return torch.stack([sums[f"{name} {number}"] for number in range(count)]) / tokens
+        return torch.stack([sums[f"{name} {index}"] for index in range(count)]) / tokens
 
     return Importance(
         hidden_H=sums["hidden"] / (tokens * (2 * layers + 1)),

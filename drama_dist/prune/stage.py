@@ -1,7 +1,7 @@
 """The prune stage: from a language model to a small bidirectional encoder.
 
-Importance, choice, extraction, healing, in this order; each is in its own file. The artefact is an
-encoder folder, and choice.json that says what was kept.
+Measures importance, selects and extracts the small model, and heals it. The artefact is an encoder folder with
+selection.json, the indices that were kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
 from drama_dist.encoder.sources import resolve
-from drama_dist.prune.extractor import Kept, choose, shrink
+from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.run.folder import StageFolder, write_text
@@ -33,21 +33,20 @@ def inputs(run: Run) -> dict[str, str]:
 
 
 def prune(run: Run, folder: StageFolder) -> None:
-    """Do the stage: RUN/prune.
+    """Prune the LLM: RUN/prune.
 
-    Raises ValueError where the LLM is not of Llama type, SettingsError where the wanted shape or
-    dims do not fit it.
+    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape or dims do not fit it.
     """
     settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
     source, tokenizer = _load(settings.llm, settings.trust_remote_code)
     sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
-    kept = choose(measure_importance(source, sequences), settings.prune)
-    small = shrink(source, kept)
+    selection = select(measure_importance(source, sequences), settings.prune)
+    small = shrink(source, selection)
     if settings.prune.heal_steps:
         small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
     if ranks.rank() == 0:
-        _save(folder.folder, small, tokenizer, settings.encoder, kept)
+        _save(folder.folder, small, tokenizer, settings.encoder, selection)
     folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
 
 
@@ -65,11 +64,11 @@ def _load(name: str, trust_remote_code: bool) -> tuple[LlamaForCausalLM, PreTrai
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:
-    """Token ids of passages chosen by the seed."""
+    """Token ids of passages sampled by the seed."""
     count = min(settings.prune.calibration_passages, len(table))
-    chosen = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
+    positions = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
     ids: list[list[int]] = tokenizer(
-        table.contents(chosen),
+        table.contents(positions),
         truncation=True,
         max_length=settings.prune.calibration_tokens,
         return_attention_mask=False,
@@ -78,7 +77,11 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settin
 
 
 def _save(
-    folder: Path, small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings, kept: Kept
+    folder: Path,
+    small: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: EncoderSettings,
+    selection: Selection,
 ) -> None:
     backbone = small.model.to("cpu")
     backbone.config.is_causal = False
@@ -86,11 +89,11 @@ def _save(
     encoder = Encoder(backbone, tokenizer, contract).eval()
     probe(encoder)
     encoder.save(folder)
-    choice = {
-        "layers": kept.layers,
-        "hidden": kept.hidden.tolist(),
-        "heads": [heads.tolist() for heads in kept.heads],
-        "mlp": [neurons.tolist() for neurons in kept.mlp],
-        "norm_gains": kept.norm_gains.tolist(),
+    record = {
+        "layers": selection.layers,
+        "hidden": selection.hidden.tolist(),
+        "heads": [heads.tolist() for heads in selection.heads],
+        "mlp": [neurons.tolist() for neurons in selection.mlp],
+        "norm_gains": selection.norm_gains.tolist(),
     }
-    write_text(folder / "choice.json", json.dumps(choice) + "\n")
+    write_text(folder / "selection.json", json.dumps(record) + "\n")

@@ -60,8 +60,8 @@ class TrainingStep:
 
     def __call__(self, batch: TextBatch, learning_rate: float) -> StepResult:
         """One step on this rank's share of a global batch. Raises FloatingPointError as Engine.step does."""
-        queries = [batch.queries[row] for row in ranks.own_share(len(batch.queries))]
-        passages = [batch.passages[column] for column in ranks.own_share(len(batch.passages))]
+        queries = [batch.queries[row] for row in ranks.rank_slice(len(batch.queries))]
+        passages = [batch.passages[column] for column in ranks.rank_slice(len(batch.passages))]
         tokens = self.encoder.tokenize_queries(queries), self.encoder.tokenize_passages(passages)
         return self.of_tokens(*tokens, batch.relevance, learning_rate)
 

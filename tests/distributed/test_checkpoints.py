@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, whatever happens to their files."""
+"""Checkpoints: intact or skipped, whatever happens to their files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_one_flipped_bit_anywhere_is_found_and_named(
 
 
 @pytest.mark.parametrize("missing", ["state.json", "rank-00000.json", "rank-00000.safetensors"])
-def test_a_checkpoint_without_a_file_is_passed_over(missing: str, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_file_is_skipped(missing: str, tmp_path: Path) -> None:
     saved = written(tmp_path, range(1, 3))
     (tmp_path / "step-0000002" / missing).unlink()
     newest = saved.newest()
@@ -73,7 +73,7 @@ def test_a_checkpoint_without_a_file_is_passed_over(missing: str, tmp_path: Path
 def test_pieces_of_several_ranks_make_a_whole_and_a_lost_one_is_found(tmp_path: Path) -> None:
     saved, values = Checkpoints(tmp_path, 1), torch.arange(10.0)
     saved._write(4, {"a": Piece(values[7:], 7, (2, 5))}, {"step": 4}, rank=1, size=2)
-    assert not saved.whole()  # rank 0 has still to come
+    assert not saved.whole()  # rank 0 is still to come
     saved._write(4, {"a": Piece(values[:7], 0, (2, 5))}, {"step": 4}, rank=0, size=2)
     assert torch.equal(Reader(saved.whole()[0]).read("a"), values.view(2, 5))
     (saved.whole()[0] / "rank-00001.json").unlink()
@@ -111,7 +111,7 @@ def test_a_damaged_one_gives_way_to_what_is_trained_again(tmp_path: Path) -> Non
 
 
 def test_where_another_rank_fails_all_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "on_every_rank", lambda own: [own, 1])
+    monkeypatch.setattr(ranks, "on_every_rank", lambda value: [value, 1])
     saved = Checkpoints(tmp_path, 1)
     saved.save(1, pieces(1))
     with pytest.raises(CheckpointError, match="rank 1 failed"):

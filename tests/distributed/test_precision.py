@@ -21,7 +21,7 @@ def test_auto_asks_the_processor(monkeypatch: pytest.MonkeyPatch, flags: str, ex
 
 def test_ranks_agree_on_what_all_are_fast_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for others, expected in ((1, "bfloat16"), (0, "float32")):
-        monkeypatch.setattr(ranks, "on_every_rank", lambda own, others=others: [own, others])
+        monkeypatch.setattr(ranks, "on_every_rank", lambda value, others=others: [value, others])
         assert agreed_dtype_name("bfloat16") == expected
 
 

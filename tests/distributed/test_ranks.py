@@ -1,4 +1,4 @@
-"""Which rank this is, and where ranks meet, by whichever launcher's variables are there."""
+"""Which rank this is, and where ranks rendezvous, by whichever launcher's variables are there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_in_a_step_of_slurm_ranks_meet_on_its_first_node(monkeypatch: pytest.Mon
     }
     set_all(monkeypatch, PATH=f"{tmp_path}:/usr/bin:/bin", **step)
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
-    ranks._meet()
+    ranks._rendezvous()
     assert (ranks.os.environ["MASTER_ADDR"], ranks.os.environ["MASTER_PORT"]) == ("gpu4", str(12000 + 49001 % 20000))
 
 
@@ -67,7 +67,7 @@ def test_without_a_launcher_that_says_where_the_message_names_some(monkeypatch: 
     set_all(monkeypatch, RANK="0", WORLD_SIZE="2")
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
     with pytest.raises(ValueError, match="start several ranks with deepspeed, torchrun, srun or mpirun"):
-        ranks._meet()
+        ranks._rendezvous()
 
 
 ENDS_WHILE_GLOO_ASKS = """

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drama_dist.encoder import attention
-from drama_dist.prune.extractor import Kept, choose, shrink
+from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.importance import Importance, measure_importance, norms_in_order
 from drama_dist.settings import PruneSettings, SettingsError
 
@@ -34,53 +34,53 @@ def importance(model: LlamaForCausalLM) -> Importance:
 
 
 @torch.no_grad()
-def masked(model: LlamaForCausalLM, kept: Kept) -> LlamaForCausalLM:
+def masked(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
     """The full model with everything that is not kept set to zero, and the layers that are not kept taken out."""
     full = copy.deepcopy(model)
     full.config._attn_implementation = "eager"
     gone = torch.ones(full.config.hidden_size, dtype=torch.bool)
-    gone[kept.hidden] = False
+    gone[selection.hidden] = False
     full.model.embed_tokens.weight[:, gone] = 0
-    for place, number in enumerate(kept.layers):
-        layer = full.model.layers[number]
+    for index, layer_index in enumerate(selection.layers):
+        layer = full.model.layers[layer_index]
         heads = torch.ones(full.config.num_attention_heads, dtype=torch.bool)
-        heads[kept.heads[place]] = False
+        heads[selection.heads[index]] = False
         neurons = torch.ones(full.config.intermediate_size, dtype=torch.bool)
-        neurons[kept.mlp[place]] = False
+        neurons[selection.mlp[index]] = False
         layer.self_attn.o_proj.weight[:, heads.repeat_interleave(full.config.head_dim)] = 0
         layer.self_attn.o_proj.weight[gone] = 0
         layer.mlp.down_proj.weight[:, neurons] = 0
         layer.mlp.down_proj.weight[gone] = 0
-    full.model.layers = torch.nn.ModuleList(full.model.layers[number] for number in kept.layers)
-    for place, layer in enumerate(full.model.layers):
-        layer.self_attn.layer_idx = place
-    full.config.num_hidden_layers = len(kept.layers)
-    for norm, gain in zip(norms_in_order(full), kept.norm_gains, strict=True):
+    full.model.layers = torch.nn.ModuleList(full.model.layers[layer_index] for layer_index in selection.layers)
+    for index, layer in enumerate(full.model.layers):
+        layer.self_attn.layer_idx = index
+    full.config.num_hidden_layers = len(selection.layers)
+    for norm, gain in zip(norms_in_order(full), selection.norm_gains, strict=True):
         norm.weight *= gain
     return full.eval()
 
 
 @pytest.mark.parametrize("layer_choice", ["even", "influence"])
 def test_masked_and_extracted_models_agree(model: LlamaForCausalLM, importance: Importance, layer_choice: str) -> None:
-    kept = choose(importance, replace(SHAPE, layer_choice=layer_choice))
-    small = shrink(model, kept).eval()
+    selection = select(importance, replace(SHAPE, layer_choice=layer_choice))
+    small = shrink(model, selection).eval()
     small.config._attn_implementation = "eager"
     with torch.no_grad():
-        found, expected = small(IDS).logits, masked(model, kept)(IDS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        logits, expected = small(IDS).logits, masked(model, selection)(IDS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_comparison_notices_another_choice(model: LlamaForCausalLM, importance: Importance) -> None:
-    kept = choose(importance, SHAPE)
-    other = replace(kept, heads=[*kept.heads[:-1], (kept.heads[-1] + 1) % 6])
-    small = shrink(model, kept).eval()
+def test_the_comparison_notices_another_selection(model: LlamaForCausalLM, importance: Importance) -> None:
+    selection = select(importance, SHAPE)
+    other = replace(selection, heads=[*selection.heads[:-1], (selection.heads[-1] + 1) % 6])
+    small = shrink(model, selection).eval()
     small.config._attn_implementation = "eager"
     with torch.no_grad():
         assert (small(IDS).logits - masked(model, other)(IDS).logits).abs().max() > 1e-3
 
 
 def test_keeping_everything_changes_nothing(model: LlamaForCausalLM, importance: Importance) -> None:
-    whole = shrink(model, choose(importance, PruneSettings(layers=4, hidden=48, heads=6, mlp=96))).eval()
+    whole = shrink(model, select(importance, PruneSettings(layers=4, hidden=48, heads=6, mlp=96))).eval()
     assert whole.config.num_key_value_heads == whole.config.num_attention_heads == 6
     whole.config._attn_implementation = model.config._attn_implementation = "eager"
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_keeping_everything_changes_nothing(model: LlamaForCausalLM, importance:
 
 
 def test_the_small_model_has_the_wanted_shape(model: LlamaForCausalLM, importance: Importance) -> None:
-    small = shrink(model, choose(importance, SHAPE))
+    small = shrink(model, select(importance, SHAPE))
     config = small.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 20, 33)
     assert (config.num_attention_heads, config.head_dim) == (4, model.config.head_dim)
@@ -98,4 +98,4 @@ def test_the_small_model_has_the_wanted_shape(model: LlamaForCausalLM, importanc
 @pytest.mark.parametrize(("part", "size"), [("layers", 5), ("hidden", 49), ("heads", 7), ("mlp", 97)])
 def test_a_shape_larger_than_the_model_is_refused(importance: Importance, part: str, size: int) -> None:
     with pytest.raises(SettingsError, match=rf"prune.{part}={size}: the model has only {size - 1}"):
-        choose(importance, replace(SHAPE, **{part: size}))
+        select(importance, replace(SHAPE, **{part: size}))

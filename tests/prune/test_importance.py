@@ -25,7 +25,7 @@ def test_values_are_those_of_unpacked_sequences(
     model: LlamaForCausalLM, llm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importance_module, "_CHUNK_TOKENS", 9)
-    found = measure_importance(model, SEQUENCES)
+    importance = measure_importance(model, SEQUENCES)
     plain = LlamaForCausalLM.from_pretrained(llm, attn_implementation="eager").eval()
     outputs: list[torch.Tensor] = []
     inputs: list[torch.Tensor] = []
@@ -43,11 +43,11 @@ def test_values_are_those_of_unpacked_sequences(
             influence.append([1 - torch.cosine_similarity(a, b, dim=-1)[0] for a, b in itertools.pairwise(states)])
     tokens = sum(map(len, SEQUENCES))
     hidden = sum(output[0].abs().sum(0) for output in outputs) / tokens / len(norms_in_order(plain))
-    torch.testing.assert_close(found.hidden_H, hidden, rtol=1e-4, atol=1e-6)
-    first_energy = sum(inputs[number * 9][0].square().sum(0) for number in range(3)) / tokens
-    torch.testing.assert_close(found.energy[0], first_energy, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(importance.hidden_H, hidden, rtol=1e-4, atol=1e-6)
+    first_energy = sum(inputs[index * 9][0].square().sum(0) for index in range(3)) / tokens
+    torch.testing.assert_close(importance.energy[0], first_energy, rtol=1e-4, atol=1e-9)
     first_block = sum(rows[0].sum() for rows in influence) / tokens
-    torch.testing.assert_close(found.layers_L[0], first_block, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(importance.layers_L[0], first_block, rtol=1e-3, atol=1e-6)
 
 
 def test_a_silent_head_a_dead_neuron_and_an_idle_layer_come_last(model: LlamaForCausalLM) -> None:
@@ -57,7 +57,7 @@ def test_a_silent_head_a_dead_neuron_and_an_idle_layer_come_last(model: LlamaFor
         model.model.layers[2].mlp.up_proj.weight[31] = 0
         model.model.layers[3].self_attn.o_proj.weight.zero_()
         model.model.layers[3].mlp.down_proj.weight.zero_()
-    found = measure_importance(model, SEQUENCES)
-    assert found.heads_LA[1, :3].tolist() == [0, 0, 0] and (found.heads_LA[1, 3:] > 0).all()
-    assert found.mlp_LF[2].argmin() == 31 and found.mlp_LF[2, 31] == 0
-    assert found.layers_L.argmin() == 3 and abs(float(found.layers_L[3])) < 1e-6
+    importance = measure_importance(model, SEQUENCES)
+    assert importance.heads_LA[1, :3].tolist() == [0, 0, 0] and (importance.heads_LA[1, 3:] > 0).all()
+    assert importance.mlp_LF[2].argmin() == 31 and importance.mlp_LF[2, 31] == 0
+    assert importance.layers_L.argmin() == 3 and abs(float(importance.layers_L[3])) < 1e-6

@@ -136,7 +136,7 @@ def traffic() -> dict[str, dict[str, int]]:
     passages = queries * (1 + TRAFFIC["negatives"])
     sent = {}
     for partition in ("passages", "queries"):
-        rows, columns = len(ranks.own_share(queries)), len(ranks.own_share(passages))
+        rows, columns = len(ranks.rank_slice(queries)), len(ranks.rank_slice(passages))
         objective = Objective(objective_terms(EncoderSettings(dims=dims), TrainSettings(loss_partition=partition)))
         ranks.take_traffic()
         relevance = Relevance(torch.arange(queries), torch.arange(passages))
