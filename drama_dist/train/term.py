@@ -47,9 +47,9 @@ class EmbeddedBatch:
 class TermResult:
     """Gradients for this rank's embeddings, and what the log holds; whoever gets it may change the gradients in place.
 
-    loss, figures and distributions are those of the global batch, the same on every rank, and so are the gradients:
-    of the global loss. figures: numbers for a line of metrics.jsonl, under names that no other term has.
-    distributions: many values each, logged as histograms.
+    loss, figures and distributions are of the global batch and the same on every rank; the gradients are those of the
+    global loss. figures: numbers for a line of metrics.jsonl, under names that no other term has. distributions: many
+    values each, logged as histograms.
     """
 
     loss: float
