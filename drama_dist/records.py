@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from drama_dist.run.files import put_in_place
+
 Record = TypeVar("Record")
 
 
@@ -131,5 +133,5 @@ def write_records(path: Path, records: Iterable[Any]) -> int:
             value = record if isinstance(record, dict) else asdict(record)
             out.write(json.dumps(value, ensure_ascii=False) + "\n")
             count += 1
-    temporary.replace(path)
+    put_in_place(temporary, path)
     return count

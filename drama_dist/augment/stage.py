@@ -19,7 +19,8 @@ from drama_dist.augment.written import Written, in_parts
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.records import Example, write_records
-from drama_dist.run.folder import CHECKPOINTS, StageFolder, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import CHECKPOINTS, StageFolder
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drama_dist.distributed import ranks
+from drama_dist.run.files import hash_file, sync, write_text
 from drama_dist.run.progress import say
 
 _TIMEOUT = 600.0  # seconds that rank 0 waits for the other ranks' files
@@ -125,12 +125,12 @@ class Checkpoints:
         _write_rank(folder, rank, pieces)
         if rank == 0:
             _wait_until(lambda: all(_record(folder, each).exists() for each in range(size)), folder)
-            records = [_checksum(_record(folder, each)) for each in range(size)]
+            records = [hash_file(_record(folder, each)) for each in range(size)]
             state = json.dumps({**facts, "world_size": size, "records": records})
-            _write_synced(folder / _STATE, json.dumps({"state": state, "sha256": _sha256(state)}).encode())
+            write_text(folder / _STATE, json.dumps({"state": state, "sha256": _sha256(state)}))
             shutil.rmtree(final, ignore_errors=True)  # damaged: otherwise training would have resumed from it
             folder.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
@@ -187,9 +187,9 @@ def _write_rank(folder: Path, rank: int, pieces: dict[str, Piece]) -> None:
     record = _record(folder, rank)
     tensors = record.with_suffix(".safetensors")
     save_file({name: piece.values for name, piece in pieces.items()}, tensors)
-    _sync(tensors)
+    sync(tensors)
     offsets = {name: (piece.begin, piece.shape) for name, piece in pieces.items()}
-    _write_synced(record, json.dumps({"sha256": _checksum(tensors), "pieces": offsets}).encode())
+    write_text(record, json.dumps({"sha256": hash_file(tensors), "pieces": offsets}))
 
 
 def _loss(checkpoint: Path) -> float | None:
@@ -206,10 +206,10 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         for rank, checksum in enumerate(read_state(checkpoint)["records"]):
             record = _record(checkpoint, rank)
-            if _checksum(record) != checksum:
+            if hash_file(record) != checksum:
                 return f"{record}: damaged: its checksum does not match the recorded one"
             tensors = record.with_suffix(".safetensors")
-            if _checksum(tensors) != json.loads(record.read_text("utf-8"))["sha256"]:
+            if hash_file(tensors) != json.loads(record.read_text("utf-8"))["sha256"]:
                 return f"{tensors}: damaged: its checksum does not match the recorded one"
     except (OSError, ValueError, KeyError) as error:
         return f"{checkpoint}: damaged: {error}"
@@ -224,28 +224,8 @@ def _record(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"
 
 
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_bytes(content)
-    _sync(temporary)
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _wait_until(done: Callable[[], bool], folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from drama_dist.run.folder import write_text
+from drama_dist.run.files import write_text
 from drama_dist.settings import EncoderSettings, SettingsError
 from drama_dist.settings_file import read_json
 

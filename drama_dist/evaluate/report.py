@@ -21,7 +21,8 @@ from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
-from drama_dist.run.folder import seconds_of, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import seconds_of
 from drama_dist.run.graph import CORPUS, TRAINING, stage_order
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run

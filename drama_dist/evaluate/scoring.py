@@ -17,7 +17,7 @@ import numpy as np
 from drama_dist.corpus.collection import Collection
 from drama_dist.evaluate.metrics import mean_over_queries, per_query
 from drama_dist.records import Hit
-from drama_dist.run.folder import write_text
+from drama_dist.run.files import write_text
 from drama_dist.search.systems import Ranking
 
 

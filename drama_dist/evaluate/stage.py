@@ -10,7 +10,8 @@ import json
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.evaluate.scoring import score
-from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import system_called

@@ -19,7 +19,8 @@ from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
 from drama_dist.evaluate.report import results_table
-from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, as_dict

@@ -22,7 +22,8 @@ from drama_dist.encoder.sources import resolve
 from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
-from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import StageFolder
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
 

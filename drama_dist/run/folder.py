@@ -7,7 +7,6 @@ cover what a stage does inside its folder, or how it resumes there.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from drama_dist.distributed import ranks
+from drama_dist.run.files import hash_file, hash_files, sync, write_text
 from drama_dist.run.locks import StageLock
 from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
@@ -104,7 +104,10 @@ class StageFolder:
                 **facts,
             }
             write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
+            for path in self.folder.rglob("*"):
+                sync(path)
             self.folder.rename(self.final)
+            sync(self.final.parent)  # only what is on the disk may replace the checkpoints
             shutil.rmtree(self.final / CHECKPOINTS, ignore_errors=True)
         ranks.barrier()
         self.done = True
@@ -158,26 +161,19 @@ def fingerprint(path: Path | str) -> str:
         return str(json.loads((path / "provenance.json").read_text("utf-8"))["fingerprint"])
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; run the stage that makes it, or fix the path in the settings")
-    return fingerprint_of_folder(path) if path.is_dir() else _hash_file(path)
+    return fingerprint_of_folder(path) if path.is_dir() else hash_file(path)
 
 
 def fingerprint_of_folder(folder: Path) -> str:
     """SHA-256 over names and contents of all files except the stage's records."""
     paths = [path for path in folder.rglob("*") if _RECORDS_OF_THE_RUN.isdisjoint(path.relative_to(folder).parts)]
-    return _hash_files(folder, [path for path in paths if path.is_file()])
+    return hash_files(folder, [path for path in paths if path.is_file()])
 
 
 def fingerprint_of_files(paths: Sequence[Path]) -> str:
     """SHA-256 over contents and names, relative to the common folder, of some files; missing ones are left out."""
     common = Path(os.path.commonpath([path.parent for path in paths]))
-    return _hash_files(common, [path for path in paths if path.is_file()])
-
-
-def _hash_files(folder: Path, paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in sorted(paths):
-        total.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
-    return total.hexdigest()
+    return hash_files(common, [path for path in paths if path.is_file()])
 
 
 def inputs_of(folder: Path) -> dict[str, str]:
@@ -188,22 +184,6 @@ def inputs_of(folder: Path) -> dict[str, str]:
 def seconds_of(run: Path | str, name: str) -> float:
     """Wall-clock seconds that a finished stage took."""
     return float(json.loads((Path(run) / name / "provenance.json").read_text("utf-8"))["seconds"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until the contents of a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _find(stage: StageFolder) -> bool:
@@ -274,11 +254,6 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except ValueError:
         return 0
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:

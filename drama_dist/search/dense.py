@@ -19,7 +19,7 @@ import faiss  # isort: skip
 import numpy as np
 
 from drama_dist.encoder.pooling import matryoshka_cut_array
-from drama_dist.run.folder import sync
+from drama_dist.run.files import put_in_place
 from drama_dist.run.progress import progress_bar
 from drama_dist.search.shards import EmbeddingShards
 
@@ -146,8 +146,7 @@ def build_index(shards: EmbeddingShards, factory: str, folder: Path, parameters:
         bar.close()
     temporary = folder / f"{_FILE}.tmp"
     faiss.write_index(index, str(temporary))
-    sync(temporary)
-    temporary.replace(folder / _FILE)
+    put_in_place(temporary, folder / _FILE)
     return FactoryIndex(index)
 
 

@@ -19,7 +19,7 @@ import regex
 import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
-from drama_dist.run.folder import sync, write_text
+from drama_dist.run.files import sync, write_text
 from drama_dist.search.ranking import top_positions
 
 # Hangul is here because Korean words carry their particles, and Snowball has no Korean.

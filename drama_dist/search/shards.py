@@ -16,7 +16,7 @@ import numpy as np
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
-from drama_dist.run.folder import sync
+from drama_dist.run.files import put_in_place
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
@@ -153,8 +153,7 @@ def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as out:
         np.save(out, np.ascontiguousarray(vectors_nK, dtype=np.float32), allow_pickle=False)
-    sync(temporary)
-    temporary.replace(path)
+    put_in_place(temporary, path)
 
 
 def _shard_path(folder: Path, index: int) -> Path:

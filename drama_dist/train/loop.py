@@ -18,7 +18,8 @@ from drama_dist.distributed.engine import Engine
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.records import Example
-from drama_dist.run.folder import StageFolder, write_text
+from drama_dist.run.files import write_text
+from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
 from drama_dist.train.batches import batches, texts_of
 from drama_dist.train.step import TrainingStep
