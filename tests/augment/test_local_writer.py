@@ -74,7 +74,7 @@ def test_an_llm_without_a_chat_template_is_refused(llm: Path, tmp_path: Path) ->
     for path in llm.iterdir():
         if path.name != "chat_template.jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"no chat template, .* set augment.synthetic_queries=0"):
+    with pytest.raises(ValueError, match=r"no chat template, .* or augment.synthetic_queries=0"):
         LanguageModel(str(tmp_path), AugmentSettings()).answer([conversation("x")], 1)
 
 
