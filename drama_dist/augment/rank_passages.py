@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from drama_dist.augment.written import Written
+from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example
 from drama_dist.search.dense import DenseIndex
@@ -39,7 +39,7 @@ class Ranker:
 
 
 def example(
-    written: Written, ranking_D: np.ndarray, table: PassageTable, choice: AugmentSettings, seed: int
+    written: WrittenQuery, ranking_D: np.ndarray, table: PassageTable, choice: AugmentSettings, seed: int
 ) -> Example:
     """The training example of a written query, given its ranking.
 

@@ -1,7 +1,7 @@
-"""The augment stage: written queries in, ranked examples out.
+"""The augment stage: passages in, training examples out.
 
-Crops and synthetic queries are written, test queries among them set aside, the rest ranked. Each
-part of the work is kept as it is done, so an interrupted stage goes on from there.
+Crops and synthetic queries are written, test queries among them set aside, and passages ranked for the rest. Finished
+parts of the work are stored as they come, so that an interrupted stage resumes from them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from drama_dist.augment.parts import in_parts
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.writers.local import LanguageModel
-from drama_dist.augment.written import Written, in_parts
+from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.records import Example, write_records
@@ -31,16 +32,16 @@ _PART = 512
 
 
 def inputs(run: Run) -> dict[str, str]:
-    """The fingerprint of the LLM that writes; none where it writes nothing."""
+    """The fingerprint of the LLM that writes queries, if it is to write any."""
     settings = run.settings
     return {"writer": run.model_fingerprint(writer_name(settings))} if settings.augment.synthetic_queries else {}
 
 
 def augment(run: Run, folder: StageFolder) -> None:
-    """Do the stage: RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
+    """Write training examples: RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
 
-    A share that is not the whole writes its synthetic queries and leaves the rest, which needs all of them.
-    Raises ValueError where no query could be written, or too many answers of the LLM are unusable.
+    A share of the work writes only its synthetic queries, since the rest needs all of them. Raises ValueError if no
+    query could be written, or too many of the LLM's answers are unusable.
     """
     settings, collection = run.settings, open_collection(run.path("corpus"))
     if not folder.share.whole:
@@ -53,12 +54,12 @@ def augment(run: Run, folder: StageFolder) -> None:
         write_records(folder.folder / "examples.jsonl", examples)
         write_records(folder.folder / "set_aside.jsonl", aside)
         write_text(folder.folder / "counts.json", json.dumps(counts, indent=2) + "\n")
-    say("augment: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    say("augment: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     folder.finish(examples=len(examples), set_aside=len(aside))
 
 
 def writer_name(settings: Settings) -> str:
-    """The LLM that writes: augment.writer, or else the one that is pruned."""
+    """The LLM that writes queries: augment.writer, or else the one that is pruned."""
     return settings.augment.writer or settings.llm
 
 
@@ -72,8 +73,8 @@ def _ranker(run: Run) -> Ranker:
 
 def _write(
     settings: Settings, folder: StageFolder, collection: Collection
-) -> tuple[list[Written], list[dict[str, Any]]]:
-    """All written queries but those that are test queries; and what was set aside."""
+) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
+    """All written queries except test queries, and what was set aside."""
     written = list(crops(collection.passages, settings.augment, settings.seed))
     aside: list[dict[str, Any]] = []
     if settings.augment.synthetic_queries:
@@ -94,20 +95,20 @@ def _write(
 
 def _synthetic(
     settings: Settings, folder: StageFolder, collection: Collection
-) -> tuple[list[Written], list[dict[str, Any]]]:
+) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
     writer = LanguageModel(writer_name(settings), settings.augment, settings.trust_remote_code)
     parts = folder.folder / CHECKPOINTS / "synthetic"
     return write_queries(parts, collection.passages, writer, settings.augment, settings.seed, folder.share)
 
 
 def _rank(
-    settings: Settings, folder: StageFolder, collection: Collection, written: list[Written], ranker: Ranker
+    settings: Settings, folder: StageFolder, collection: Collection, written: list[WrittenQuery], ranker: Ranker
 ) -> list[Example]:
-    table, shape = collection.passages, settings.augment
+    table, section = collection.passages, settings.augment
 
-    def rank(_: int, part: Sequence[Written]) -> list[Example]:
-        rankings = ranker.rank([query.query for query in part], shape.negatives_to_rank)
-        return [example(query, row, table, shape, settings.seed) for query, row in zip(part, rankings, strict=True)]
+    def rank(_: int, part: Sequence[WrittenQuery]) -> list[Example]:
+        rankings = ranker.rank([query.query for query in part], section.negatives_to_rank)
+        return [example(query, row, table, section, settings.seed) for query, row in zip(part, rankings, strict=True)]
 
     rows = in_parts(folder.folder / CHECKPOINTS / "ranked", written, _PART, "queries", rank)
     return [Example.from_json(row) for row in rows]

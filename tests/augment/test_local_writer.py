@@ -1,4 +1,4 @@
-"""The LLM: a batch that shares its beginning answers as each conversation does by itself."""
+"""The writer: a batch with a common prefix is answered as each conversation is by itself."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def model(llm: Path) -> LanguageModel:
 
 @torch.no_grad()
 def by_itself(model: LanguageModel, messages: list[Message]) -> str:
-    begun = messages[-1]["role"] == "assistant"
+    unfinished = messages[-1]["role"] == "assistant"
     ids = model.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+        messages, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=True
     )["input_ids"]
     tokens = list(ids)
     for _ in range(12):
@@ -49,10 +49,10 @@ def test_a_batch_answers_as_each_conversation_by_itself(model: LanguageModel) ->
     assert len(set(expected)) > 1
 
 
-def test_a_begun_answer_is_gone_on_with(model: LanguageModel) -> None:
-    begun = [[*conversation(text), {"role": "assistant", "content": "Task: x\nQuery:"}] for text in TEXTS]
-    expected = [by_itself(model, messages) for messages in begun]
-    assert model.answer(begun, seed=1) == expected
+def test_an_unfinished_answer_is_continued(model: LanguageModel) -> None:
+    unfinished = [[*conversation(text), {"role": "assistant", "content": "Task: x\nQuery:"}] for text in TEXTS]
+    expected = [by_itself(model, messages) for messages in unfinished]
+    assert model.answer(unfinished, seed=1) == expected
     assert expected != [by_itself(model, conversation(text)) for text in TEXTS]
 
 

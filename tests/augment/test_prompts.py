@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drama_dist.augment.sources.prompts import UnusableAnswer, begun_answer, read_query, write_query_messages
+from drama_dist.augment.sources.prompts import UnusableAnswer, read_query, unfinished_answer, write_query_messages
 
 PASSAGE = "The inverse of a square matrix."
 
@@ -38,10 +38,10 @@ def test_an_unusable_answer_has_a_reason(answer: str, reason: str) -> None:
         read_query(answer, PASSAGE)
 
 
-def test_an_answer_that_stops_after_the_task_can_be_gone_on_with() -> None:
-    assert begun_answer("Task: find it.\nThen more") == {"role": "assistant", "content": "Task: find it.\nQuery:"}
-    assert begun_answer("Task: find it.\nQuery: x y") is None
-    assert begun_answer("Something else") is None
+def test_an_answer_that_stops_after_the_task_can_be_continued() -> None:
+    assert unfinished_answer("Task: find it.\nThen more") == {"role": "assistant", "content": "Task: find it.\nQuery:"}
+    assert unfinished_answer("Task: find it.\nQuery: x y") is None
+    assert unfinished_answer("Something else") is None
 
 
 def test_conversations_differ_only_in_their_last_message() -> None:

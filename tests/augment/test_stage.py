@@ -13,7 +13,7 @@ import pytest
 from drama_dist.augment import stage as build_examples
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
-from drama_dist.augment.written import Written, in_parts
+from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.records import Example, Query, read_records
 from drama_dist.run.progress import Progress
@@ -23,7 +23,7 @@ from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.systems import TeacherSystem
 from drama_dist.settings import AugmentSettings, Settings
 
-CHOICE = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
+SETTINGS = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
 
 
 class LetterCounts:
@@ -124,11 +124,11 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
     changes = ["augment.synthetic_queries=5", "augment.generation_batch=2"]
     alone, shared = (small_settings_in(tmp_path, f"run={tmp_path / name}", *changes) for name in ("alone", "shared"))
     expected = run(alone, LetterCounts())
-    for number, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
-        if number:
+    for index, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
+        if index:
             make(shared, "encode", system="teacher")
             make(shared, "encode", system="bm25")
-        folder = make(shared, "augment", Share(number, 2))
+        folder = make(shared, "augment", Share(index, 2))
         assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "checkpoints" / "ranked").exists()
         assert {path.name for path in (folder / "checkpoints" / "synthetic").iterdir()} == parts
     assert run(shared, LetterCounts()) == expected
@@ -140,14 +140,14 @@ def test_nothing_written_is_an_error(small_settings: Callable[..., Settings], ru
         run(settings, LetterCounts())
 
 
-def test_negatives_come_from_the_asked_ranks(corpus: Collection) -> None:
+def test_negatives_come_from_the_requested_ranks(corpus: Collection) -> None:
     ids = corpus.passages.ids
     ranking = np.arange(40)
     seen: Counter[str] = Counter()
     for number in range(200):
-        found = example(Written(f"q{number}", ids[6], "crop"), ranking, corpus.passages, CHOICE, seed=1)
-        assert found.positives == (ids[0], ids[1]) and len(found.negatives) == 3
-        seen.update(found.negatives)
+        row = example(WrittenQuery(f"q{number}", ids[6], "crop"), ranking, corpus.passages, SETTINGS, seed=1)
+        assert row.positives == (ids[0], ids[1]) and len(row.negatives) == 3
+        seen.update(row.negatives)
     assert set(seen) == {ids[position] for position in (4, 5, 7, 8, 9)}
 
 
@@ -163,16 +163,3 @@ def test_ranking_fuses_the_teacher_with_words(corpus: Collection) -> None:
         alone[0].tolist() == np.argsort(-(embeddings @ teacher.encode_queries(query)[0]), kind="stable")[:10].tolist()
     )
     assert alone.tolist() != fused.tolist()
-
-
-def test_parts_that_are_there_are_not_done_again(tmp_path: Path) -> None:
-    done: list[int] = []
-
-    def work(number: int, items: Sequence[int]) -> list[dict[str, int]]:
-        done.append(number)
-        return [{"value": item * item} for item in items]
-
-    first = in_parts(tmp_path / "squares", range(7), 3, "items", work)
-    assert [row["value"] for row in first] == [0, 1, 4, 9, 16, 25, 36] and done == [0, 1, 2]
-    (tmp_path / "squares" / "part-00001.jsonl").unlink()
-    assert in_parts(tmp_path / "squares", range(7), 3, "items", work) == first and done == [0, 1, 2, 1]

@@ -1,7 +1,7 @@
-"""Prompts for the LLM that writes queries, and reading its answers.
+"""Prompts for the LLM that writes queries, and parsing its answers.
 
-Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2)
-and the reasons for which an answer is set aside. A change of wording is a new PROMPT_VERSION.
+Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2) and the reasons
+to set an answer aside. Any change of wording needs a new PROMPT_VERSION.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _MAX_CHARACTERS = 300
 
 
 class UnusableAnswer(ValueError):
-    """An answer that holds no usable query; the message is the reason."""
+    """An answer without a usable query; the message is the reason."""
 
 
 def write_query_messages(passage: str) -> list[Message]:
-    """The conversation that asks for a query; all but its last message are the same for every passage."""
+    """The conversation that asks for a query; only its last message depends on the passage."""
     messages = [{"role": "system", "content": _INSTRUCTION}]
     for text, task, query in _WORKED_EXAMPLES:
         messages.append(_passage_message(text))
@@ -56,11 +56,11 @@ def write_query_messages(passage: str) -> list[Message]:
 
 
 def read_query(answer: str, passage: str) -> str:
-    """The query in an answer; raises UnusableAnswer with the reason where there is none."""
-    found = _QUERY_LINE.search(answer)
-    if not found:
+    """The query in an answer; raises UnusableAnswer with the reason if there is none."""
+    match = _QUERY_LINE.search(answer)
+    if not match:
         raise UnusableAnswer("no line that begins with 'Query:'")
-    query = " ".join(found[1].split()).strip("\"'“”*` ")
+    query = " ".join(match[1].split()).strip("\"'“”*` ")
     if not re.search(r"\w\w", query):
         raise UnusableAnswer("the query has no words")
     if len(query) > _MAX_CHARACTERS:
@@ -74,8 +74,8 @@ def read_query(answer: str, passage: str) -> str:
     return query
 
 
-def begun_answer(answer: str) -> Message | None:
-    """The message to go on from where an answer names the task but no query; None where it has one, or no task."""
+def unfinished_answer(answer: str) -> Message | None:
+    """The message to continue from if an answer names a task but no query; otherwise None."""
     task = re.match(r"\s*(Task\s*:.*\S)", answer)
     if _QUERY_LINE.search(answer) or not task:
         return None

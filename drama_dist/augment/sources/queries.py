@@ -1,6 +1,6 @@
-"""Synthetic queries: an LLM reads a passage and writes what somebody would search with to find it.
+"""Synthetic queries: an LLM reads a passage and writes a query that somebody might use to find it.
 
-Answers that hold no usable query come back beside the queries, with the reason; nothing is dropped.
+Answers without a usable query are returned separately with the reason; nothing is dropped.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import (
     PROMPT_VERSION,
     Message,
     UnusableAnswer,
-    begun_answer,
     read_query,
+    unfinished_answer,
     write_query_messages,
 )
 from drama_dist.augment.writers.local import LanguageModel
-from drama_dist.augment.written import Written, in_parts
+from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Passage
 from drama_dist.run.shares import WHOLE, Share
@@ -28,37 +29,37 @@ from drama_dist.settings import AugmentSettings
 
 
 def write_queries(
-    folder: Path, table: PassageTable, llm: LanguageModel, choice: AugmentSettings, seed: int, share: Share = WHOLE
-) -> tuple[list[Written], list[dict[str, Any]]]:
-    """Ask for `synthetic_queries` queries, one a passage chosen by the seed, in batches kept in `folder`.
+    folder: Path, table: PassageTable, llm: LanguageModel, augment: AugmentSettings, seed: int, share: Share = WHOLE
+) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
+    """Ask for `synthetic_queries` queries, one per passage sampled by the seed, in batches stored in `folder`.
 
-    Returns the queries, and a row {passage, reason, value} for each answer that is unusable; a share that is not the
-    whole returns nothing. Raises ValueError where more than the share `bad_answer_limit` is unusable.
+    Returns the queries, and a row {passage, reason, value} for each unusable answer; a share of the work returns
+    nothing. Raises ValueError if more than the fraction `bad_answer_limit` of the answers is unusable.
     """
-    count = min(choice.synthetic_queries, len(table))
-    chosen = random.Random(f"{seed} synthetic").sample(range(len(table)), count)
-    passages = sorted((table[position] for position in chosen), key=lambda passage: len(passage.content))
+    count = min(augment.synthetic_queries, len(table))
+    positions = random.Random(f"{seed} synthetic").sample(range(len(table)), count)
+    passages = sorted((table[position] for position in positions), key=lambda passage: len(passage.content))
 
-    def ask(number: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
-        texts = [llm.cut(passage.content, choice.prompt_passage_tokens) for passage in batch]
-        answers = _answers(llm, [write_query_messages(text) for text in texts], seed + number)
+    def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
+        texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]
+        answers = _answers(llm, [write_query_messages(text) for text in texts], seed + index)
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
-    rows = in_parts(folder, passages, choice.generation_batch, "queries", ask, share)
-    written = [Written(**row) for row in rows if "reason" not in row]
+    rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)
+    written = [WrittenQuery(**row) for row in rows if "reason" not in row]
     aside = [row for row in rows if "reason" in row]
-    _refuse_beyond(choice.bad_answer_limit, aside, count, llm.name)
+    _refuse_beyond(augment.bad_answer_limit, aside, count, llm.name)
     return written, aside
 
 
 def _answers(llm: LanguageModel, conversations: list[list[Message]], seed: int) -> list[str]:
-    """Answers; where one stops after the task, the LLM is asked to go on with the query."""
+    """The answers; if one stops after the task, the LLM is asked to continue it with the query."""
     answers = llm.answer(conversations, seed)
-    begun = {number: message for number, answer in enumerate(answers) if (message := begun_answer(answer))}
-    if begun:
-        rest = llm.answer([[*conversations[number], message] for number, message in begun.items()], seed)
-        for (number, message), more in zip(begun.items(), rest, strict=True):
-            answers[number] = f"{message['content']} {more.strip()}"
+    unfinished = {index: message for index, answer in enumerate(answers) if (message := unfinished_answer(answer))}
+    if unfinished:
+        continuations = llm.answer([[*conversations[index], message] for index, message in unfinished.items()], seed)
+        for (index, message), text in zip(unfinished.items(), continuations, strict=True):
+            answers[index] = f"{message['content']} {text.strip()}"
     return answers
 
 
@@ -67,15 +68,15 @@ def _row(passage: Passage, answer: str, model: str, seed: int) -> dict[str, Any]
         query = read_query(answer, passage.content)
     except UnusableAnswer as reason:
         return {"passage": passage.id, "reason": str(reason), "value": answer}
-    made = {"passage": passage.id, "model": model, "prompt": PROMPT_VERSION, "seed": seed, "answer": answer}
-    return asdict(Written(query, passage.id, "synthetic", passage.language, made))
+    provenance = {"passage": passage.id, "model": model, "prompt": PROMPT_VERSION, "seed": seed, "answer": answer}
+    return asdict(WrittenQuery(query, passage.id, "synthetic", passage.language, provenance))
 
 
 def _refuse_beyond(limit: float, aside: list[dict[str, Any]], count: int, model: str) -> None:
     if len(aside) > limit * count:
         first = "\n".join(f"  {row['passage']}: {row['reason']}: {row['value'][:120]!r}" for row in aside[:3])
         raise ValueError(
-            f"{len(aside)} of {count} answers of {model} hold no usable query, more than "
+            f"{len(aside)} of {count} answers of {model} have no usable query, more than "
             f"augment.bad_answer_limit={limit} allows; the first:\n{first}\n"
             "Use a stronger LLM, raise augment.max_new_tokens or the limit, or set augment.synthetic_queries=0."
         )

@@ -1,6 +1,6 @@
-"""The LLM that writes: a causal language model in process, behind one small method.
+"""The writer: an LLM in this process that answers batches of conversations.
 
-Covers batched, seeded sampling. What is asked and how answers are read is in prompts.py.
+Covers batched, seeded sampling. Prompts, and how answers are parsed, are in prompts.py.
 Shapes: B conversations, T tokens of the longest.
 """
 
@@ -21,9 +21,9 @@ from drama_dist.settings import AugmentSettings
 
 
 class LanguageModel:
-    """An instruction-tuned LLM, loaded at first use, in the precision that suits the device.
+    """An instruction-tuned LLM, loaded on first use, in the precision that suits the device.
 
-    Answers are a function of the conversations, the seed and the settings, batch by batch.
+    Answers are a function of the batch of conversations, the seed and the settings.
     """
 
     def __init__(self, name: str, settings: AugmentSettings, trust_remote_code: bool = False):
@@ -34,8 +34,8 @@ class LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), trust_remote_code=self.trust_remote_code)
         if tokenizer.chat_template is None:
             raise ValueError(
-                f"{self.name}: has no chat template, so it cannot be asked for queries; name an instruction-tuned LLM "
-                "in augment.writer, or set augment.synthetic_queries=0"
+                f"{self.name}: has no chat template, so it cannot write queries; name an instruction-tuned LLM in "
+                "augment.writer, or set augment.synthetic_queries=0"
             )
         return tokenizer
 
@@ -56,10 +56,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def answer(self, conversations: Sequence[list[Message]], seed: int) -> list[str]:
-        """One sampled answer for each conversation; what all of them begin with is read once.
+        """One sampled answer per conversation; their common prefix is computed once.
 
-        A conversation that ends with the assistant's message is gone on with; only the new text is
-        returned. Raises ValueError where the LLM has no chat template.
+        If a conversation ends with an assistant message, the answer continues it; only the new text is returned.
+        Raises ValueError if the LLM has no chat template.
         """
         ids = [self._token_ids(messages) for messages in conversations]
         shared = _common_prefix(ids)
@@ -83,9 +83,9 @@ class LanguageModel:
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
-        begun = messages[-1]["role"] == "assistant"
+        unfinished = messages[-1]["role"] == "assistant"
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+            messages, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=True
         )["input_ids"]
 
     @property
@@ -94,20 +94,20 @@ class LanguageModel:
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     def _pad_between(self, ids: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, B × T, padded after the shared beginning so that all end together."""
+        """Token ids and attention mask, B × T, padded after the shared prefix so that all rows end together."""
         longest = max(map(len, ids))
         tokens_BT = torch.full((len(ids), longest), self._pad)
         mask_BT = torch.ones_like(tokens_BT)
-        for row, own in enumerate(ids):
-            begin = longest - len(own) + shared
-            tokens_BT[row, :shared] = torch.tensor(own[:shared])
-            tokens_BT[row, begin:] = torch.tensor(own[shared:])
+        for row, tokens in enumerate(ids):
+            begin = longest - len(tokens) + shared
+            tokens_BT[row, :shared] = torch.tensor(tokens[:shared])
+            tokens_BT[row, begin:] = torch.tensor(tokens[shared:])
             mask_BT[row, shared:begin] = 0
         return tokens_BT.to(self.model.device), mask_BT.to(self.model.device)
 
 
 def _common_prefix(ids: list[list[int]]) -> int:
-    """How many tokens all lists begin with, leaving at least one of each."""
+    """Length of the lists' common prefix, leaving at least one token of each."""
     shortest = min(map(len, ids)) - 1
-    differing = (place for place in range(shortest) if len({own[place] for own in ids}) > 1)
+    differing = (index for index in range(shortest) if len({tokens[index] for tokens in ids}) > 1)
     return next(differing, shortest)

@@ -1,0 +1,48 @@
+"""Work in parts that survives interruption.
+
+A part is a file of rows, written atomically. Rank r does parts r, r + world size, ... (of its share, see
+drama_dist/run/shares.py) and skips those that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from drama_dist.distributed import ranks
+from drama_dist.records import read_records, write_records
+from drama_dist.run.progress import progress_bar
+from drama_dist.run.shares import WHOLE, Share
+
+Item = TypeVar("Item")
+
+
+def in_parts(
+    folder: Path,
+    items: Sequence[Item],
+    size: int,
+    unit: str,
+    work: Callable[[int, Sequence[Item]], list[Any]],
+    share: Share = WHOLE,
+) -> list[dict[str, Any]]:
+    """Apply `work` (index of the part, its items) to `items` in parts of `size`; return all rows in order.
+
+    Every rank must call it, with the same items; each gets all rows. A share of the work leaves its parts in the folder
+    and returns no rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [items[begin : begin + size] for begin in range(0, len(items), size)]
+    paths = [folder / f"part-{index:05d}.jsonl" for index in range(len(parts))]
+    indices = share.indices_of(len(parts))
+    missing = [index for index in indices if not paths[index].exists()]
+    total, left = (sum(len(parts[index]) for index in group) for group in (indices, missing))
+    bar = progress_bar(total, f"augment: {folder.name}", unit, done=total - left)
+    for index in missing:
+        write_records(paths[index], work(index, parts[index]))
+        bar.update(len(parts[index]))
+    bar.close()
+    ranks.barrier()
+    if not share.whole:
+        return []
+    return [row for path in paths for row in read_records(path, dict)]
