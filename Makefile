@@ -1,4 +1,4 @@
-# The phone book. `make help` lists the numbers.
+# `make help` lists the targets.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
@@ -29,7 +29,7 @@ bench-gpu: .venv/ready ## the same on a GPU; inf-cl and Liger join where they ar
 
 define benchmarks
 	@for set in xquad-en cisi npl time; do test -d "$(DATA)/$$set" || \
-	  { echo "no folder $(DATA)/$$set: say make bench DATA=FOLDER with xquad-en, cisi, npl and time in BEIR form"; exit 1; }; done
+	  { echo "no folder $(DATA)/$$set: run make bench DATA=FOLDER with xquad-en, cisi, npl and time in BEIR form"; exit 1; }; done
 	@test -d runs/quickstart/export || { echo "no runs/quickstart/export: run make quickstart first"; exit 1; }
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/loss.py --device $(1)

@@ -164,6 +164,8 @@ def _search(options: argparse.Namespace) -> None:
     query = encoder.encode_queries([options.query], options.dim)
     scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, options.k)
     for rank, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
+        if position < 0:
+            break  # the index finds no more
         passage = corpus.passages[int(position)]
         text = passage.content if len(passage.content) <= 200 else passage.content[:200].rsplit(" ", 1)[0] + " ..."
         print(f"{rank}. {passage.id}  ({score:.3f})\n   {text}")
@@ -179,6 +181,7 @@ def _index_over(encoded: Path, run: Path) -> Path | None:
     index = run / "index" / name
     if inputs_of(index)[f"encode/{name}"] != fingerprint(encoded):
         raise ValueError(f"{index}: over other vectors than {encoded} has; delete it, or build it again: drama encode")
+    print(f"searching the index {index}; delete it to search exactly", file=sys.stderr)
     return index
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from hashlib import sha256
@@ -61,13 +60,15 @@ def _known_system(name: str) -> str:
 
 
 def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
-    """Last parts of names; with a hash of the whole where two would be the same, or one of the reserved."""
-    short = {name: name if name in reserved else Path(name.removeprefix(OTHER_MODEL)).name for name in names}
-    taken = Counter([*short.values(), *(name for name in reserved if name not in names)])
-    return {
-        label if taken[label] == 1 or name in reserved else f"{label}-{sha256(name.encode()).hexdigest()[:6]}": name
-        for name, label in short.items()
-    }
+    """Last parts of names; with a hash of the whole where a label is reserved or taken by a name before it."""
+    labels: dict[str, str] = {}
+    for name in names:
+        path = Path(name.removeprefix(OTHER_MODEL))
+        label = name if name in reserved else path.name if path.name not in ("", "..") else path.resolve().name
+        if label in labels or (label in reserved and name not in reserved) or not label:
+            label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
+        labels[label] = name
+    return labels
 
 
 FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
@@ -79,8 +80,8 @@ Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of 
 Rank = Annotated[int, Field(ge=1, le=2**16)]  # of a passage for a query; no search looks further down
 TextTokens = Annotated[int, Field(ge=3, le=2**24)]  # BOS and EOS are two
 Amount = Annotated[float, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1)]
-SomeShare = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+SomeFraction = Annotated[float, Field(gt=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]  # Adam moves a weight by about as much in a step
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 cannot tell scores apart
 System = Annotated[Text, AfterValidator(_known_system)]
@@ -100,7 +101,7 @@ class CorpusSettings:
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
     lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
-    bad_record_limit: CostOnly[Share] = 0.01  # of records, set aside as unusable before the stage fails
+    bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
     def _packages_are_named(self) -> Self:
@@ -135,8 +136,8 @@ class PruneSettings:
     heal_steps: CountOrZero = 0
     heal_tokens: Count = 4096  # per step
     heal_learning_rate: LearningRate = 5e-4
-    heal_kl_weight: Share = 0.5  # the rest is the language-model loss
-    heal_scored_share: SomeShare = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
+    heal_kl_weight: Fraction = 0.5  # the rest is the language-model loss
+    heal_scored_share: SomeFraction = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -161,9 +162,9 @@ class AugmentSettings:
     max_crop_words: Count = 40
     synthetic_queries: CountOrZero = 0
     temperature: Temperature = 0.8
-    top_p: SomeShare = 0.9
+    top_p: SomeFraction = 0.9
     max_new_tokens: Size = 48
-    bad_answer_limit: CostOnly[Share] = 0.5  # of the writer's answers, without a usable query before the stage fails
+    bad_answer_limit: CostOnly[Fraction] = 0.5  # of the writer's answers, without a usable query before the stage fails
     generation_batch: Count = 32
     prompt_passage_tokens: Size = 128
     positives: Rank = 1  # the top ranks
@@ -195,7 +196,7 @@ class TrainSettings:
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
     learning_rate: LearningRate = 3e-4
-    warmup_share: Share = 0.1
+    warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
     gradient_clipping: Amount = 1.0
     temperature: Temperature = 0.02

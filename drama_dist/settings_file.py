@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from drama_dist.run.files import write_text
+
 T = TypeVar("T")
 Location = tuple[str | int, ...]  # keys and positions, from the outermost
 Origins = dict[Location, str]  # where a value stands: FILE:LINE, or the override
@@ -62,7 +64,7 @@ def read_json(kind: type[T], text: str | bytes, source: str) -> T:
 def write_yaml(values: dict[str, Any], path: Path) -> None:
     """Write plain values so that all text is read back as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False), "utf-8")
+    write_text(path, yaml.dump(values, Dumper=_Dumper, sort_keys=False))
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,6 +19,7 @@ from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.distributed import ranks
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, write_records
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import CHECKPOINTS, StageFolder
@@ -35,7 +36,7 @@ _PART = 512
 def inputs(run: Run) -> dict[str, str]:
     """The fingerprint of the LLM that writes queries, if it is to write any."""
     settings = run.settings
-    return {"writer": run.model_fingerprint(settings.writer)} if settings.augment.synthetic_queries else {}
+    return {"writer": run.once(model_fingerprint, settings.writer)} if settings.augment.synthetic_queries else {}
 
 
 def augment(run: Run, folder: StageFolder) -> None:

@@ -55,12 +55,12 @@ class RawCorpus:
     qrels: Qrels
 
 
-def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
+def read_corpus(path: Path, language: str, aside: SetAside, setting: str = "corpus.path") -> RawCorpus:
     """Read a corpus in any supported format.
 
     Raises ValueError if the format is not recognised or there is no usable passage.
     """
-    source_files(path)
+    source_files(path, setting)
     if path.is_file():
         corpus = RawCorpus(_passages(path, parse_json_lines(path), language, aside), [], {})
     elif (path / "corpus.jsonl").exists():
@@ -68,11 +68,11 @@ def read_corpus(path: Path, language: str, aside: SetAside) -> RawCorpus:
     else:
         corpus = RawCorpus(_passages(path, _dataset_rows(path), language, aside), [], {})
     if not corpus.passages:
-        raise ValueError(f"corpus.path={path}: no usable passage among {aside.seen} records")
+        raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records")
     return corpus
 
 
-def source_files(path: Path) -> list[Path]:
+def source_files(path: Path, setting: str = "corpus.path") -> list[Path]:
     """The files that `read_corpus` reads; other files in the folder do not change the corpus.
 
     Raises ValueError if the format is not recognised.
@@ -85,7 +85,7 @@ def source_files(path: Path) -> list[Path]:
     if any((path / name).exists() for name in _DATASET_FILES):
         return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
     raise ValueError(
-        f"corpus.path={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
+        f"{setting}={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
         f"saved on disk; found {sorted(entry.name for entry in path.iterdir())[:5]}"
     )
 
@@ -114,7 +114,7 @@ def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = load_from_disk(str(folder))
     if not isinstance(rows, Dataset):
         split = next((name for name in ("corpus", "train") if name in rows), next(iter(rows)))
-        say(f"corpus: {folder} has the splits {', '.join(rows)}; reading {split}")
+        say(f"{folder}: has the splits {', '.join(rows)}; reading {split}")
         rows = rows[split]
     for line, row in enumerate(rows, 1):
         yield line, {"id": f"row-{line}", **row}

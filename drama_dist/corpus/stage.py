@@ -24,6 +24,7 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings
 
+_COLLECTIONS = "evaluate.collections"
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
 _CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
@@ -49,7 +50,7 @@ def build_corpus(run: Run, folder: StageFolder) -> None:
     aside = SetAside()
     raw = _read(corpus, aside)
     if corpus.lower_capitals:
-        raw = _lower_capitals(raw)
+        raw = _lower_capitals(raw, folder.name)
     if not raw.qrels:
         raw = _hold_out(_sample(_worthwhile(raw.passages, corpus, aside), corpus, seed), corpus, seed)
     _store(folder, raw, aside, corpus.bad_record_limit)
@@ -63,7 +64,7 @@ def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
     """Fingerprint of the files that are read."""
     path = run.settings.evaluate.collection_labels[collection]
-    return {"source": fingerprint_of_files(source_files(_existing("evaluate.collections", path)))}
+    return {"source": fingerprint_of_files(source_files(_existing(_COLLECTIONS, path), _COLLECTIONS))}
 
 
 def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
@@ -76,10 +77,10 @@ def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
         folder.finish()
         return
     aside = SetAside()
-    raw = read_corpus(Path(path), corpus.language, aside)
+    raw = read_corpus(Path(path), corpus.language, aside, _COLLECTIONS)
     if not raw.qrels:
-        raise ValueError(f"evaluate.collections: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
-    _store(folder, _lower_capitals(raw) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
+        raise ValueError(f"{_COLLECTIONS}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
+    _store(folder, _lower_capitals(raw, folder.name) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
 
 
 def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limit: float) -> None:
@@ -104,14 +105,14 @@ def _read(corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
     return RawCorpus(passages, [], {})
 
 
-def _lower_capitals(raw: RawCorpus) -> RawCorpus:
+def _lower_capitals(raw: RawCorpus, name: str) -> RawCorpus:
     """Lower-case texts of several words that are all capitals: LLM tokenizers split those into fragments."""
     passages = [replace(passage, title=_lower(passage.title), text=_lower(passage.text)) for passage in raw.passages]
     queries = [replace(query, text=_lower(query.text)) for query in raw.queries]
     changed = sum(old != new for old, new in zip(raw.passages, passages, strict=True))
     changed += sum(old != new for old, new in zip(raw.queries, queries, strict=True))
     if changed:
-        say(f"corpus: lower-cased {changed} texts that were all capitals (corpus.lower_capitals)")
+        say(f"{name}: lower-cased {changed} texts that were all capitals (corpus.lower_capitals)")
     return RawCorpus(passages, queries, raw.qrels)
 
 

@@ -1,7 +1,7 @@
 """Where a model comes from: GGUF files, local folders, files inside installed packages, hub names.
 
 Covers turning a name from the settings into something transformers loads, and converting a GGUF
-file once. Does not load the model itself (backbone.py, augment/llm.py).
+file once. Does not load the model itself (backbone.py, augment/writers/local.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def resolve(name: str) -> str:
     `package:IMPORT_NAME/PATH` is looked up inside an installed package; a `.gguf` file is converted
     once to safetensors. Raises FileNotFoundError where a path does not exist, naming it.
     """
-    found = locate(name)
-    if isinstance(found, Path) and found.is_file():
-        return str(_converted(found))
-    return str(found)
+    source = locate(name)
+    if isinstance(source, Path) and source.is_file():
+        return str(_converted(source))
+    return str(source)
 
 
 def locate(name: str) -> Path | str:
@@ -67,7 +67,7 @@ def _revision(name: str) -> str:
     except Exception as error:  # of the network's library, which changes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"{name}: no such folder here, and not to be had from the hub ({reason}); name a local folder"
+            f"{name}: no such folder here, and it could not be fetched from the hub ({reason}); name a local folder"
         ) from error
 
 
@@ -99,9 +99,9 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**place), dtype=torch.bfloat16)
+    location = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**location), dtype=torch.bfloat16)
     plain.load_state_dict(quantized.state_dict())  # transformers does not save a model that it loaded from GGUF
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**location).save_pretrained(target)

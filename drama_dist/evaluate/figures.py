@@ -52,13 +52,13 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
 
     def draw(axes: Axes) -> None:
         dims = sorted({row["dim"] for row in rows if row["dim"] is not None})
-        place = {dim: number for number, dim in enumerate(dims)}
+        x_of_dim = {dim: x for x, dim in enumerate(dims)}
         for system in dict.fromkeys(row["system"] for row in rows):
             colour = colours.get(system, _INK)
-            own = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
-            if own:
-                across = [place[dim] for dim, _ in own]
-                axes.plot(across, [value for _, value in own], "o-", color=colour, label=system, linewidth=2)
+            points = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
+            if points:
+                across = [x_of_dim[dim] for dim, _ in points]
+                axes.plot(across, [value for _, value in points], "o-", color=colour, label=system, linewidth=2)
             else:
                 flat = next(row["ndcg@10"] for row in rows if row["system"] == system)
                 axes.axhline(flat, color=colour, linestyle="--", label=system, linewidth=1.5)
@@ -76,9 +76,9 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapp
     """Training loss over steps, one curve per model or dim: every step faint, the running mean strong."""
 
     def draw(axes: Axes) -> None:
-        for number, (name, curve) in enumerate(curves.items()):
+        for index, (name, curve) in enumerate(curves.items()):
             steps, losses = (np.asarray(values, dtype=np.float64) for values in zip(*curve, strict=True))
-            colour = colours.get(name, f"C{number}")
+            colour = colours.get(name, f"C{index}")
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=colour, linewidth=2, label=name)
         axes.set_xlabel("step")
@@ -92,10 +92,10 @@ def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Histograms of several steps, each with `counts` and `edges`, as densities."""
 
     def draw(axes: Axes) -> None:
-        for number, (name, histogram) in enumerate(histograms.items()):
+        for index, (name, histogram) in enumerate(histograms.items()):
             counts, edges = (np.asarray(histogram[key], dtype=np.float64) for key in ("counts", "edges"))
             density = counts / max(1.0, counts.sum()) / np.diff(edges)
-            axes.stairs(density, edges, color=f"C{number}", linewidth=1.8, label=name)
+            axes.stairs(density, edges, color=f"C{index}", linewidth=1.8, label=name)
         axes.axvline(0, color=_INK, linewidth=1)
         axes.set_xlabel("margin")
         axes.set_ylabel("density")

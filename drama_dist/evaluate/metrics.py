@@ -11,20 +11,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytrec_eval
 
+from drama_dist.corpus.collection import Qrels
 from drama_dist.records import Hit
 
 METRICS = ("ndcg@10", "recall@100", "mrr@10")
-Qrels = Mapping[str, Mapping[str, int]]
-Run = Mapping[str, Sequence[Hit]]
-
-
-def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
-    """Means of METRICS over all judged queries; a query without hits counts 0.
-
-    qrels: query id -> passage id -> grade (0: not relevant). run: query id -> hits, best first.
-    Raises ValueError where there is no judged query, or a hit is named twice for one query.
-    """
-    return mean_over_queries(per_query(qrels, run))
+RankedHits = Mapping[str, Sequence[Hit]]
 
 
 def mean_over_queries(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -32,8 +23,12 @@ def mean_over_queries(values: Mapping[str, Mapping[str, float]]) -> dict[str, fl
     return {name: float(np.mean([row[name] for row in values.values()])) for name in METRICS}
 
 
-def per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
-    """METRICS of every judged query, in the order of `qrels`; raises as `evaluate_run` does."""
+def per_query(qrels: Qrels, run: RankedHits) -> dict[str, dict[str, float]]:
+    """METRICS of every judged query, in the order of `qrels`; a query without hits counts 0.
+
+    qrels: grades, 0 for not relevant. run: query id -> hits, best first. Raises ValueError if there is no judged query,
+    or a hit is named twice for one query.
+    """
     if not qrels:
         raise ValueError("no judged queries: the qrels are empty, so there is nothing to measure")
     judged = {query: dict(grades) for query, grades in qrels.items()}

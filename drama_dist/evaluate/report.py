@@ -23,7 +23,7 @@ from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import seconds_of
-from drama_dist.run.graph import CORPUS, TRAINING, stage_order
+from drama_dist.run.graph import CORPUS, TRAINING, in_order
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import system_called
@@ -75,7 +75,7 @@ def write_report(run: Path, settings: Settings) -> Path:
         meaning={label: system_called(label, settings).meaning for label in settings.evaluate.labels},
         cost=_training_cost(_metrics(run / "train")),
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
-        counts={name: found for name in ("corpus", "augment") if (found := _json(run / name / "counts.json"))},
+        counts=_json(run / "augment" / "counts.json") or {},
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
     )
     write_text(run / "report.html", page)
@@ -101,7 +101,7 @@ def stage_seconds(run: Path) -> dict[str, float]:
     """Wall seconds of every finished stage of a run, in the order in which stages run."""
     names = [path.parent.relative_to(run).as_posix() for path in run.rglob("provenance.json")]
     finished = [name for name in names if ".partial" not in name]
-    return {name: seconds_of(run, name) for name in sorted(finished, key=stage_order)}
+    return {name: seconds_of(run, name) for name in in_order(finished)}
 
 
 def _results(run: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
@@ -123,8 +123,8 @@ def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]
     best = {name: max(column, default="") for name, column in shown.items()}
     return [
         [(str(row["system"]), False), ("–" if row["dim"] is None else str(row["dim"]), False)]
-        + [(shown[name][number], shown[name][number] == best[name]) for name in METRICS]
-        for number, row in enumerate(rows)
+        + [(shown[name][index], shown[name][index] == best[name]) for name in METRICS]
+        for index, row in enumerate(rows)
     ]
 
 

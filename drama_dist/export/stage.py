@@ -100,12 +100,12 @@ def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
     )
     limit = theirs.max_seq_length
     pairs = []
-    for own, encode, length in (
+    for ours, encode, length in (
         (encoder.encode_queries, theirs.encode_query, encoder.contract.max_query_tokens),
         (encoder.encode_passages, theirs.encode_document, encoder.contract.max_passage_tokens),
     ):
         theirs.max_seq_length = length
-        pairs.append(np.abs(own(_PROBES) - np.asarray(encode(_PROBES), dtype=np.float32)).max())
+        pairs.append(np.abs(ours(_PROBES) - np.asarray(encode(_PROBES), dtype=np.float32)).max())
     theirs.max_seq_length = limit
     if max(pairs) > _TOLERANCE[dtype]:
         raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {max(pairs):.2e}")

@@ -18,7 +18,7 @@ from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
-from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.sources import model_fingerprint, resolve
 from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
@@ -30,7 +30,7 @@ from drama_dist.settings import EncoderSettings, Settings
 
 def inputs(run: Run) -> dict[str, str]:
     """The LLM's fingerprint."""
-    return {"llm": run.model_fingerprint(run.settings.llm)}
+    return {"llm": run.once(model_fingerprint, run.settings.llm)}
 
 
 def prune(run: Run, folder: StageFolder) -> None:

@@ -104,7 +104,7 @@ class StageFolder:
                 **facts,
             }
             write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
-            for path in self.folder.rglob("*"):
+            for path in (self.folder, *self.folder.rglob("*")):
                 sync(path)
             self.folder.rename(self.final)
             sync(self.final.parent)  # only what is on the disk may replace the checkpoints
@@ -130,7 +130,7 @@ def open_stage(
     stage = StageFolder(Path(run), name, settings, inputs, share=share)
     _find(stage)
     if not _of_rank_0(stage.done):
-        stage.lock = StageLock(stage.run / _LOCKS / name.replace("/", "-"), share)
+        stage.lock = StageLock(stage.run / _LOCKS / name, share)
         exists = _of_rank_0(_find(stage))
         if ranks.rank() == 0 and not exists and not _create(stage):
             _refuse_others(stage.folder, stage.record)

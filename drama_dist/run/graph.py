@@ -8,14 +8,14 @@ does. An artefact's name is its folder in the run: `train`, `encode/corpus/drama
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from drama_dist.settings import EXACT, Settings, recorded
+from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
 TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
@@ -74,11 +74,6 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 def _of_augmentation(settings: Settings) -> list[str]:
     rankers = ["teacher", *(["bm25"] if settings.teacher.fuse_bm25 else [])]
     return ["corpus", *(f"encode/{CORPUS}/{system}" for system in rankers)]
-
-
-def _of_export(settings: Settings) -> list[str]:
-    results = f"evaluate/{CORPUS}"  # for the model card, if there are any
-    return ["train", *([results] if is_finished(settings.run, results) else [])]
 
 
 def stored_collection(collection: str) -> str:
@@ -164,9 +159,8 @@ STAGES = (
         verb="encode",
         help="build an index over a system's vectors",
         work="drama_dist.search.stage:index",
-        sections=("encode.index", "encode.index_search"),
+        sections="drama_dist.search.stage:index_sections",
         needs=_of_index,
-        processes="one",
     ),
     Stage(
         name="evaluate/{collection}",
@@ -182,7 +176,7 @@ STAGES = (
         help="write a folder that sentence-transformers loads",
         work="drama_dist.export.stage:export",
         sections=("export",),
-        needs=_of_export,
+        needs=lambda settings: ["train"],
     ),
     Stage(
         name="report",
@@ -250,9 +244,10 @@ def evaluations(settings: Settings) -> list[str]:
     return [f"evaluate/{collection}" for collection in (CORPUS, *settings.evaluate.collection_labels)]
 
 
-def stage_order(name: str) -> tuple[int, str]:
-    """Sort key that puts artefacts' names in the table's order."""
-    return STAGES.index(Artefact.named(name).stage), name
+def in_order(names: Iterable[str]) -> list[str]:
+    """Artefacts' names as their stages stand in the table; names that no stage makes are left out."""
+    known = {name: index for name in names for index, stage in enumerate(STAGES) if stage.parameters(name) is not None}
+    return sorted(known, key=lambda name: (known[name], name))
 
 
 def command_of(artefact: Artefact) -> list[str]:
@@ -263,23 +258,35 @@ def command_of(artefact: Artefact) -> list[str]:
 
 
 def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system: str = "drama") -> list[str]:
-    """What a command makes: the inverse of `command_of`; `run` makes everything."""
+    """What a command makes, `run` everything. collection, system: as folders call them, or as the settings do.
+
+    Raises SettingsError if the settings have no such collection or system.
+    """
+    collection = _label(collection, {CORPUS: CORPUS, **settings.evaluate.collection_labels}, "evaluate.collections")
+    system = _label(system, {**{name: name for name in SYSTEMS}, **settings.evaluate.labels}, "evaluate.systems")
     if verb == "run":
         trained = [stage for name, stage in TRAINING.items() if name in settings.evaluate.systems]
         served = [*_encoding(settings, CORPUS, "drama"), "export"] if "drama" in settings.evaluate.systems else []
         return [*trained, *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)
-    if verb == "train" and system not in TRAINING:
-        raise ValueError(f"--system {system}: expected one that is trained: {', '.join(TRAINING)}")
     if verb == "encode":
         return _encoding(settings, collection, system)
+    if verb == "train" and system not in TRAINING:
+        raise SettingsError(f"--system {system}: expected a system that is trained: {', '.join(TRAINING)}")
     return [{"corpus": stored_collection(collection), "train": TRAINING.get(system, "")}.get(verb, verb)]
 
 
+def _label(name: str, labels: dict[str, str], setting: str) -> str:
+    for label, named in labels.items():
+        if name in (label, named):
+            return label
+    raise SettingsError(f"{name!r}: expected {', '.join(labels)}; others are to be named in {setting}")
+
+
 def _encoding(settings: Settings, collection: str, system: str) -> list[str]:
-    """A system's encoding of a collection, and the index over it that the settings ask for."""
-    indexed = settings.encode.index != EXACT and system not in ("bm25", "teacher")  # which no one searches by itself
+    """A system's encoding of a collection, and the index that `drama search` uses."""
+    indexed = settings.encode.index != EXACT and (collection, system) == (CORPUS, "drama")
     return [f"encode/{collection}/{system}", *([f"index/{collection}/{system}"] if indexed else [])]
 
 

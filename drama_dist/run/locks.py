@@ -72,5 +72,4 @@ class StageLock:
     def _sign(self, share: str) -> None:
         self._file.truncate(0)
         self._file.write(f"{share}process {os.getpid()} of {socket.gethostname()}")
-
         self._file.flush()

@@ -6,7 +6,7 @@ shares of array jobs. The stages are listed in graph.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drama_dist.distributed import ranks
@@ -23,22 +23,23 @@ class Run:
         self.settings = settings
         self.folder = Path(settings.run)
         self._made: dict[str, Path] = {}
-        self._models: dict[str, str] = {}
+        self._answers: dict[tuple[Callable[[str], str], str], str] = {}
 
     def make(self, *names: str, share: Share = WHOLE) -> Path:
         """Make artefacts and everything they need, except what is finished; return the folder of the last one.
 
         share: a task's share of the last artefact, whose inputs must be finished. Raises OtherSettings before anything
         is made if an artefact exists with other settings, or at its turn if it was made from other inputs;
-        FileNotFoundError if a share is asked for and an input of the stage is missing.
+        FileNotFoundError if a share is asked for and an input of the stage is missing, ValueError if it cannot be
+        shared.
         """
         order = order_of(self.settings, *names)
         if not share.whole:
-            self._require(order[:-1])
+            self._check_share(order)
         for artefact in order:
             if artefact.stage.foldered:
                 refuse_other_settings(self.folder, artefact.name, artefact.sections(self.settings))
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and share.whole:
             write_settings(self.settings, self.folder / "settings.yaml")
         for artefact in order:
             if artefact.name not in self._made:
@@ -50,11 +51,12 @@ class Run:
         """The folder of an artefact that the current stage needs; raises KeyError if the table does not list it."""
         return self._made[name]
 
-    def model_fingerprint(self, source: str) -> str:
-        """Fingerprint of a model (see encoder/sources.py); its files are read once."""
-        if source not in self._models:
-            self._models[source] = function_named("drama_dist.encoder.sources:model_fingerprint")(source)
-        return self._models[source]
+    def once(self, function: Callable[[str], str], argument: str) -> str:
+        """What a function returns for an argument, called once a run: for what reads large files."""
+        key = function, argument
+        if key not in self._answers:
+            self._answers[key] = function(argument)
+        return self._answers[key]
 
     def _open_and_work(self, artefact: Artefact, share: Share) -> Path:
         stage, parameters = artefact.stage, artefact.parameters
@@ -69,9 +71,12 @@ class Run:
             function_named(stage.work)(self, folder, **parameters)
         return folder.folder
 
-    def _require(self, order: Sequence[Artefact]) -> None:
+    def _check_share(self, order: Sequence[Artefact]) -> None:
         """Tasks of an array must not make what all of them read: several would do so at once."""
-        for artefact in order:
+        *needed, shared = order
+        if not shared.is_array(self.settings):
+            raise ValueError(f"--share: {shared.name} is not work that tasks can share; run it without")
+        for artefact in needed:
             if not is_finished(self.folder, artefact.name):
                 raise FileNotFoundError(
                     f"{self.folder / artefact.name}: not found, and every share reads it; run first: "

@@ -112,7 +112,7 @@ def _options(settings: Settings, job: Job) -> list[str]:
     """The #SBATCH options; those of slurm.options come last and take precedence."""
     slurm, folder = settings.slurm, _folder(settings)
     options = [
-        f"--job-name={shlex.quote(Path(settings.run).name)}-{job.name}",
+        f"--job-name={shlex.quote(f'{Path(settings.run).name}-{job.name}')}",
         f"--chdir={shlex.quote(os.getcwd())}",
         f"--output={shlex.quote(str(folder / job.name))}{'-%A_%a' if job.array else '-%j'}.log",
         f"--nodes={job.nodes}",

@@ -10,14 +10,15 @@ from typing import Any
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.search.dense import build_index, recall_against_exact
+from drama_dist.search.dense import build_index, check_factory, recall_against_exact
 from drama_dist.search.shards import EmbeddingShards
 from drama_dist.search.systems import DenseSystem, system_called
-from drama_dist.settings import Settings, SettingsError
+from drama_dist.settings import Settings
 
 _QUERIES = 1000  # of which recall is measured
 
@@ -30,13 +31,21 @@ def sections(settings: Settings, collection: str, system: str) -> dict[str, Any]
 def inputs(run: Run, collection: str, system: str) -> dict[str, str]:
     """The fingerprint of a model from elsewhere."""
     model = system_called(system, run.settings).model(run.settings)
-    return {} if model is None else {"model": run.model_fingerprint(model)}
+    return {} if model is None else {"model": run.once(model_fingerprint, model)}
 
 
 def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
     """Do the stage, or a share of it."""
     stored = open_collection(run.path(stored_collection(collection)))
     system_called(system, run.settings).encode(run.settings, folder, stored)
+
+
+def index_sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:
+    """The settings that the index depends on; raises ValueError, before anything is made, where faiss refuses them."""
+    factory, search = settings.encode.index, settings.encode.index_search
+    if settings.train.start is None:
+        check_factory(factory, settings.prune.hidden, search)
+    return {"encode.index": factory, "encode.index_search": search}
 
 
 def index(run: Run, folder: StageFolder, collection: str, system: str) -> None:
@@ -47,8 +56,7 @@ def index(run: Run, folder: StageFolder, collection: str, system: str) -> None:
 
 def _build(run: Run, folder: StageFolder, collection: str, system: str) -> dict[str, Any]:
     settings, dense = run.settings, system_called(system, run.settings)
-    if not isinstance(dense, DenseSystem):
-        raise SettingsError(f"encode.index={settings.encode.index}: {system} has no vectors to index")
+    assert isinstance(dense, DenseSystem)  # the table asks for no other
     shards = EmbeddingShards(run.path(f"encode/{collection}/{system}"))
     built = build_index(shards, settings.encode.index, folder.folder, settings.encode.index_search)
     texts = [query.text for query in open_collection(run.path(stored_collection(collection))).queries[:_QUERIES]]

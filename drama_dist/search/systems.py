@@ -121,7 +121,9 @@ class TeacherSystem(DenseSystem):
     """The retriever that ranks the training data: a sentence-transformers model."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
-        return {"teacher": recorded(settings.teacher)}
+        of_fusion = ("fuse_bm25", "rrf_k")  # with BM25, when examples are ranked
+        teacher = {name: value for name, value in recorded(settings.teacher).items() if name not in of_fusion}
+        return {"teacher": teacher, "encode": {"shard_passages": settings.encode.shard_passages}}
 
     def model(self, settings: Settings) -> str:
         return settings.teacher.model

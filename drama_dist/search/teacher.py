@@ -91,10 +91,10 @@ class Teacher:
 
     def _lengths(self, texts: list[str]) -> list[int]:
         """Token counts after truncation."""
-        found = self.model.tokenizer(
+        encoded = self.model.tokenizer(
             texts, truncation=True, max_length=self.model.max_seq_length, padding=False, return_attention_mask=False
         )
-        return [len(ids) for ids in found["input_ids"]]
+        return [len(ids) for ids in encoded["input_ids"]]
 
 
 def padded_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

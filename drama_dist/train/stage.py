@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, read_records
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder
@@ -17,7 +18,7 @@ from drama_dist.train.loop import train_encoder
 def inputs(run: Run, system: str) -> dict[str, str]:
     """The fingerprint of a model to start from that is not this run's own."""
     start = run.settings.train.start
-    return {} if start is None else {"start": run.model_fingerprint(start)}
+    return {} if start is None else {"start": run.once(model_fingerprint, start)}
 
 
 @interrupts.deferred()

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from drama_dist.evaluate.metrics import evaluate_run, paired_p_value, per_query
+from drama_dist.evaluate.metrics import mean_over_queries, paired_p_value, per_query
 from drama_dist.records import Hit
 
 
@@ -33,7 +33,7 @@ def test_the_cut_offs_are_ten_and_a_hundred() -> None:
 
 
 def test_a_query_without_hits_counts_zero_in_the_mean() -> None:
-    assert evaluate_run({"q": {"a": 1}, "r": {"b": 1}}, {"q": hits("a")})["mrr@10"] == 0.5
+    assert mean_over_queries(per_query({"q": {"a": 1}, "r": {"b": 1}}, {"q": hits("a")}))["mrr@10"] == 0.5
 
 
 def test_the_given_order_decides_and_not_the_scores() -> None:
@@ -44,9 +44,9 @@ def test_the_given_order_decides_and_not_the_scores() -> None:
 
 def test_nothing_judged_and_a_doubled_hit_are_errors() -> None:
     with pytest.raises(ValueError, match="no judged queries"):
-        evaluate_run({}, {})
+        per_query({}, {})
     with pytest.raises(ValueError, match="query 'q': passage 'a' is among the hits twice"):
-        evaluate_run({"q": {"a": 1}}, {"q": hits("a", "b", "a")})
+        per_query({"q": {"a": 1}}, {"q": hits("a", "b", "a")})
 
 
 def test_p_is_exact_for_few_queries_and_small_for_a_clear_difference() -> None:

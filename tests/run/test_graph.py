@@ -14,7 +14,8 @@ from drama_dist.encoder import sources
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, function_named, order_of
 from drama_dist.run.runner import Run, make
-from drama_dist.settings import Settings
+from drama_dist.run.shares import Share
+from drama_dist.settings import Settings, SettingsError
 
 SYSTEMS = "evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]"
 
@@ -37,27 +38,58 @@ def test_everything_comes_after_what_it_needs(small_settings: Callable[..., Sett
     assert "prune" not in without and "augment" in without
 
 
-def test_the_command_of_an_artefact_makes_it(small_settings: Callable[..., Settings]) -> None:
-    settings = small_settings(SYSTEMS, "evaluate.collections=[data/cisi]")
-    for artefact in order_of(settings, *artefacts_of(settings, "run")):
+@pytest.mark.parametrize("index", ["Flat", "HNSW8"])
+def test_the_command_of_an_artefact_makes_it(index: str, small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(SYSTEMS, "evaluate.collections=[data/cisi]", f"encode.index={index}")
+    order = [artefact.name for artefact in order_of(settings, *artefacts_of(settings, "run"))]
+    assert [name for name in order if name.startswith("index/")] == ["index/corpus/drama"] * (index != "Flat")
+    for name in order:
+        artefact = Artefact.named(name)
         verb, *options = command_of(artefact)
-        parameters = dict(zip((name.removeprefix("--") for name in options[::2]), options[1::2], strict=True))
-        if artefact.stage.verb != "evaluate":  # which evaluates on all collections
-            assert artefact.name in artefacts_of(settings, verb, **parameters)
+        parameters = dict(zip((option.removeprefix("--") for option in options[::2]), options[1::2], strict=True))
+        made = artefacts_of(settings, verb, **parameters)
+        with_others = artefact.stage.verb == "evaluate" or (index != "Flat" and name.endswith("corpus/drama"))
+        assert name in made if with_others else made == [name]
 
-    with pytest.raises(ValueError, match=r"--system teacher: expected one that is trained: drama, random-init"):
+
+def test_a_collection_or_system_is_called_by_its_label_or_as_in_the_settings(
+    small_settings: Callable[..., Settings],
+) -> None:
+    settings = small_settings("evaluate.systems=[drama,model:a/export]", "evaluate.collections=[data/cisi]")
+    for system in ("export", "model:a/export"):
+        for collection in ("cisi", "data/cisi"):
+            assert artefacts_of(settings, "encode", collection, system) == ["encode/cisi/export"]
+    for parameters in ({"collection": "npl"}, {"system": "model:b/export"}, {"system": ""}):
+        with pytest.raises(SettingsError, match=r"expected .*; others are to be named in evaluate\."):
+            artefacts_of(settings, "encode", **parameters)
+    with pytest.raises(SettingsError, match=r"--system teacher: expected a system that is trained: drama, random-init"):
         artefacts_of(settings, "train", system="teacher")
     with pytest.raises(KeyError, match="no stage makes it"):
         Artefact.named("bake")
 
 
+def test_work_that_tasks_cannot_share_is_refused(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("augment.synthetic_queries=0")
+    make(settings, "corpus")
+    for verb, parameters in (("encode", {"system": "bm25"}), ("augment", {})):
+        with pytest.raises(ValueError, match="is not work that tasks can share"):
+            make(settings, verb, Share(0, 4), **parameters)
+
+
+def test_an_index_that_faiss_refuses_is_named_before_anything_is_made(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("encode.index=PQ7", "evaluate.systems=[drama]")
+    with pytest.raises(ValueError, match=r"^encode\.index='PQ7': faiss refuses it"):
+        make(settings, "run")
+    assert not Path(settings.run).exists()
+
+
 def test_a_model_is_read_once_a_run(small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    fingerprint = sources.model_fingerprint
-    monkeypatch.setattr(sources, "model_fingerprint", lambda name: (read.append(name), fingerprint(name))[1])
+    fingerprint = sources.fingerprint
+    monkeypatch.setattr(sources, "fingerprint", lambda path: (read.append(str(path)), fingerprint(path))[1])
     settings = small_settings("evaluate.systems=[drama,llm-unpruned]", "train.steps=1", "prune.heal_steps=0")
     make(settings, "evaluate")
-    assert sorted(read) == sorted([settings.llm, settings.teacher.model])
+    assert sorted(read) == sorted(sources.resolve(name) for name in (settings.llm, settings.teacher.model))
 
 
 def test_other_settings_are_refused_before_anything_is_written(small_settings: Callable[..., Settings]) -> None:
@@ -115,6 +147,7 @@ def test_an_index_is_built_over_the_vectors_and_searched(
     recall = json.loads((folder / "provenance.json").read_text("utf-8"))["recall"]
     assert 0.9 <= recall["10"] <= 1 and "Recall@10" in capsys.readouterr().err
     assert main(["search", settings.run, "the river", "-k", "2"]) == 0
+    assert f"searching the index {folder}" in capsys.readouterr().err
     other = small_settings("encode.index=HNSW4", "evaluate.systems=[drama]", "train.steps=2")
     with pytest.raises(OtherSettings, match=r"encode.index: 'HNSW8' in the folder, 'HNSW4' now"):
         make(other, "encode")
@@ -124,3 +157,23 @@ def test_an_index_is_built_over_the_vectors_and_searched(
     (folder / "provenance.json").write_text(json.dumps(provenance | {"inputs": {"encode/corpus/drama": "x"}}), "utf-8")
     assert main(["search", settings.run, "the river"]) == 2
     assert "over other vectors" in capsys.readouterr().err
+
+
+def test_a_search_that_finds_fewer_than_asked_for_prints_those(
+    small_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings("encode.index=IVF8,Flat", "evaluate.systems=[drama]", "train.steps=2")
+    make(settings, "encode")
+    capsys.readouterr()
+    assert main(["search", settings.run, "the river", "-k", "64"]) == 0
+    hits = capsys.readouterr().out.splitlines()[::2]
+    assert 0 < len(hits) < 64 and not any("(0.000)" in hit for hit in hits)  # one of eight lists is visited
+
+
+def test_an_export_before_an_evaluation_does_not_stop_the_run(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("train.steps=2")
+    make(settings, "export")
+    make(settings, "run")
+    (Path(settings.run) / "export-v1").mkdir()
+    (Path(settings.run) / "export-v1" / "provenance.json").write_text('{"seconds": 1}', "utf-8")
+    make(settings, "report")  # a folder that no stage made is left out

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from drama_dist import settings as settings_module
 from drama_dist.run.progress import Progress
 from drama_dist.run.runner import make
 from drama_dist.search.shards import TextEncoder
@@ -64,11 +65,22 @@ def test_bm25_has_no_dim_and_finds_words(small_settings: Callable[..., Settings]
 def test_two_models_of_one_name_are_two_systems_and_an_unknown_one_is_refused(
     small_settings: Callable[..., Settings],
 ) -> None:
-    settings = small_settings("evaluate.systems=[drama,model:a/export,model:b/export,model:x/teacher]")
+    settings = small_settings("evaluate.systems=[drama,model:a/export,model:b/export,model:x/teacher,model:.]")
     labels = list(settings.evaluate.labels)
-    assert labels[0] == "drama" and len(set(labels)) == 4 and "teacher" not in labels
-    assert all(label.startswith("export-") for label in labels[1:3])
+    assert labels[:2] == ["drama", "export"] and len(set(labels)) == 5 and "teacher" not in labels
+    assert labels[2].startswith("export-") and labels[4] == Path.cwd().name
     system = system_called(labels[2], settings)
     assert isinstance(system, OtherModel) and system.model(settings) == "b/export"
     with pytest.raises(SettingsError, match=r"system 'tacher': expected drama, random-init, .* or a model of"):
         system_called("tacher", settings)
+
+
+def test_every_system_that_the_settings_know_is_in_the_table() -> None:
+    assert tuple(SYSTEMS) == settings_module.SYSTEMS
+
+
+def test_vectors_do_not_depend_on_what_does_not_make_them(small_settings: Callable[..., Settings]) -> None:
+    before, after = small_settings(), small_settings("encode.index=HNSW8", "teacher.rrf_k=7", "teacher.fuse_bm25=false")
+    for name in ("drama", "teacher"):
+        assert SYSTEMS[name].sections(before) == SYSTEMS[name].sections(after)
+        assert SYSTEMS[name].sections(before) != SYSTEMS[name].sections(small_settings("encode.shard_passages=5"))
