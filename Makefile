@@ -41,6 +41,7 @@ define benchmarks
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/plan.py)
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/step_profile.py --data $(DATA))
 	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/checkpoint.py)
+	$(if $(filter cpu,$(1)),$(BIN)/python benchmarks/search.py)
 	$(BIN)/python benchmarks/summary.py
 endef
 

@@ -26,7 +26,7 @@ from drama_dist.search.shards import EmbeddingShards
 _FILE = "index.faiss"
 _BLOCK_BYTES = 2**24  # stays in the last cache while all queries are compared with it
 _BLOCK_UNIT = 1024  # rows that faiss multiplies at once: blocks of whole units give scores that no block size changes
-_MERGED_QUERIES = 4096
+_QUERIES_AT_ONCE = 4096  # what faiss multiplies at once, likewise
 _TRAINING_ROWS = 2**16  # all that product quantizers take: 256 rows for each of their 256 centroids
 _TRAINING_ROWS_PER_LIST = 64  # faiss warns below 39, and takes no more than 256
 _TRAINING_BYTES = 2**30
@@ -50,8 +50,10 @@ def search_exact(
     if scores_Qk.size:
         for first, block_nK in shards.blocks(_block_rows(shards.dim)):
             block_nK = block_nK if dim is None else matryoshka_cut_array(block_nK, dim)
-            block_scores, block_positions = _search_block(queries_QK, block_nK, k, scores_Qk[:, -1])
-            _merge(scores_Qk, positions_Qk, block_scores, block_positions + first)
+            for start in range(0, len(queries_QK), _QUERIES_AT_ONCE):
+                rows = slice(start, start + _QUERIES_AT_ONCE)
+                block_best = _search_block(queries_QK[rows], block_nK, k, scores_Qk[rows, -1])
+                _merge(scores_Qk[rows], positions_Qk[rows], *block_best, first)
     scores_Qk[positions_Qk < 0] = 0
     return scores_Qk, positions_Qk
 
@@ -77,18 +79,15 @@ def _in_order(scores_Qk: np.ndarray, positions_Qk: np.ndarray) -> tuple[np.ndarr
 
 
 def _merge(
-    scores_Qk: np.ndarray, positions_Qk: np.ndarray, block_scores: np.ndarray, block_positions: np.ndarray
+    scores_Qk: np.ndarray, positions_Qk: np.ndarray, block_scores: np.ndarray, block_positions: np.ndarray, first: int
 ) -> None:
-    """Take what is better in a later block into the best so far; equal scores of the later block stay behind."""
-    k = scores_Qk.shape[1]
+    """Take the best of the block at position `first` into the best so far, behind equal scores."""
     better = np.flatnonzero(block_scores[:, 0] > scores_Qk[:, -1])
-    for start in range(0, len(better), _MERGED_QUERIES):
-        rows = better[start : start + _MERGED_QUERIES]
-        scores = np.concatenate([scores_Qk[rows], block_scores[rows]], axis=1)
-        positions = np.concatenate([positions_Qk[rows], block_positions[rows]], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores_Qk[rows] = np.take_along_axis(scores, order, 1)
-        positions_Qk[rows] = np.take_along_axis(positions, order, 1)
+    scores = np.concatenate([scores_Qk[better], block_scores[better]], axis=1)
+    positions = np.concatenate([positions_Qk[better], block_positions[better] + first], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : scores_Qk.shape[1]]
+    scores_Qk[better] = np.take_along_axis(scores, order, 1)
+    positions_Qk[better] = np.take_along_axis(positions, order, 1)
 
 
 class FactoryIndex:

@@ -85,10 +85,8 @@ class EmbeddingShards:
 
     def sample(self, count: int, seed: int) -> np.ndarray:
         """`count` vectors drawn without replacement, in the order of the corpus; all where there are no more."""
-        positions = np.arange(len(self))
-        if count < len(self):
-            chance = np.random.default_rng(seed)
-            positions = np.sort(chance.choice(len(self), count, replace=False, shuffle=False))
+        chance = np.random.default_rng(seed)
+        positions = np.sort(chance.choice(len(self), min(count, len(self)), replace=False, shuffle=False))
         sample_nK = np.empty((len(positions), self.dim), dtype=np.float32)
         cuts = np.searchsorted(positions, self._shard_rows * np.arange(1, len(self._paths)))
         for path, drawn, rows_nK in zip(self._paths, np.split(positions, cuts), np.split(sample_nK, cuts), strict=True):

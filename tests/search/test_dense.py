@@ -51,6 +51,7 @@ def clustered(count: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "_BLOCK_BYTES", 1)  # the least: 1,024 rows
+    monkeypatch.setattr(dense, "_QUERIES_AT_ONCE", 700)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 50])
@@ -67,7 +68,7 @@ def test_ranks_as_a_plain_sort_does_with_ties_by_position(tmp_path: Path, k: int
     assert scores.shape == (40, min(k, 50))
 
 
-@pytest.mark.parametrize(("queries", "dim"), [(90, 3), (1501, 96)], ids=["dot products", "matrix products"])
+@pytest.mark.parametrize(("queries", "dim"), [(90, 3), (1501, 192)], ids=["dot products", "matrix products"])
 def test_ties_keep_their_order_across_shards_and_blocks(
     tmp_path: Path, small_blocks: None, queries: int, dim: int
 ) -> None:
@@ -78,7 +79,6 @@ def test_ties_keep_their_order_across_shards_and_blocks(
     queries_QK[0] = passages[0]
     _, positions = search_exact(shards_of(tmp_path, passages, 1024), queries_QK, 20)
     np.testing.assert_array_equal(positions, plain(queries_QK @ passages.T, 20))
-    assert positions[0, :12].tolist() == [0, *range(1020, 1030), 2499] or dim == 3
 
 
 def test_equals_a_sort_in_double_precision_with_duplicates_on_both_sides_of_a_border(
