@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 import platform
 import subprocess
 import tempfile
@@ -16,13 +17,16 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 HEADERS = Path(__file__).parent  # products.h and vectors.h
 _PATIENCE = 600.0  # seconds that another process may take to build a library
+
+# A forked child has none of PyTorch's OpenMP threads, which the libraries share, and would wait for them for ever.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 @lru_cache
