@@ -73,11 +73,11 @@ def variants() -> list[Variant]:
 
 
 def _score_variants() -> Iterator[Variant]:
-    """Products are float32, whatever the inputs; only the gradients' operands are in their precision."""
+    """Products are float32, whatever the inputs; the gradients' operands are float32 too, but for bfloat16 inputs."""
     for dims, ids, excluded in ((3, False, False), (3, True, False), (3, True, True), (5, True, False)):
         options = {"M": dims, "HAS_IDS": ids, "HAS_EXCLUDED": excluded}
         along, down = cuda.tile_shapes(dims, excluded)
-        for kernel, tile, precisions in (("rows", along, ("fp32",)), ("gradients", down, _PRECISIONS)):
+        for kernel, tile, precisions in (("rows", along, ("fp32",)), ("gradients", down, ("bf16", "fp32"))):
             blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
             for precision in precisions:
                 yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"])
