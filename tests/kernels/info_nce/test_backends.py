@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drama_dist.kernels import Backend, info_nce, native, select_backend
 from drama_dist.kernels.info_nce import backends
+from drama_dist.kernels.info_nce.eager import EagerTiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -80,6 +81,15 @@ def test_a_backend_refuses_vectors_that_it_does_not_take(monkeypatch: pytest.Mon
             info_nce(queries.double(), passages.double(), positives, temperature=0.1, backend=name)
 
 
+def test_a_second_backend_of_a_device_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = backends._Entry(("cpu",), (torch.float64,), lambda: EagerTiles)
+    monkeypatch.setattr(backends, "_BACKENDS", {"second": second, **backends._BACKENDS})
+    assert select_backend(CPU, torch.float64).name == backends.named_backend("second", CPU, torch.float64).name
+    assert select_backend(CPU, torch.float32).name == "cpu"
+    with pytest.raises(ValueError, match="backend='second' takes float64 on cpu, .*: got torch.float32 on cpu"):
+        backends.named_backend("second", CPU, torch.float32)
+
+
 class Held(TorchDispatchMode):
     """Bytes of all storages that operations made and that are still there, at their most."""
 
@@ -110,7 +120,7 @@ def test_no_more_is_held_than_it_says(backend: Backend, rows: int, columns: int)
         info_nce(queries, passages, positives, temperature=0.1, dims=(96, 32), passage_ids=ids, backend=backend.name)
     said = backend.held_bytes(rows, columns, (96, 32), torch.get_num_threads())
     assert said / 2 < held.peak <= said
-    assert backend.chunk_rows(rows, columns, (96, 32))[0] * columns * 4 * 2 < said
+    assert backend.chunks(rows, columns, (96, 32))[0].stop * columns * 4 * 2 < said
 
 
 def test_memory_grows_with_columns_and_not_with_rows() -> None:
