@@ -47,16 +47,16 @@ class CUDATiles:
         """See Backend: a chunk's products, its sums by share, gradients; any threads."""
         count = len(dims)
         chunk = cls.chunking.largest(rows, columns, count)
-        along, down = (BY_ROWS, BY_COLUMNS) if count <= _MOST_DIMS else (BY_ROWS_SMALL, BY_COLUMNS_SMALL)
+        along, down = tile_shapes(count, excluded=False)
         products = count * chunk * (columns + _ALIGNMENT)
-        # Of each share of the columns its maximum and sum, and what is made of them; then the norms' terms.
+        # Each share's maxima and sums, and what is made of them; later, in their place, the norms' terms.
         shares = _shares(columns, triton.cdiv(chunk, along["BLOCK_R"]), along["BLOCK_C"])[0]
         blocks = triton.cdiv(columns, down["BLOCK_C"])
         row_shares = _shares(chunk, blocks, down["BLOCK_R"])[0]
-        sums = (5 * shares + 1) * count * chunk
-        terms = blocks * count * chunk + (row_shares + 1) * count * columns
+        sums = 4 * shares * count * chunk
+        terms = blocks * count * chunk + row_shares * count * columns
         ids = 10 * (rows + columns)  # int64 while they are ranked
-        of_vectors = (rows + columns) * (2 * max(dims) + 3 * count)
+        of_vectors = (rows + columns) * (2 * max(dims) + 3 * count) + 8 * count * chunk
         return 4 * (products + max(sums, terms) + ids + of_vectors)
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
