@@ -34,7 +34,7 @@ setup(
         "gguf>=0.19",
         "jinja2>=3.1",
         "matplotlib>=3.10",
-        "ninja>=1.11",
+        "ninja>=1.11",  # DeepSpeed builds its ops with it
         "numpy>=2.0",
         "psutil>=6.0",
         "pydantic>=2.10",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 import platform
 import subprocess
 import tempfile
@@ -16,13 +17,17 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 HEADERS = Path(__file__).parent  # products.h and vectors.h
+_COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 _PATIENCE = 600.0  # seconds that another process may take to build a library
+
+# A forked child has none of PyTorch's OpenMP threads, which the libraries share, and would wait for them for ever.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 @lru_cache
@@ -71,27 +76,28 @@ def _as_c(value: torch.Tensor | float) -> ctypes.c_void_p | ctypes.c_float | cty
 def _build(source: Path, openmp: bool) -> Path:
     from torch.utils import cpp_extension
 
-    # A cache folder may be shared by machines with other CPUs, and by other versions of the source.
+    # A cache folder may be shared by machines with other CPUs, and by other versions of the source and the flags.
     cpu = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
     texts = b"".join(path.read_bytes() for path in [source, *sorted(HEADERS.glob("*.h"))])
-    name = f"drama_{source.stem}_{hashlib.sha256(flags.encode() + texts).hexdigest()[:12]}"
+    command = [cpp_extension.get_cxx_compiler(), *_COMPILE, *(["-fopenmp"] if openmp else [])]
+    key = "\0".join([flags, *command]).encode() + texts
+    name = f"drama_{source.stem}_{hashlib.sha256(key).hexdigest()[:12]}"
     built = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
     if not _is_whole(built):
         with _alone_in(built.parent):
             if not _is_whole(built):
-                _compile(cpp_extension.get_cxx_compiler(), source, built, openmp)
+                _compile(command, source, built)
     return built
 
 
-def _compile(compiler: str, source: Path, built: Path, openmp: bool) -> None:
+def _compile(command: list[str], source: Path, built: Path) -> None:
     """Write the library and, first, its digest; RuntimeError with the compiler's first complaint."""
     # OpenMP's symbols are left to PyTorch, which has loaded its own: linked to a second, they would fight for cores.
-    flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", *(["-fopenmp"] if openmp else [])]
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
-        _run(compiler, *flags, f"-I{HEADERS}", "-c", str(source), "-o", str(compiled))
-        _run(compiler, "-shared", str(compiled), "-o", str(linked))
+        _run(*command, f"-I{HEADERS}", "-c", str(source), "-o", str(compiled))
+        _run(command[0], "-shared", str(compiled), "-o", str(linked))
         _digest_file(built).write_text(_digest(linked), "utf-8")
         linked.replace(built)
 

@@ -43,7 +43,7 @@ class Finding:
     install: str = ""
 
 
-_COMPILER = "a C++ compiler with OpenMP (Debian: apt-get install g++) and ninja (pip install ninja)"
+_COMPILER = "a C++ compiler with OpenMP (Debian: apt-get install g++)"
 _CUDA = "a machine with an NVIDIA GPU and a CUDA build of PyTorch; then pip install '.[cuda]'"
 _FAISS = "pip install '.[cpu]' (faiss-cpu), or '.[cuda]' (faiss-gpu-cu12)"
 CHECKS = (
@@ -57,7 +57,6 @@ CHECKS = (
         "nothing here: take a processor with AVX512-BF16 or AMX, or a GPU",
     ),
     Check("C++ compiler", probes.compiler, "see loss, attention and layers below", _COMPILER),
-    Check("ninja", probes.ninja, "see loss, attention and layers below", "pip install ninja"),
     Check("loss on the CPU", probes.loss, "backend eager: PyTorch operations, more time and memory", _COMPILER),
     Check(
         "attention on the CPU",

@@ -92,12 +92,6 @@ def compiler() -> str:
     return _first_line(_command(name, "--version"))
 
 
-def ninja() -> str:
-    """The ninja of this environment."""
-    package = importlib.import_module("ninja")
-    return _first_line(_command(str(Path(package.BIN_DIR) / "ninja"), "--version"))
-
-
 def flash_attention() -> str:
     """Packed attention of one sequence on the GPU: flash-attn's, or PyTorch's own where that is not installed."""
     import torch

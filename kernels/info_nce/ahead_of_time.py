@@ -36,6 +36,14 @@ _ALIGNED = {"stride", "dim_stride", "vector_stride", "width", "rows_per_split", 
 _INTEGERS = {*_ALIGNED, "rows", "columns", "excluded_count"}
 _INPUTS = {"vectors_ptr", "upstream_ptr", "result_ptr"}
 _INTEGER_POINTERS = {"positives_ptr", "positive_ids_ptr", "passage_ids_ptr", "excluded_ptr", "left_out_ptr"}
+_OPTIONS = (  # of the score kernels: dims, ids, excluded ids
+    (3, False, False),
+    (3, True, False),
+    (3, True, True),
+    (5, True, False),
+    (5, True, True),
+    (1, False, False),
+)
 _STAGES = 3  # of software pipelining: Triton's default
 
 
@@ -68,16 +76,16 @@ class Compiled:
 
 
 def variants() -> list[Variant]:
-    """What cuda.py ships: every kernel and shape, each kernel's simplest first."""
+    """A selection of what cuda.py can compile: every kernel and tile, few and many dims; each kernel's usual one first."""
     return [*_score_variants(), *_norm_variants()]
 
 
 def _score_variants() -> Iterator[Variant]:
-    """Products are float32, whatever the inputs; only the gradients' operands are in their precision."""
-    for dims, ids, excluded in ((3, False, False), (3, True, False), (3, True, True), (5, True, False)):
+    """Products are float32, whatever the inputs; the gradients' operands are float32 too, but for bfloat16 inputs."""
+    for dims, ids, excluded in _OPTIONS:
         options = {"M": dims, "HAS_IDS": ids, "HAS_EXCLUDED": excluded}
         along, down = cuda.tile_shapes(dims, excluded)
-        for kernel, tile, precisions in (("rows", along, ("fp32",)), ("gradients", down, _PRECISIONS)):
+        for kernel, tile, precisions in (("rows", along, ("fp32",)), ("gradients", down, ("bf16", "fp32"))):
             blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
             for precision in precisions:
                 yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"])

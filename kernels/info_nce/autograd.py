@@ -81,19 +81,17 @@ def _over_chunks(
 
 
 def _in_range(vectors_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The vectors, rows with very large values, and all of float16, brought to values below 1 by powers of two, which
-    leaves the scores as they are; and the powers, R × 1, None where nothing was to be done.
+    """Scale rows that have very large values to values below 1, by powers of two, which does not change the scores.
 
-    float16 does not hold the gradients' operands for vectors much shorter than 1.
+    Returns the vectors and the powers, R × 1; the powers are None where no row was scaled.
     """
-    narrow = vectors_RK.dtype == torch.float16
     precision = torch.promote_types(vectors_RK.dtype, torch.float32)
     # The norm of all vectors together is what is known fastest, and no value is larger.
-    if not narrow and not float(torch.linalg.vector_norm(vectors_RK, dtype=precision)) > _LARGE:
+    if not float(torch.linalg.vector_norm(vectors_RK, dtype=precision)) > _LARGE:
         return vectors_RK, None
     largest_R1 = torch.linalg.vector_norm(vectors_RK, torch.inf, dim=1, keepdim=True, dtype=precision)
     powers_R1 = torch.frexp(largest_R1).mantissa / largest_R1  # exact: a power of two can be represented
-    powers_R1.masked_fill_(largest_R1 <= (0 if narrow else _LARGE), 1)
+    powers_R1.masked_fill_(largest_R1 <= _LARGE, 1)
     return (vectors_RK * powers_R1).to(vectors_RK.dtype), powers_R1
 
 

@@ -1,6 +1,6 @@
 """Which implementation of the loss runs where: decided here for the loss, the plan and the doctor.
 
-Four there are: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
+There are four: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
 precision), `cpu` (C++ compiled for this CPU) and `cuda` (Triton kernels between cuBLAS' products).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,9 +17,6 @@ import torch
 from drama_dist.kernels.info_nce import cpu
 from drama_dist.kernels.info_nce.eager import EagerTiles
 from drama_dist.kernels.info_nce.tiles import Tiles
-
-NAMES = ("auto", "reference", "eager", "cpu", "cuda")
-_COMPILED_FOR = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,6 @@ class Backend:
         """The chunks, in order."""
         return list(self.tiles.chunking.slices(rows, columns, len(dims)))
 
-    def chunk_rows(self, rows: int, columns: int, dims: Sequence[int]) -> list[int]:
-        """How many rows each chunk has."""
-        return [chunk.stop - chunk.start for chunk in self.chunks(rows, columns, dims)]
-
     def held_bytes(self, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
         """What a call holds at most beside its float32 inputs, with the mask of passage ids; threads: PyTorch's.
 
@@ -50,40 +43,8 @@ class Backend:
         return self.tiles.held_bytes(rows, columns, tuple(sorted(dims)), threads)
 
 
-_EAGER, _CPU = Backend("eager", EagerTiles), Backend("cpu", cpu.CPUTiles)
-
-
-def select_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest that takes vectors of a precision on a device.
-
-    `cuda` on CUDA and `cpu` on CPUs, in float32, bfloat16 and float16; else `eager`: in float64, on other devices,
-    and, with one warning, on CUDA without Triton and on CPUs without a C++ compiler.
-    """
-    if dtype in _COMPILED_FOR and device.type == "cuda":
-        return _cuda() or _EAGER
-    if dtype in _COMPILED_FOR and device.type == "cpu" and cpu.extension() is not None:
-        return _CPU
-    return _EAGER
-
-
-def named_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of that name, or the one selected for `auto`; ValueError where it does not take such vectors."""
-    if name == "auto":
-        return select_backend(device, dtype)
-    if name == "eager":
-        return _EAGER
-    interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, on CPUs, for tests
-    backend = select_backend(torch.device(name), dtype)
-    if backend.name != name or (device.type != name and not interpreted):
-        raise ValueError(
-            f"backend={name!r} takes float32, bfloat16 and float16 on {name}, where its kernels compile: got {dtype} "
-            f"on {device.type}; backend='auto' takes what fits"
-        )
-    return backend
-
-
 @cache
-def _cuda() -> Backend | None:
+def _cuda() -> type[Tiles] | None:
     """None, with a warning, without Triton."""
     try:
         from drama_dist.kernels.info_nce.cuda import CUDATiles
@@ -94,4 +55,58 @@ def _cuda() -> Backend | None:
             stacklevel=3,
         )
         return None
-    return Backend("cuda", CUDATiles)
+    return CUDATiles
+
+
+def _cpu() -> type[Tiles] | None:
+    """None, with a warning, without a C++ compiler."""
+    return None if cpu.extension() is None else cpu.CPUTiles
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What vectors a backend takes, and its tiles; load gives None where they cannot be had on this machine."""
+
+    devices: tuple[str, ...]  # none: every device
+    dtypes: tuple[torch.dtype, ...]
+    load: Callable[[], type[Tiles] | None]
+
+    def takes(self, device: str, dtype: torch.dtype) -> bool:
+        return dtype in self.dtypes and (not self.devices or device in self.devices)
+
+
+_COMPILED_FOR = (torch.float32, torch.bfloat16, torch.float16)
+_BACKENDS = {  # the fastest first; the last takes all vectors
+    "cuda": _Entry(("cuda",), _COMPILED_FOR, _cuda),
+    "cpu": _Entry(("cpu",), _COMPILED_FOR, _cpu),
+    "eager": _Entry((), (torch.float64, *_COMPILED_FOR), lambda: EagerTiles),
+}
+NAMES = ("auto", "reference", *_BACKENDS)
+
+
+def select_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest that takes vectors of a precision on a device.
+
+    `cuda` on CUDA and `cpu` on CPUs, in float32, bfloat16 and float16; else `eager`: in float64, on other devices,
+    and, with one warning, on CUDA without Triton and on CPUs without a C++ compiler.
+    """
+    for name, entry in _BACKENDS.items():
+        if entry.takes(device.type, dtype) and (tiles := entry.load()) is not None:
+            return Backend(name, tiles)
+    raise ValueError(f"no backend of the loss takes {dtype} on {device.type}")
+
+
+def named_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of that name, or the one selected for `auto`; ValueError where it does not take such vectors."""
+    if name == "auto":
+        return select_backend(device, dtype)
+    entry = _BACKENDS[name]
+    interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, on CPUs, for tests
+    tiles = entry.load() if entry.takes(name if interpreted else device.type, dtype) else None
+    if tiles is None:
+        dtypes = ", ".join(str(each).removeprefix("torch.") for each in entry.dtypes)
+        raise ValueError(
+            f"backend={name!r} takes {dtypes} on {', '.join(entry.devices)}, where its kernels compile: got {dtype} "
+            f"on {device.type}; backend='auto' takes what fits"
+        )
+    return Backend(name, tiles)

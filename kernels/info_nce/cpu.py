@@ -221,14 +221,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="drama-tiles")
 
 
-def _begin_anew() -> None:
-    """A forked child has none of the threads: neither these, nor PyTorch's, for which its operations would wait."""
-    if _pool.cache_info().currsize:
-        _pool.cache_clear()
-        torch.set_num_threads(1)
-
-
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the threads
 
 
 def _strips(vectors: torch.Tensor, lane: int) -> torch.Tensor:

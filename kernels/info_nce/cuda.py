@@ -1,7 +1,7 @@
 """Tiles on a GPU: the library's matrix products on a chunk of rows, and Triton kernels for what is between them.
 
-float32, bfloat16 and float16 inputs; products and sums are float32, and float32 inputs multiplied as PyTorch is told to
-(TF32 where that is allowed). The same to the bit whenever it is run.
+float32, bfloat16 and float16 inputs; products and sums are float32, and float32 operands, which are those of float16's
+gradients too, multiplied as PyTorch is told to (TF32 where that is allowed). The same to the bit whenever it is run.
 Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 """
 
@@ -44,9 +44,20 @@ class CUDATiles:
 
     @classmethod
     def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
-        """See Backend: a chunk's products, sums, gradients; any threads."""
-        chunk = len(dims) * cls.chunking.largest(rows, columns, len(dims)) * (columns + _ALIGNMENT)
-        return 4 * chunk + 4 * (rows + columns) * (2 * max(dims) + 3 * len(dims))
+        """See Backend: a chunk's products, its sums by share, gradients; any threads."""
+        count = len(dims)
+        chunk = cls.chunking.largest(rows, columns, count)
+        along, down = tile_shapes(count, excluded=False)
+        products = count * chunk * (columns + _ALIGNMENT)
+        # Each share's maxima and sums, and what is made of them; later, in their place, the norms' terms.
+        shares = _shares(columns, triton.cdiv(chunk, along["BLOCK_R"]), along["BLOCK_C"])[0]
+        blocks = triton.cdiv(columns, down["BLOCK_C"])
+        row_shares = _shares(chunk, blocks, down["BLOCK_R"])[0]
+        sums = 4 * shares * count * chunk
+        terms = blocks * count * chunk + row_shares * count * columns
+        ids = 10 * (rows + columns)  # int64 while they are ranked
+        of_vectors = (rows + columns) * (2 * max(dims) + 3 * count) + 8 * count * chunk
+        return 4 * (products + max(sums, terms) + ids + of_vectors)
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
         self._inputs = tuple(side if side.stride(1) == 1 else side.contiguous() for side in (queries_BK, passages_NK))
@@ -136,7 +147,7 @@ class CUDATiles:
         return norms_MR
 
     def _finish(self, side: int, terms_MR: torch.Tensor, norms_MR: torch.Tensor, scale: float) -> torch.Tensor:
-        """The gradient of one side in the inputs' precision, divided last: weights alone stay in range of float16."""
+        """The gradient of one side in the inputs' precision."""
         vectors_RK = self._inputs[side]
         gradient_RK = torch.empty_like(self._products[side], dtype=vectors_RK.dtype)
         rows, width = gradient_RK.shape
@@ -174,10 +185,12 @@ class CUDATiles:
         return scores_MRN
 
     def _gradient_buffers(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """For what a chunk's gradients are multiplied from, in the inputs' precision; and for both sides' products."""
-        precision = self._inputs[0].dtype
-        scores = self._scores_MRN  # float32 operands may overwrite them
-        upstream = scores if precision == torch.float32 else torch.empty_like(scores, dtype=precision)
+        """For dL/dA of a chunk, bfloat16 for bfloat16 inputs and else float32; and for both sides' products.
+
+        float16 would not hold dL/dA of a short vector, nor of a long one whose first components are small.
+        """
+        halved = self._inputs[0].dtype == torch.bfloat16
+        upstream = torch.empty_like(self._scores_MRN, dtype=torch.bfloat16) if halved else self._scores_MRN
         return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
 
     def _documents(self) -> dict[str, torch.Tensor]:
@@ -232,7 +245,7 @@ def _shares(length: int, blocks: int, step: int) -> tuple[int, int]:
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, add: bool = False) -> None:
-    """In place: `result` (float32), or that much more, of operands in any precision."""
+    """Write left @ right to `result` (float32), or add it to what is there; operands of any precision."""
     wanted: dict[str, Any] = {"out_dtype": torch.float32}
     if left.dtype == torch.float32 or not left.is_cuda or torch.version.hip:  # no half precision that gives float32
         left, right, wanted = left.float(), right.float(), {}

@@ -18,7 +18,7 @@ from drama_dist.kernels.info_nce.backends import NAMES, named_backend
 from drama_dist.kernels.info_nce.problem import ColumnPart, Problem
 from drama_dist.kernels.info_nce.reference import info_nce_reference
 
-_LEAST_TEMPERATURE = 1e-6  # at lower ones float32 does not tell scores apart
+_LEAST_TEMPERATURE = 1e-6  # scores reach its inverse, and the steps of float32 are 1/16 there
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,14 +27,13 @@ class InfoNCE:
     """loss: differentiable scalar. per_dim: M contrastive losses, in the order of dims.
 
     At the largest dim: accuracy, the share of queries whose positive has the best score; margins, B: score(positive) −
-    score(best negative) in units of 1/temperature, NaN where a query has no negative; margin, their mean. masked: how
-    many (query, passage) pairs did not count.
+    score(best negative) in units of 1/temperature, NaN where a query has no negative. masked: how many (query, passage)
+    pairs did not count.
     """
 
     loss: torch.Tensor
     per_dim: torch.Tensor
     accuracy: torch.Tensor
-    margin: torch.Tensor
     margins: torch.Tensor
     masked: torch.Tensor
 
@@ -83,9 +82,8 @@ def info_nce(
         loss, per_dim, margins, masked = _contrast(queries, passages, float(temperature), problem, backend)
     has_negative = ~margins.isnan()
     accuracy = torch.where(has_negative, margins > 0, True).to(loss.dtype).mean()
-    margin = torch.where(has_negative, margins, 0).sum() / has_negative.sum().clamp_min(1)
     in_given_order = per_dim[[ascending.index(dim) for dim in dims]]
-    return InfoNCE(loss, in_given_order, accuracy, margin, margins, masked)
+    return InfoNCE(loss, in_given_order, accuracy, margins, masked)
 
 
 def _contrast(

@@ -19,7 +19,7 @@ def norms_kernel(
     norms_ptr,  # M x R
     rows,
     scale,
-    floor,  # of norms: up to it a vector is none
+    floor,  # a vector whose norm is not above it counts as zero
     DIMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):

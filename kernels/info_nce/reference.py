@@ -19,7 +19,7 @@ def info_nce_reference(
     problem: Problem,
     precision: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (loss, per-dim losses M, margins B, masked pairs), the loss differentiable as often as one likes.
+    """Return (loss, per-dim losses M, margins B, masked pairs), the loss differentiable any number of times.
 
     precision: of everything; less than float64 shows what plain PyTorch makes of the same inputs.
     """

@@ -148,7 +148,7 @@ def rows_kernel(
 @triton.jit
 def gradients_kernel(
     products_ptr,  # M x R x stride
-    upstream_ptr,  # M x R x stride, in the inputs' precision
+    upstream_ptr,  # M x R x stride: bfloat16 for bfloat16 inputs, else float32
     stride,
     dim_stride,
     rows,

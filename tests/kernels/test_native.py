@@ -71,3 +71,14 @@ def test_headers_are_part_of_the_name(source: Path, tmp_path: Path, monkeypatch:
         assert compiled is not None and compiled.drama_answer() == value
     native.library.cache_clear()
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 2
+
+
+def test_flags_are_part_of_the_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write_text('extern "C" int drama_answer() { return VALUE; }\n', "utf-8")
+    for value, openmp in ((4, False), (5, False), (5, True)):
+        monkeypatch.setattr(native, "_COMPILE", ("-fPIC", f"-DVALUE={value}"))
+        native.library.cache_clear()
+        compiled = native.library(source, "no answer", openmp)
+        assert compiled is not None and compiled.drama_answer() == value
+    native.library.cache_clear()
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 3

@@ -52,13 +52,13 @@ def test_without_a_compiler_the_doctor_says_so_and_names_what_goes_on(tmp_path: 
     with_all = findings()
     assert list(with_all) == [check.name for check in CHECKS]
     needs = ["C++ compiler", "loss on the CPU", "attention on the CPU", "layers on the CPU"]
-    assert all(with_all[name].there for name in [*needs, "DeepSpeed", "faiss", "ninja"])
+    assert all(with_all[name].there for name in [*needs, "DeepSpeed", "faiss"])
     found = findings(PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert not any(found[name].there for name in needs)
     assert "c++" in found["C++ compiler"].found
     assert "the loss goes on with slower PyTorch operations" in found["loss on the CPU"].found
     assert "g++" in found["loss on the CPU"].install
-    assert found["ninja"].there and found["cores"].there
+    assert found["cores"].there
 
 
 def test_a_command_that_is_there_and_fails_is_not_counted_as_there(

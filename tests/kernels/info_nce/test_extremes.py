@@ -68,6 +68,16 @@ def test_short_vectors_have_the_gradients_of_long_ones(backend: str, dtype: torc
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
+@every_backend_and_dtype
+def test_a_short_prefix_has_the_gradients_of_a_long_one(backend: str, dtype: torch.dtype) -> None:
+    """The first dim's components are much smaller than the rest: its gradients are large, and float16 holds them."""
+    queries, passages, positives = sides_of(backend, dtype)
+    queries[:, : min(DIMS)] *= 5e-3
+    passages[:, : min(DIMS)] *= 5e-3
+    gradients = assert_as_the_reference(backend, queries, passages, positives)
+    assert float(gradients[0].abs().max()) > 100
+
+
 @pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 def test_the_smallest_of_float16_give_no_nan(backend: str) -> None:
     queries, passages, positives = sides_of(backend, torch.float16)
