@@ -21,7 +21,7 @@ from drama_dist.records import Example
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
-from drama_dist.train.batches import batches, texts_of
+from drama_dist.train.batches import batches, check_batch_size, texts_of
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.token_lengths import token_lengths
@@ -36,8 +36,7 @@ def train_encoder(
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
     """
     train = settings.train
-    if train.batch_size < ranks.world_size():
-        raise ValueError(f"train.batch_size={train.batch_size} for {ranks.world_size()} ranks: each needs a query")
+    check_batch_size(examples, train.batch_size, ranks.world_size())
     step = TrainingStep(start, train)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
