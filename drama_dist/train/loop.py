@@ -24,6 +24,7 @@ from drama_dist.settings import Settings
 from drama_dist.train.batches import batches, check_batch_size, texts_of
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.telemetry import Telemetry
+from drama_dist.train.term import joined
 from drama_dist.train.token_lengths import token_lengths
 
 
@@ -65,13 +66,8 @@ def _run_steps(
         began = time.monotonic()
         result = training_step(texts_of(next(order), table), learning_rate)
         objective, cost = result.objective, telemetry.figures(result, time.monotonic() - began)
-        figures = {
-            "loss": objective.loss,
-            **objective.figures,
-            "learning_rate": learning_rate,
-            "gradient_norm": result.gradient_norm,
-            **cost,
-        }
+        of_optimiser = {"learning_rate": learning_rate, "gradient_norm": result.gradient_norm}
+        figures = joined({"loss": objective.loss}, objective.figures, of_optimiser, cost)
         telemetry.write(step + 1, figures, objective)
         return StepReport(figures, _progress(figures))
 

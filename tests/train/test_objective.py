@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from drama_dist.settings import EncoderSettings, TrainSettings
@@ -38,6 +39,12 @@ def test_terms_add_up_by_their_weights() -> None:
     torch.testing.assert_close(total.query_gradient_BK, plain.query_gradient_BK)
     torch.testing.assert_close(total.passage_gradient_NK, plain.passage_gradient_NK)
     assert total.figures == {"first": 1.0, "second": 3.0} and set(total.distributions) == {"firsts", "seconds"}
+
+
+def test_two_terms_figures_of_one_name_are_an_error() -> None:
+    same = [(1.0, SumOfSquares("squares", 1.0)), (1.0, SumOfSquares("squares", 2.0))]
+    with pytest.raises(ValueError, match="two figures of a training step are named squares"):
+        Objective(same)(batch())
 
 
 def test_another_term_leaves_the_figures_of_info_nce() -> None:
