@@ -55,7 +55,12 @@ def _run_steps(
 ) -> None:
     train = settings.train
     schedule = Schedule(
-        train.steps, train.learning_rate, train.warmup_share, train.checkpoint_every, train.keep_checkpoints
+        train.steps,
+        train.learning_rate,
+        train.warmup_share,
+        train.checkpoint_every,
+        train.keep_checkpoints,
+        keep_best=True,
     )
     loop = ResumableLoop(folder, training_step.engine, schedule)
     order = batches(examples, train.batch_size, train.hard_negatives, settings.seed, loop.first_step)
