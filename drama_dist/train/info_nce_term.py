@@ -56,9 +56,9 @@ class InfoNCETerm:
 
     @cached_property
     def _agreed_backend(self) -> str:
-        """Ranks merge their parts chunk by chunk, and backends have different chunks: eager where any rank has no other.
+        """The backend of parts, which ranks merge chunk by chunk: each backend has its own chunks, so all take one.
 
-        Every rank must ask for it.
+        Eager where a rank has no other. Every rank must ask for it.
         """
         name = select_backend(ranks.device(), torch.float32).name
         return "eager" if any(ranks.on_every_rank(int(name == "eager"))) else name

@@ -18,7 +18,9 @@ from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder, open_stage
 
-SCHEDULE = Schedule(steps=7, learning_rate=0.01, warmup_share=0.3, checkpoint_every=3, keep_checkpoints=1, keep_best=True)
+SCHEDULE = Schedule(
+    steps=7, learning_rate=0.01, warmup_share=0.3, checkpoint_every=3, keep_checkpoints=1, keep_best=True
+)
 
 
 @pytest.fixture(autouse=True)
