@@ -27,7 +27,7 @@ def traffic_per_step(cost: StepCost) -> dict[str, int]:
 
 
 def _deepspeed(cost: StepCost) -> dict[str, int]:
-    """DeepSpeed 0.19.8: stages 1 and 2 all-reduce buckets too, and keep one part; weights are gathered after the update.
+    """DeepSpeed 0.19.8: stages 1 and 2 all-reduce buckets too, and keep a part; weights are gathered after the update.
 
     Stage 3 gathers the weights for the first forward pass, and again for the backward pass, and scatters gradients;
     between chunks it keeps them.
