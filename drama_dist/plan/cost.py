@@ -1,8 +1,9 @@
 """What one rank's training step costs, from its shapes: parameters, memory by part, operations. Traffic: traffic.py.
 
 Memory is an estimate in simple terms, each named beside what it stands for; where it differs from what the code
-allocates it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
-measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python objects.
+allocates it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU
+nothing was measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python
+objects.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class StepCost:
 
     @property
     def _embedding_bytes(self) -> int:
-        """Different tokens and, twice, texts' vectors, all with gradients; an index by token; token ids and positions."""
+        """Different tokens and, twice, texts' vectors, with gradients; an index by token; token ids and positions."""
         hidden, different = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
         integers = _INDEX * (self.config.vocab_size + 2 * self.tokens)
         return int(2 * self.weight_size * different * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
