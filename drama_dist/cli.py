@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
     plan.add_argument("--ranks", type=int, default=1, help="number of training processes (default 1)")
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, h200, a100-80g or a100-40g")
-    plan.add_argument("--vocabulary", type=int, help="the LLM's vocabulary size, if its configuration is not here")
+    plan.add_argument(
+        "--vocabulary", type=int, help="how many tokens the LLM's vocabulary has, if its configuration is not here"
+    )
     plan.add_argument("--head", type=int, help="the LLM's head size, to go with --vocabulary")
     doctor = verbs.add_parser(
         "doctor", help="check what this machine offers", description="Check what this machine offers."

@@ -1,4 +1,4 @@
-"""The optimiser step, over any number of ranks: a DeepSpeed engine behind a small face.
+"""The optimiser step, over any number of ranks: a DeepSpeed engine behind a small interface.
 
 Covers building the engine (ZeRO 0 to 3, bf16 with float32 master weights, AdamW, clipping), the
 learning-rate schedule, and what a checkpoint holds, whatever the ranks or ZeRO stage. Does not know

@@ -23,7 +23,7 @@ from drama_dist.run.progress import progress_bar
 class Schedule:
     """How many steps, their learning rates (see `learning_rate_at`), and after how many a checkpoint is saved.
 
-    keep_checkpoints: how many of the newest stay, beside the one with the least loss.
+    keep_checkpoints: how many of the newest stay; keep_best: beside them the one with the least loss.
     """
 
     steps: int
@@ -31,6 +31,7 @@ class Schedule:
     warmup_share: float
     checkpoint_every: int
     keep_checkpoints: int
+    keep_best: bool
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class ResumableLoop:
     def run(self, label: str, do_step: Callable[[int, float], StepReport]) -> None:
         """Call do_step(step, learning rate) for every step, which updates the weights.
 
-        Called inside `interrupts.deferred`: raises Stopped after the step in which a signal asked for it, with a
-        checkpoint saved. In the last step the signal is left to the end of `deferred`.
+        Called inside `interrupts.deferred`, which lasts until the stage has saved its result: raises Stopped after the
+        step in which a signal asked for it, with a checkpoint saved. After the last step no checkpoint is saved, and a
+        signal is left to the end of `deferred`.
         """
         schedule = self._schedule
         losses: list[float] = []  # since the last checkpoint
@@ -67,11 +69,14 @@ class ResumableLoop:
                 bar.set_postfix_str(report.progress, refresh=False)
                 bar.update(1)
                 losses.append(report.figures["loss"])
-                stopping, last = interrupts.wanted(), done == schedule.steps
-                if stopping or (done % schedule.checkpoint_every == 0 and not last):
-                    self._engine.save(self._checkpoints, done, loss=mean(losses))
+                if done == schedule.steps:
+                    break
+                stopping = interrupts.wanted()
+                if stopping or done % schedule.checkpoint_every == 0:
+                    facts = {"loss": mean(losses)} if schedule.keep_best else {}
+                    self._engine.save(self._checkpoints, done, **facts)
                     losses = []
-                if stopping and not last:
+                if stopping:
                     self._checkpoints.wait()
                     raise interrupts.Stopped(f"{label}: saved after step {done}")
         self._checkpoints.wait()

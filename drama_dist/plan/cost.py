@@ -1,8 +1,9 @@
 """What one rank's training step costs, from its shapes: parameters, memory by part, operations. Traffic: traffic.py.
 
-Memory is a bound in simple terms, each named beside what it stands for; where it differs from what the code allocates
-it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU nothing was
-measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python objects.
+Memory is an estimate in simple terms, each named beside what it stands for; where it differs from what the code
+allocates it is mostly larger. On two CPU cores it was 0.94 to 1.10 of what steps held (benchmarks/plan.py); on a GPU
+nothing was measured. Does not cover what libraries hold (CUDA's context, NCCL's buffers), nor a batch's texts as Python
+objects.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class StepCost:
         return SINGLE if self.dtype == "float32" else SINGLE // 2
 
     @property
-    def word_parameters(self) -> int:
+    def embedding_parameters(self) -> int:
         return int(self.config.vocab_size * self.config.hidden_size)
 
     @property
@@ -69,7 +70,7 @@ class StepCost:
 
     @property
     def parameters(self) -> int:
-        return self.word_parameters + self.layer_parameters
+        return self.embedding_parameters + self.layer_parameters
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -139,7 +140,7 @@ class StepCost:
 
     @property
     def state(self) -> Memory:
-        """Weights and optimiser, held all the time; with ZeRO 3 a place for this rank's gradients, too."""
+        """Weights and optimiser, held all the time; with ZeRO 3 a buffer for this rank's gradients, too."""
         count, stage = self.parameters, self.train.zero_stage
         split = largest_share(count, self.ranks)
         optimiser = 3 * SINGLE * split if stage else 2 * SINGLE * count  # moments; with ZeRO float32 weights, too
@@ -194,10 +195,10 @@ class StepCost:
 
     @property
     def _embedding_bytes(self) -> int:
-        """Different words and, twice, texts' vectors, all with gradients; places of words; token ids and positions."""
-        hidden, words = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
+        """Different tokens and, twice, texts' vectors, with gradients; an index by token; token ids and positions."""
+        hidden, different = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
         integers = _INDEX * (self.config.vocab_size + 2 * self.tokens)
-        return int(2 * self.weight_size * words * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
+        return int(2 * self.weight_size * different * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
 
     @property
     def _loss_parts(self) -> Memory:
@@ -218,17 +219,21 @@ class StepCost:
 
     @property
     def _update_bytes(self) -> int:
-        """Gradients of the rank's own part, and the largest of what is made of them."""
-        size, stage, count, words = self.weight_size, self.train.zero_stage, self.parameters, self.word_parameters
+        """Gradients of the rank's part, and the largest of what is made of them."""
+        size, stage = self.weight_size, self.train.zero_stage
+        count, embeddings = self.parameters, self.embedding_parameters
         if stage == 0:
             return 2 * size * count  # DeepSpeed lays them side by side before it reduces them, even on one rank
         split = largest_share(count, self.ranks)
-        made = [size * words, 0 if self.offloaded_bytes else (SINGLE + 2) * split]  # in float32, and as new weights
+        made = [
+            size * embeddings,
+            0 if self.offloaded_bytes else (SINGLE + 2) * split,
+        ]  # in float32, and as new weights
         if stage == 3:
             return max(made)
-        made += [8 * min(split, words)]  # for a norm, in float64
+        made += [8 * min(split, embeddings)]  # for a norm, in float64
         made += [size * count] if self.device.is_cpu and self.ranks > 1 else []  # gloo copies what it gathers
-        return size * min(count, split + words) + max(made)  # a matrix of which another rank has a part is whole
+        return size * min(count, split + embeddings) + max(made)  # a matrix of which another rank has a part is whole
 
 
 def passages_of_batch(train: TrainSettings) -> int:

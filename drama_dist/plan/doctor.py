@@ -38,7 +38,7 @@ class Finding:
 
     name: str
     there: bool
-    found: str
+    seen: str
     without: str = ""
     install: str = ""
 
@@ -130,8 +130,8 @@ def doctor(as_json: bool = False) -> None:
 def examine(checks: Sequence[Check] = CHECKS, seconds: float = _SECONDS) -> Iterator[Finding]:
     """Run checks one after another, each in a process of its own that may take so many seconds."""
     for check in checks:
-        there, found = _outcome(check.probe, seconds)
-        yield Finding(check.name, there, found, *(("", "") if there else (check.without, check.install)))
+        there, seen = _outcome(check.probe, seconds)
+        yield Finding(check.name, there, seen, *(("", "") if there else (check.without, check.install)))
 
 
 def lines(finding: Finding) -> str:
@@ -139,7 +139,7 @@ def lines(finding: Finding) -> str:
     column = max(len(check.name) for check in CHECKS) + 7
     margin = " " * column
     heading = f"{'yes' if finding.there else 'no '}  {finding.name}".ljust(column)
-    text = [textwrap.fill(finding.found, _WIDTH, initial_indent=heading, subsequent_indent=margin)]
+    text = [textwrap.fill(finding.seen, _WIDTH, initial_indent=heading, subsequent_indent=margin)]
     for lead, part in (("then: ", finding.without), ("to change that: ", finding.install)):
         if part:
             text.append(textwrap.fill(lead + part, _WIDTH, initial_indent=margin, subsequent_indent=f"{margin}  "))
@@ -157,8 +157,8 @@ def _outcome(probe: Callable[[], str], seconds: float) -> tuple[bool, str]:
     try:
         if not receiver.poll(seconds):
             return False, f"no answer in {seconds:g} s"
-        there, found = receiver.recv()
-        return bool(there), str(found)
+        there, seen = receiver.recv()
+        return bool(there), str(seen)
     except EOFError:
         process.join()
         return False, f"the check's process {_ending(process.exitcode)}"

@@ -59,7 +59,7 @@ def read_shape(settings: Settings) -> LlamaConfig:
 
 
 def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
-    """What pruning makes of an LLM with so many words and components of a head."""
+    """What pruning makes of an LLM with so many tokens and components of a head."""
     kept = settings.prune
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -75,7 +75,7 @@ def report(cost: StepCost) -> Iterator[str]:
     """Lines: what is planned, memory, traffic, operations and time."""
     yield f"Computed for rank 0 of {cost.ranks} on {cost.device.name} ({cost.device.source})."
     yield (
-        f"parameters  {cost.parameters / 1e6:.1f} million: words {cost.word_parameters / 1e6:.1f}, "
+        f"parameters  {cost.parameters / 1e6:.1f} million: embeddings {cost.embedding_parameters / 1e6:.1f}, "
         f"layers {cost.layer_parameters / 1e6:.1f}"
     )
     queries, passages = (f"{largest_share(count, cost.ranks)} of {count}" for count in cost.batch)
@@ -153,14 +153,14 @@ def _verdict(settings: Settings, cost: StepCost) -> Iterator[str]:
 
 def what_fits(settings: Settings, cost: StepCost) -> list[str]:
     """Settings that together make it fit, cheapest in time first, none without need; empty where nothing does."""
-    chosen: list[Change] = []
+    changes: list[Change] = []
     for change in _changes(cost):
-        chosen.append(change)
-        if _fits_with(settings, cost, chosen):
-            for earlier in chosen[-2::-1]:
-                rest = [other for other in chosen if other is not earlier]
-                chosen = rest if _fits_with(settings, cost, rest) else chosen
-            last = dict(chosen)
+        changes.append(change)
+        if _fits_with(settings, cost, changes):
+            for earlier in changes[-2::-1]:
+                rest = [other for other in changes if other is not earlier]
+                changes = rest if _fits_with(settings, cost, rest) else changes
+            last = dict(changes)
             return [f"--ranks {last[key]}" if key == "ranks" else f"train.{key}={last[key]}" for key in last]
     return []
 
@@ -211,10 +211,10 @@ def _lengths(settings: Settings, queries: int, passages: int) -> tuple[tuple[int
     return texts, "the limits encoder.max_query_tokens and max_passage_tokens: an upper bound"
 
 
-def _quantiles(counts: Sequence[int], edges: Sequence[float], number: int) -> list[int]:
+def _quantiles(histogram: Sequence[int], edges: Sequence[float], count: int) -> list[int]:
     """So many lengths that are spread like a histogram's."""
-    below = np.cumsum([0, *counts]) / sum(counts)
-    lengths = np.interp((np.arange(number) + 0.5) / number, below, edges)
+    below = np.cumsum([0, *histogram]) / sum(histogram)
+    lengths = np.interp((np.arange(count) + 0.5) / count, below, edges)
     return [max(1, round(length)) for length in lengths]
 
 

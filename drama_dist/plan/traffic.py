@@ -1,6 +1,6 @@
 """What a rank sends in a training step, by kind: the loss's vectors, and DeepSpeed's weights and gradients.
 
-Leaves out the figures that ranks exchange: some hundred bytes, and a number a query. Kinds, and how a collective is
+Leaves out the figures that ranks exchange: some hundred bytes, and one figure a query. Kinds, and how a collective is
 counted, are those of ranks.take_traffic: (W − 1) parts for all-gather and reduce-scatter, 2 (W − 1) / W for all-reduce.
 """
 
@@ -17,8 +17,8 @@ def traffic_per_step(cost: StepCost) -> dict[str, int]:
         return {}
     queries, passages = cost.batch
     gathered = queries if cost.gathers_queries else passages
-    own, vector = largest_share(gathered, cost.ranks), SINGLE * cost.config.hidden_size
-    there, back = (cost.ranks - 1) * own * vector, (gathered - own) * vector
+    share, vector = largest_share(gathered, cost.ranks), SINGLE * cost.config.hidden_size
+    there, back = (cost.ranks - 1) * share * vector, (gathered - share) * vector
     if not cost.gathers_queries:
         return {"passages": there, "passage gradients": back} | _deepspeed(cost)
     merged = SINGLE * queries * (1 + 3 * len(cost.encoder.dims))  # the best score; each dim's maximum, two sums

@@ -22,7 +22,6 @@ from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name
 from drama_dist.encoder.packing import Packed, pack
-from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import PruneSettings
 
@@ -32,7 +31,6 @@ _CHECKPOINT_EVERY = 25
 _KEEP_CHECKPOINTS = 1
 
 
-@interrupts.deferred()
 def heal(
     folder: StageFolder,
     student: LlamaForCausalLM,
@@ -43,8 +41,8 @@ def heal(
 ) -> LlamaForCausalLM:
     """Train the student in place on token id sequences; returns it in float32.
 
-    Resumes from the folder's checkpoints. Raises interrupts.Stopped where a signal asked for it, with a checkpoint
-    saved.
+    Resumes from the folder's checkpoints. Called inside `interrupts.deferred`: see ResumableLoop.run for what a signal
+    does.
     """
     dtype = agreed_dtype_name(AUTO)
     engine = Engine(student, OptimiserSettings(dtype, 1, weight_decay=0.0, gradient_clipping=1.0))
@@ -65,7 +63,9 @@ def heal(
         }
         return StepReport(figures, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
-    schedule = Schedule(shape.heal_steps, shape.heal_learning_rate, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS)
+    schedule = Schedule(
+        shape.heal_steps, shape.heal_learning_rate, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False
+    )
     ResumableLoop(folder, engine, schedule).run(f"{folder.name}: heal", do_step)
     student.float().load_state_dict(engine.full_weights(), strict=False)  # a tied head has no entry of its own
     return student

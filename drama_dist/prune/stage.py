@@ -22,6 +22,7 @@ from drama_dist.encoder.sources import model_fingerprint, resolve
 from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
+from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.runner import Run
@@ -36,7 +37,8 @@ def inputs(run: Run) -> dict[str, str]:
 def prune(run: Run, folder: StageFolder) -> None:
     """Prune the LLM: RUN/prune.
 
-    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape or dims do not fit it.
+    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape or dims do not fit it,
+    interrupts.Stopped after the step of healing in which a signal asked for it, with a checkpoint saved.
     """
     settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
@@ -44,11 +46,12 @@ def prune(run: Run, folder: StageFolder) -> None:
     sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
-    if settings.prune.heal_steps:
-        small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
-    if ranks.rank() == 0:
-        _save(folder.folder, small, tokenizer, settings.encoder, selection)
-    folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
+    with interrupts.deferred():
+        if settings.prune.heal_steps:
+            small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
+        if ranks.rank() == 0:
+            _save(folder.folder, small, tokenizer, settings.encoder, selection)
+        folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
 
 
 def _load(name: str, trust_remote_code: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:

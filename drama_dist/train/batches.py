@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,22 +42,31 @@ class TextBatch:
     relevance: Relevance
 
 
-def batches(
-    examples: Sequence[Example], batch_size: int, hard_negatives: float, seed: int, first_step: int = 0
-) -> Iterator[Batch]:
-    """Yield global batches without end, beginning with step `first_step`.
-
-    Every epoch is a new shuffle, and draws one positive for every example. No two queries of a batch have the same
-    drawn positive; an example that would is put off to the next batch. Where two epochs meet, an example may come
-    twice in a batch, with two of its positives. hard_negatives: per query; of a fraction, that share of the queries
-    gets one. Raises ValueError where there are too few examples.
-    """
+def check_batch_size(examples: Sequence[Example], batch_size: int, world_size: int) -> None:
+    """Raises ValueError where a batch has no query for each rank, or there are too few examples for a batch."""
+    if batch_size < world_size:
+        raise ValueError(
+            f"train.batch_size={batch_size} for {world_size} ranks: each needs a query; "
+            "raise the batch size or start fewer ranks"
+        )
     distinct = len({example.positives[0] for example in examples})
     if distinct < batch_size:
         raise ValueError(
             f"train.batch_size={batch_size}, but the examples have only {distinct} different first positives: "
             "lower the batch size or write more examples"
         )
+
+
+def batches(
+    examples: Sequence[Example], batch_size: int, hard_negatives: float, seed: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """Yield global batches without end, beginning with step `first_step`.
+
+    Every epoch is a new shuffle, and draws one positive for every example. No two queries of a batch have the same
+    drawn positive: an example whose positive is taken gets its next one that is free, and is put off to the next batch
+    where all are taken. Where two epochs meet, an example may come twice in a batch, with two of its positives.
+    hard_negatives: per query; of a fraction, that share of the queries gets one. See `check_batch_size` first.
+    """
     drawn_batches = itertools.islice(_drawn_batches(examples, batch_size, seed), first_step, None)
     for step, drawn in enumerate(drawn_batches, first_step):
         members = [(examples[index], positive) for index, positive in drawn]
@@ -91,13 +100,20 @@ def _drawn_batches(examples: Sequence[Example], batch_size: int, seed: int) -> I
         batch: dict[str, tuple[int, str]] = {}
         put_off: list[tuple[int, str]] = []
         while len(batch) < batch_size:
-            index, positive = waiting.popleft() if waiting else next(epochs)
-            if positive in batch:
-                put_off.append((index, positive))
+            index, drawn = waiting.popleft() if waiting else next(epochs)
+            positive = _free_positive(examples[index].positives, drawn, batch)
+            if positive is None:
+                put_off.append((index, drawn))
             else:
                 batch[positive] = index, positive
         waiting.extendleft(reversed(put_off))
         yield list(batch.values())
+
+
+def _free_positive(positives: Sequence[str], drawn: str, taken: Container[str]) -> str | None:
+    """The drawn positive or, going round from it, the next that is not taken; None where all are."""
+    begin = positives.index(drawn)
+    return next((positive for positive in (*positives[begin:], *positives[:begin]) if positive not in taken), None)
 
 
 def _epochs(examples: Sequence[Example], seed: int) -> Iterator[tuple[int, str]]:
@@ -112,7 +128,8 @@ def _batch(members: list[tuple[Example, str]], hard_negatives: float, generator:
     positives = []
     for example, positive in members:
         positives.append(columns.setdefault(positive, len(columns)))
-        generator.choice((positive,))  # takes the bits that drawing it here once took: a seed keeps its negatives
+        # Draws and discards: positives were once drawn here, so the same seed still gives the same negatives as before.
+        generator.choice((positive,))
         wanted = int(hard_negatives) + (generator.random() < hard_negatives % 1)
         for negative in generator.sample(example.negatives, min(wanted, len(example.negatives))):
             columns.setdefault(negative, len(columns))

@@ -10,12 +10,12 @@ Shapes: M dims, R rows of a chunk; the others as in term.py.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
 from drama_dist.distributed import ranks
-from drama_dist.kernels import ColumnPart, InfoNCE, info_nce
+from drama_dist.kernels import ColumnPart, InfoNCE, info_nce, select_backend
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.term import EmbeddedBatch, TermResult
 
@@ -53,6 +53,15 @@ class InfoNCETerm:
         if ranks.world_size() > 1 and gathers_queries(*counts, components, self.encoder, self.train):
             return self._with_queries_gathered(batch)
         return self._with_passages_gathered(batch)
+
+    @cached_property
+    def _agreed_backend(self) -> str:
+        """The backend of parts, which ranks merge chunk by chunk: each backend has its own chunks, so all take one.
+
+        Eager where a rank has no other. Every rank must ask for it.
+        """
+        name = select_backend(ranks.device(), torch.float32).name
+        return "eager" if any(ranks.on_every_rank(int(name == "eager"))) else name
 
     def _with_passages_gathered(self, batch: EmbeddedBatch) -> TermResult:
         relevance, excluded_ids_BE = batch.relevance, batch.relevance.excluded_ids_BE
@@ -93,6 +102,7 @@ class InfoNCETerm:
             passage_ids=relevance.passage_ids_N[columns],
             excluded_ids=relevance.excluded_ids_BE,
             part=ColumnPart(relevance.passage_ids_N[positives_B], max(counts), _merge),
+            backend=self._agreed_backend,
         )
         query_gradient_BK, passage_gradient_NK = torch.autograd.grad(result.loss, (queries_BK, passages_NK))
         return self._result(

@@ -21,9 +21,10 @@ from drama_dist.records import Example
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
-from drama_dist.train.batches import batches, texts_of
+from drama_dist.train.batches import batches, check_batch_size, texts_of
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.telemetry import Telemetry
+from drama_dist.train.term import joined
 from drama_dist.train.token_lengths import token_lengths
 
 
@@ -36,8 +37,7 @@ def train_encoder(
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
     """
     train = settings.train
-    if train.batch_size < ranks.world_size():
-        raise ValueError(f"train.batch_size={train.batch_size} for {ranks.world_size()} ranks: each needs a query")
+    check_batch_size(examples, train.batch_size, ranks.world_size())
     step = TrainingStep(start, train)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
@@ -55,7 +55,12 @@ def _run_steps(
 ) -> None:
     train = settings.train
     schedule = Schedule(
-        train.steps, train.learning_rate, train.warmup_share, train.checkpoint_every, train.keep_checkpoints
+        train.steps,
+        train.learning_rate,
+        train.warmup_share,
+        train.checkpoint_every,
+        train.keep_checkpoints,
+        keep_best=True,
     )
     loop = ResumableLoop(folder, training_step.engine, schedule)
     order = batches(examples, train.batch_size, train.hard_negatives, settings.seed, loop.first_step)
@@ -66,13 +71,8 @@ def _run_steps(
         began = time.monotonic()
         result = training_step(texts_of(next(order), table), learning_rate)
         objective, cost = result.objective, telemetry.figures(result, time.monotonic() - began)
-        figures = {
-            "loss": objective.loss,
-            **objective.figures,
-            "learning_rate": learning_rate,
-            "gradient_norm": result.gradient_norm,
-            **cost,
-        }
+        of_optimiser = {"learning_rate": learning_rate, "gradient_norm": result.gradient_norm}
+        figures = joined({"loss": objective.loss}, objective.figures, of_optimiser, cost)
         telemetry.write(step + 1, figures, objective)
         return StepReport(figures, _progress(figures))
 

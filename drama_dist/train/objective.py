@@ -1,6 +1,6 @@
 """The objective: a weighted sum of terms, and which terms the settings ask for.
 
-What a term is stands in term.py; each term is in a file of its own.
+Terms are defined in term.py; each has a file of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import reduce
 
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.info_nce_term import InfoNCETerm
-from drama_dist.train.term import EmbeddedBatch, Term, TermResult
+from drama_dist.train.term import EmbeddedBatch, Term, TermResult, joined
 
 WeightedTerm = tuple[float, Term]
 
@@ -42,6 +42,6 @@ def _added(total: TermResult, result: TermResult) -> TermResult:
         total.loss + result.loss,
         total.query_gradient_BK.add_(result.query_gradient_BK),
         total.passage_gradient_NK.add_(result.passage_gradient_NK),
-        total.figures | result.figures,
-        total.distributions | result.distributions,
+        joined(total.figures, result.figures),
+        joined(total.distributions, result.distributions),
     )

@@ -69,8 +69,9 @@ class Telemetry:
         for name, value in figures.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"train/{name}", value, step)
-        for dim, loss in figures["per_dim"].items():
-            self._writer.add_scalar(f"loss_by_dim/{dim}", loss, step)
+            elif name not in objective.distributions:
+                for key, part in value.items():
+                    self._writer.add_scalar(f"{name}/{key}", part, step)
         for name, values in objective.distributions.items():
             if values:
                 self._writer.add_histogram(f"train/{name}", np.array(values), step)
@@ -101,7 +102,8 @@ def matrix_product_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # the global one's state belongs to the training
+    left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(_REPEATS):
         began = time.perf_counter()

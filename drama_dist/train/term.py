@@ -1,4 +1,4 @@
-"""What a term of the objective is given, and what it answers.
+"""What a term of the objective is given, and what it returns.
 
 A term is an object with the one method of `Term`, in a file of its own beside this one; `objective_terms` in
 objective.py lists those that the settings ask for. A term sees embeddings and what every rank knows of the batch, and
@@ -45,7 +45,7 @@ class EmbeddedBatch:
 
 @dataclass(frozen=True)
 class TermResult:
-    """Gradients for this rank's embeddings, and what the log holds; whoever gets it may change the gradients in place.
+    """Gradients for this rank's embeddings, and what the log holds; the caller may change the gradients in place.
 
     loss, figures and distributions are of the global batch and the same on every rank; the gradients are those of the
     global loss. figures: numbers for a line of metrics.jsonl, under names that no other term has. distributions: many
@@ -57,6 +57,14 @@ class TermResult:
     passage_gradient_NK: torch.Tensor
     figures: dict[str, Any] = field(default_factory=dict)
     distributions: dict[str, list[float]] = field(default_factory=dict)
+
+
+def joined(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Figures (or distributions) of one step together. Raises ValueError where two have the same name."""
+    names = [name for part in parts for name in part]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two figures of a training step are named {', '.join(sorted(repeated))}: rename a term's")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 class Term(Protocol):

@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder, open_stage
 
-SCHEDULE = Schedule(steps=7, learning_rate=0.01, warmup_share=0.3, checkpoint_every=3, keep_checkpoints=1)
+SCHEDULE = Schedule(
+    steps=7, learning_rate=0.01, warmup_share=0.3, checkpoint_every=3, keep_checkpoints=1, keep_best=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,9 @@ def listening() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def run(folder: StageFolder, after: Callable[[int], object] = lambda step: None) -> dict[str, torch.Tensor]:
+def run(
+    folder: StageFolder, after: Callable[[int], object] = lambda step: None, schedule: Schedule = SCHEDULE
+) -> dict[str, torch.Tensor]:
     """Train a tiny module on random rows; `after` is told each step that is done, counted from 1."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
@@ -43,7 +48,7 @@ def run(folder: StageFolder, after: Callable[[int], object] = lambda step: None)
         return StepReport({"loss": float(loss.detach()), "learning_rate": learning_rate}, "")
 
     with interrupts.deferred():
-        ResumableLoop(folder, engine, SCHEDULE).run("tiny", do_step)
+        ResumableLoop(folder, engine, schedule).run("tiny", do_step)
     return engine.full_weights()
 
 
@@ -74,6 +79,12 @@ def test_steps_are_logged_at_their_rates_and_saved(whole: tuple[StageFolder, dic
     assert checkpoints(folder) == sorted({f"step-{best:07d}", "step-0000006"})
 
 
+def test_only_the_newest_checkpoint_stays_where_the_best_is_not_asked_for(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "newest")
+    run(folder, schedule=replace(SCHEDULE, checkpoint_every=1, keep_best=False))
+    assert checkpoints(folder) == ["step-0000006"]
+
+
 def test_a_failure_between_checkpoints_costs_their_steps_and_changes_nothing(
     whole: tuple[StageFolder, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -98,7 +109,7 @@ def test_a_failure_between_checkpoints_costs_their_steps_and_changes_nothing(
 def test_a_signal_saves_the_step_that_it_came_in(
     moment: int, whole: tuple[StageFolder, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """In the last step the loop ends, and what follows may still be done; the step is saved all the same."""
+    """In the last step the loop ends, and the stage saves its result: there is no checkpoint of that step."""
     folder, steps = open_folder(tmp_path / "stopped"), []
 
     def stop(step: int) -> None:
@@ -109,7 +120,8 @@ def test_a_signal_saves_the_step_that_it_came_in(
     message = "at the end of a stage" if moment == 7 else "tiny: saved after step 2"
     with pytest.raises(interrupts.Stopped, match=message):
         run(folder, stop)
-    assert steps == list(range(1, moment + 1)) and f"step-{moment:07d}" in checkpoints(folder)
+    assert steps == list(range(1, moment + 1))
+    assert (f"step-{moment:07d}" in checkpoints(folder)) == (moment == 2)
     weights = run(folder, steps.append)
-    assert steps == [1, 2, 3, 4, 5, 6, 7] and lines(folder) == lines(whole[0])
+    assert steps == [*range(1, moment + 1), *range(3 if moment == 2 else 7, 8)] and lines(folder) == lines(whole[0])
     assert all(torch.equal(weights[name], weight) for name, weight in whole[1].items())

@@ -34,11 +34,11 @@ def test_a_check_that_crashes_hangs_exits_or_raises_is_a_line_like_the_others() 
     )
     found = {finding.name: finding for finding in examine(checks)}
     assert found["crashes"] == Finding("crashes", False, "the check's process crashed: SIGABRT", "goes on", "mend it")
-    assert found["exits"].found == "the check's process ended with status 3"
-    assert found["raises"].found.startswith("ValueError: invalid literal for int()")
+    assert found["exits"].seen == "the check's process ended with status 3"
+    assert found["raises"].seen.startswith("ValueError: invalid literal for int()")
     assert found["works"] == Finding("works", True, platform.system())
     (hangs,) = examine([Check("hangs", partial(time.sleep, 60))], seconds=1)  # type: ignore[arg-type]
-    assert not hangs.there and hangs.found == "no answer in 1 s"
+    assert not hangs.there and hangs.seen == "no answer in 1 s"
 
 
 def test_a_finding_says_what_happens_instead_and_what_changes_that() -> None:
@@ -55,8 +55,8 @@ def test_without_a_compiler_the_doctor_says_so_and_names_what_goes_on(tmp_path: 
     assert all(with_all[name].there for name in [*needs, "DeepSpeed", "faiss"])
     found = findings(PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert not any(found[name].there for name in needs)
-    assert "c++" in found["C++ compiler"].found
-    assert "the loss goes on with slower PyTorch operations" in found["loss on the CPU"].found
+    assert "c++" in found["C++ compiler"].seen
+    assert "the loss goes on with slower PyTorch operations" in found["loss on the CPU"].seen
     assert "g++" in found["loss on the CPU"].install
     assert found["cores"].there
 

@@ -30,7 +30,7 @@ def test_the_papers_shape_has_its_parameters() -> None:
     settings = base()
     shape = pruned_shape(settings, 128_256, 64)
     cost = step_cost(settings, 8, GPU, shape)
-    assert cost.word_parameters == 128_256 * 768
+    assert cost.embedding_parameters == 128_256 * 768
     assert cost.layer_parameters == 12 * (4 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768  # 0.113 billion
     assert cost.gathers_queries and cost.scores_shape == (2048, 2048) and len(cost.lengths) == 256 + 2048
 

@@ -81,19 +81,20 @@ def test_training_saves_exits_with_stopped_and_resumes_to_the_same_weights(
     assert weights[0] == weights[1]
 
 
-def test_a_signal_in_the_last_step_lets_training_finish_and_nothing_follow(
-    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["prune", "train"])
+def test_a_signal_in_the_last_step_lets_the_stage_finish_and_nothing_follow(
+    stage: str, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = small_settings("train.steps=2")
+    settings = small_settings("train.steps=2", "prune.heal_steps=2")
     log = StageFolder.log
 
     def log_and_signal(self: StageFolder, **values: Any) -> None:
         log(self, **values)
-        if self.name == "train" and values["step"] == 2:
+        if self.name == stage and values["step"] == 2:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(StageFolder, "log", log_and_signal)
     with pytest.raises(interrupts.Stopped):
-        make(settings, "train")
-    assert (Path(settings.run) / "train" / "model.safetensors").exists()
-    assert make(settings, "train") == Path(settings.run) / "train"
+        make(settings, stage)
+    assert (Path(settings.run) / stage / "model.safetensors").exists()
+    assert make(settings, stage) == Path(settings.run) / stage

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example, Passage
-from drama_dist.train.batches import Batch, batches, texts_of
+from drama_dist.train.batches import Batch, batches, check_batch_size, texts_of
 
 
 def examples(count: int, positives: int) -> list[Example]:
@@ -75,9 +75,20 @@ def test_a_fraction_gives_that_share_of_the_queries_a_negative() -> None:
     assert 460 < len(batch.passages) < 540
 
 
-def test_too_few_positives_for_a_batch_is_an_error() -> None:
+def test_too_few_positives_or_queries_for_a_batch_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"train.batch_size=8, but the examples have only 3 different first positives"):
-        take(1, examples(30, 3), 8, 1, 1)
+        check_batch_size(examples(30, 3), 8, 1)
+    with pytest.raises(ValueError, match=r"train.batch_size=8 for 9 ranks: each needs a query"):
+        check_batch_size(examples(30, 30), 8, 9)
+    check_batch_size(examples(30, 8), 8, 8)
+
+
+def test_a_positive_that_all_examples_share_puts_none_off() -> None:
+    rows = [Example(f"q{n}", (f"p{n}", "hub"), (), "crop") for n in range(60)]
+    drawn = take(90, rows, 10, 0, 1)
+    counts = Counter(query for batch in drawn for query in batch.queries)
+    assert set(counts.values()) == {15}
+    assert all("hub" in batch.passages for batch in drawn)
 
 
 def test_every_positive_is_drawn_and_no_two_queries_of_a_batch_have_the_same() -> None:

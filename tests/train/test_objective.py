@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
+from drama_dist.distributed import ranks
+from drama_dist.kernels import Backend
+from drama_dist.kernels.info_nce.cpu import CPUTiles
 from drama_dist.settings import EncoderSettings, TrainSettings
+from drama_dist.train import info_nce_term
+from drama_dist.train.info_nce_term import InfoNCETerm
 from drama_dist.train.objective import Objective, objective_terms
 from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
 
@@ -38,6 +44,20 @@ def test_terms_add_up_by_their_weights() -> None:
     torch.testing.assert_close(total.query_gradient_BK, plain.query_gradient_BK)
     torch.testing.assert_close(total.passage_gradient_NK, plain.passage_gradient_NK)
     assert total.figures == {"first": 1.0, "second": 3.0} and set(total.distributions) == {"firsts", "seconds"}
+
+
+def test_two_terms_figures_of_one_name_are_an_error() -> None:
+    same = [(1.0, SumOfSquares("squares", 1.0)), (1.0, SumOfSquares("squares", 2.0))]
+    with pytest.raises(ValueError, match="two figures of a training step are named squares"):
+        Objective(same)(batch())
+
+
+@pytest.mark.parametrize("other", ["eager", "cpu"])
+def test_ranks_that_merge_chunks_agree_on_a_backend(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk is a collective, and backends have different chunks; this rank merges with one that has `other`."""
+    monkeypatch.setattr(ranks, "on_every_rank", lambda value: [value, int(other == "eager")])
+    monkeypatch.setattr(info_nce_term, "select_backend", lambda device, dtype: Backend("cpu", CPUTiles))
+    assert InfoNCETerm(EncoderSettings(dims=[8, 4]), TrainSettings())._agreed_backend == other
 
 
 def test_another_term_leaves_the_figures_of_info_nce() -> None:

@@ -61,8 +61,20 @@ def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> N
     telemetry.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.value for event in events.Scalars("train/tokens_per_second")] == [20.0, 20.0]
-    assert [event.step for event in events.Scalars("loss_by_dim/48")] == [1, 2]
+    assert [event.step for event in events.Scalars("per_dim/48")] == [1, 2]
     assert [event.step for event in events.Histograms("train/margins")] == [1]
+
+
+def test_an_objective_without_info_nce_is_logged(encoder: Encoder, tmp_path: Path) -> None:
+    telemetry, empty = Telemetry(encoder, tmp_path, first_step=0), torch.zeros(0)
+    telemetry.write(1, {"loss": 1.0, "distilled": 0.5}, TermResult(1.0, empty, empty, {"distilled": 0.5}))
+    telemetry.close()
+
+
+def test_measuring_the_peak_draws_nothing_from_the_global_generator(encoder: Encoder) -> None:
+    before = torch.get_rng_state()
+    Telemetry(encoder, None, first_step=0)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_peak_counts_from_its_reset() -> None:
