@@ -38,7 +38,7 @@ def library(source: Path, fallback: str, openmp: bool = False) -> ctypes.CDLL | 
     """
     try:
         return ctypes.CDLL(str(_build(source, openmp)))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(
             f"{source.name} was not compiled ({reason}): {fallback}; install a C++ compiler (g++)",

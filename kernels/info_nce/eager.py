@@ -58,7 +58,7 @@ class EagerTiles:
             previous = dim
         self._positive_MR = positive_MR
         negatives_MR = torch.stack([scores_RN.logsumexp(1) for scores_RN in self._scores_MRN])
-        masked_pairs = torch.zeros_like(columns[:1]).sum() if masked_RN is None else masked_RN.sum()
+        masked_pairs = columns.new_zeros(()) if masked_RN is None else masked_RN.sum()
         return ChunkScores(positive_MR, negatives_MR, self._scores_MRN[-1].amax(1), masked_pairs)
 
     def add_gradients(self, shift_MR: torch.Tensor, missed_MR: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 ahead_of_time = pytest.importorskip("drama_dist.kernels.info_nce.ahead_of_time")
 KERNELS = ("rows", "gradients", "norms", "finish")
+# Bytes. Without ids this tile was the fastest timed (loss-cuda-bfloat16.md); with them it lacks four registers.
+SPILLING = {("sm_90", "gradients fp32 3 dims 2×512 ids"): 16}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def compilers() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["first", "every"])
-def test_registers_do_not_spill_and_shared_memory_fits(
+def test_no_registers_spill_but_those_known_and_shared_memory_fits(
     target: str, every: bool, compilers: ProcessPoolExecutor
 ) -> None:
     """Of each kernel the first variant; or every one."""
@@ -34,8 +36,11 @@ def test_registers_do_not_spill_and_shared_memory_fits(
     first = [next(variant for variant in shipped if variant.kernel == kernel) for kernel in KERNELS]
     tried = shipped if every else first
     reports = list(compilers.map(ahead_of_time.compile_variant, tried, [target] * len(tried)))
-    spilled = [(variant.name, report.spilled) for variant, report in zip(tried, reports, strict=True) if report.spilled]
-    assert not spilled
+    spilled = {(target, variant.name): report.spilled for variant, report in zip(tried, reports, strict=True)}
+    names = {(target, variant.name) for variant in tried}
+    assert {name: size for name, size in spilled.items() if size} == {
+        name: size for name, size in SPILLING.items() if name in names
+    }
     assert max(report.shared for report in reports) <= ahead_of_time.SHARED_LIMITS[target]
 
 
