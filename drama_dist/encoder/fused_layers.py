@@ -1,8 +1,8 @@
 """Llama layers whose attention, and whose parts between the matrix products, are fused for the CPU.
 
 Covers putting kernels/attention.py and kernels/layers.py in the place of a backbone's layers, for training and
-encoding. The weights are the same, and so are results and gradients, up to rounding. Elsewhere, and where the
-layers do not fit, transformers' own go on.
+encoding. The weights are the same, and so are results and gradients, up to rounding. On other devices, and for layers
+that do not fit, transformers' layers are used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from drama_dist.kernels import attention, layers
 
 
 class FusedLayer(LlamaDecoderLayer):
-    """A LlamaDecoderLayer with another way to compute it; where that does not fit, it computes as transformers does."""
+    """A LlamaDecoderLayer computed by the fused kernels, or as transformers does if they do not fit."""
 
     def forward(  # type: ignore[override]
         self,
@@ -35,23 +35,23 @@ class FusedLayer(LlamaDecoderLayer):
                 hidden_states, position_embeddings=position_embeddings, packed=packed, **others
             )
             return plain
-        x_TK, own, mlp = hidden_states[0], self.self_attn, self.mlp
+        x_TK, attn, mlp = hidden_states[0], self.self_attn, self.mlp
         cosines, sines = position_embeddings
         norm = self.input_layernorm
         rows = layers.project(
             x_TK,
             norm.weight,
             norm.variance_epsilon,
-            (own.q_proj.weight, own.k_proj.weight, own.v_proj.weight),
+            (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight),
             (cosines[0], sines[0]),
         )
-        x_TK = torch.addmm(x_TK, self._attend(rows, packed), own.o_proj.weight.T)
+        x_TK = torch.addmm(x_TK, self._attend(rows, packed), attn.o_proj.weight.T)
         norm = self.post_attention_layernorm
         weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         return layers.feed_forward(x_TK, norm.weight, norm.variance_epsilon, *weights).unsqueeze(0)
 
     def _fits(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the kernels do all that this layer does; it may have moved, or got adapters or hooks since."""
+        """Whether the kernels do all that this layer does; it may have been moved, or given adapters or hooks."""
         config, parts = self.self_attn.config, [module for module in self.modules() if module is not self]
         products = [*self.self_attn.children(), *(part for part in self.mlp.children() if part is not self.mlp.act_fn)]
         return (
@@ -64,18 +64,18 @@ class FusedLayer(LlamaDecoderLayer):
         )
 
     def _attend(self, rows: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Queries, keys and values side by side to attended heads side by side."""
-        own, config = self.self_attn, self.self_attn.config
+        """Attention from concatenated queries, keys and values to concatenated heads."""
+        attn, config = self.self_attn, self.self_attn.config
         grouped = config.num_key_value_heads != config.num_attention_heads
-        if own.head_dim == attention.HEAD and not grouped and attention.extension() is not None:
-            return attention.attend(rows, packed.boundaries_B1, own.scaling)
-        widths = [heads * own.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
-        q, k, v = (part.unflatten(1, (-1, own.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
-        return packed_attention(own, q, k, v, None, own.scaling, packed)[0][0].flatten(1)
+        if attn.head_dim == attention.HEAD and not grouped and attention.extension() is not None:
+            return attention.attend(rows, packed.boundaries_B1, attn.scaling)
+        widths = [heads * attn.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+        q, k, v = (part.unflatten(1, (-1, attn.head_dim)).transpose(0, 1)[None] for part in rows.split(widths, dim=1))
+        return packed_attention(attn, q, k, v, None, attn.scaling, packed)[0][0].flatten(1)
 
 
 def fuse_layers(backbone: LlamaModel) -> bool:
-    """Fuse the layers of a bidirectional backbone where its device, dtype and shape allow it; says whether it did."""
+    """Fuse the layers of a bidirectional backbone if device, dtype and shape allow it; returns whether it did."""
     config, weight = backbone.config, backbone.embed_tokens.weight
     plain = config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias or config.is_causal)
     fits = plain and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
