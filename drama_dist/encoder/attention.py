@@ -1,8 +1,8 @@
 """Attention over packed sequences, for every layer that is not fused (fused_layers.py).
 
-In half precision on CUDA one call of FlashAttention: flash-attn's where it is installed, else the one that PyTorch
-has built in, which has no dropout. Elsewhere once for each run of sequences of equal length: PyTorch's SDPA without a
-mask, which is its flash kernel on the CPU, or, for the gradients of short sequences, plain products.
+In half precision on CUDA this is one call of FlashAttention: flash-attn's if it is installed, otherwise PyTorch's
+built-in one, which has no dropout. Elsewhere it is one call per run of sequences of equal length: PyTorch's SDPA
+without a mask (its flash kernel on the CPU) or, for gradients of short sequences, plain matrix products.
 Registered with transformers under NAME, so that its Llama layers call it.
 """
 
@@ -33,10 +33,9 @@ def packed_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each packed sequence.
+    """Attend within each packed sequence, causally or bidirectionally according to the model's config.
 
     query 1 × heads × T × D, key and value 1 × key-value heads × T × D; returns 1 × T × heads × D.
-    Causal or bidirectional as the model's config says.
     """
     causal = bool(getattr(module.config, "is_causal", True))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -47,7 +46,7 @@ def packed_attention(
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for (count, length), *parts in zip(
-        packed.runs, *(_by_run(each, packed) for each in (query, key, value)), strict=True
+        packed.runs, *(_by_run(tensor, packed) for tensor in (query, key, value)), strict=True
     ):
         q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
         if q.requires_grad and length <= _SHORT and not (causal or grouped or dropout):
@@ -62,19 +61,19 @@ def packed_attention(
 
 @cache
 def flash_attn_is_installed() -> bool:
-    """Whether flash-attn's kernels can be had."""
+    """Whether the flash-attn package is installed."""
     return find_spec("flash_attn") is not None
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention by its formula (Vaswani et al. 2017, eq. 1); all … × length × D. Holds length × length scores."""
+    """Attention by its formula (Vaswani et al. 2017, eq. 1); all … × length × D. Stores length × length scores."""
     return torch.softmax((query * scaling) @ key.transpose(-1, -2), -1) @ value
 
 
 def _by_run(tensor: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, ...]:
-    """1 × H × T × D to a view H × count · length × D of each run.
+    """Split 1 × H × T × D into a view H × count · length × D for each run.
 
-    One split: slicing each run out would give each a gradient as large as the whole.
+    A single split, because slicing out each run would give it a gradient as large as the whole tensor.
     """
     return tensor[0].split([count * length for count, length in packed.runs], dim=1)
 
@@ -108,13 +107,13 @@ def _built_in_flash(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]  # repeated: how grouped heads are asked for differs between versions
+    groups = query.shape[1] // key.shape[1]  # repeat heads: the option for grouped heads differs between versions
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     k, v = (tensor.repeat_interleave(groups, 1) if groups > 1 else tensor for tensor in (k, v))
     ends, longest = packed.boundaries_B1, packed.longest
     window = (-1, 0 if causal else -1)
     output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window)
-    assert isinstance(output, torch.Tensor)  # nothing else was asked for
+    assert isinstance(output, torch.Tensor)  # without return_aux
     return output.unsqueeze(0)
 
 

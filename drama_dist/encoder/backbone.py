@@ -1,8 +1,7 @@
 """The encoder: a Llama-type backbone with packed attention, mean pooling and the Matryoshka cut.
 
-Covers loading (with a probe that refuses causal attention and leaks between packed sequences),
-encoding texts to unit vectors, and saving. Training wraps this same module. Shapes: T tokens,
-B sequences, K hidden components.
+Covers loading (with a probe that detects causal attention and leaks between packed sequences), encoding texts to unit
+vectors, and saving. Training uses the same module. Shapes: T tokens, B sequences, K hidden components.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from drama_dist.encoder.threads import side_by_side
 from drama_dist.run.progress import Progress
 from drama_dist.settings import EncoderSettings
 
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # what stays in a CPU's cache is fastest: benchmarks/encode.py
-_TOKENS_PER_THREAD = 1024  # the same, of a CPU thread with chunks of its own
-_LEAST_PER_THREAD = 256  # with fewer every thread reads all weights for too little
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # on a CPU the largest that stays in cache: benchmarks/encode.py
+_TOKENS_PER_THREAD = 1024  # the same for a CPU thread that encodes chunks alone
+_LEAST_PER_THREAD = 256  # with fewer tokens, reading all weights in every thread does not pay off
 
 
 class LeakError(RuntimeError):
-    """Attention is causal where it must be bidirectional, or packed sequences see each other."""
+    """Attention is causal instead of bidirectional (or the reverse), or packed sequences see each other."""
 
 
 class Encoder(nn.Module):
     """A backbone with its tokenizer and contract.
 
-    Calling it with packed sequences gives pooled float32 vectors, B × K, not normalised: the
-    training loss and the Matryoshka cut normalise for each dim.
+    Calling it with packed sequences gives pooled float32 vectors, B × K, not normalised: the training loss and the
+    Matryoshka cut normalise for each dim.
     """
 
     def __init__(self, backbone: LlamaModel, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings):
@@ -62,14 +61,14 @@ class Encoder(nn.Module):
         return next(self.parameters()).device
 
     def checkpoint_layers(self) -> None:
-        """From now on keep only each layer's input for the backward pass, and compute the layer again there."""
+        """Turn on activation checkpointing: store only each layer's input, and recompute the layer when going back."""
         self.train()  # transformers checkpoints layers in training mode only
         self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def hidden_states(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
         """Last hidden states of all tokens, T × K, in the backbone's dtype.
 
-        embedded_TK: the tokens' embeddings, where the caller has looked them up already.
+        embedded_TK: the tokens' embeddings, if the caller has already looked them up.
         """
         if embedded_TK is None:
             embedded_TK = self.backbone.embed_tokens(packed.token_ids_T)
@@ -104,7 +103,7 @@ class Encoder(nn.Module):
     def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 (n, dim); dim None is the hidden size.
 
-        Raises ValueError where dim is larger than the hidden size.
+        Raises ValueError if dim is larger than the hidden size.
         """
         return self._encode(self.tokenize_queries(texts), dim)
 
@@ -113,16 +112,16 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
 
-        progress: told the number of texts of each batch when they are encoded.
-        Raises ValueError where dim is larger than the hidden size.
+        progress: called with the number of texts of each encoded batch.
+        Raises ValueError if dim is larger than the hidden size.
         """
         return self._encode(self.tokenize_passages(texts), dim, progress)
 
     def pack(self, sequences: Sequence[Sequence[int]]) -> Packed:
-        """Pack token id lists for this encoder, perhaps with one sequence more at the end, of which to take nothing.
+        """Pack token id lists for this encoder, possibly with a padding sequence at the end, to be ignored.
 
-        In bfloat16 on the CPU oneDNN compiles its products for each number of tokens, which takes time, and keeps a
-        thousand of them, which took 0.8 GB in a training step.
+        In bfloat16 on the CPU oneDNN compiles its matrix products for each number of tokens, which takes time, and
+        caches a thousand of them, which took 0.8 GB in a training step; padding rounds the numbers.
         """
         compiles = self.device.type == "cpu" and self.backbone.dtype == torch.bfloat16
         return pack(filled(sequences) if compiles and self._fixed_positions() else sequences, self.device)
@@ -136,48 +135,48 @@ class Encoder(nn.Module):
             vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])[: len(chunk)]
             return len(chunk)
 
-        own, shared = self._cut([len(ids) for ids in sequences])
-        with closing(side_by_side(encode, own)) as counts:
+        threaded, shared = self._chunks([len(ids) for ids in sequences])
+        with closing(side_by_side(encode, threaded)) as counts:
             for count in chain(counts, map(encode, shared)):
                 if progress is not None:
                     progress(count)
         return vectors_ND
 
-    def _cut(self, lengths: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-        """Chunks of which each CPU thread takes its own, where there are enough, and chunks that all threads share.
+    def _chunks(self, lengths: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Chunks that one CPU thread each encodes, if there are enough of them, and chunks that all threads share.
 
-        A set number of tokens is what all threads hold together; longer sequences than a thread's part are shared.
+        `tokens_per_batch` is divided among the threads; sequences longer than a thread's part are in shared chunks.
         """
         budget = self.tokens_per_batch or _TOKENS_PER_BATCH[self.device.type]
         threads = torch.get_num_threads() if self._thread_safe() else 1
         part = min(_TOKENS_PER_THREAD, (self.tokens_per_batch or threads * _TOKENS_PER_THREAD) // threads)
         if threads > 1 and part >= _LEAST_PER_THREAD:
             chunks = token_budget_chunks(lengths, part)
-            own = [chunk for chunk in chunks if lengths[chunk[-1]] <= part]
-            if len(own) >= 2 * threads:
-                long = [position for (position,) in chunks[len(own) :]]
+            threaded = [chunk for chunk in chunks if lengths[chunk[-1]] <= part]
+            if len(threaded) >= 2 * threads:
+                long = [position for (position,) in chunks[len(threaded) :]]
                 shared = token_budget_chunks([lengths[position] for position in long], budget)
-                return own[::-1], [[long[place] for place in chunk] for chunk in shared]  # the longest first
+                return threaded[::-1], [[long[index] for index in chunk] for chunk in shared]  # longest first
         return [], token_budget_chunks(lengths, budget)
 
     def _thread_safe(self) -> bool:
-        """Whether calls from several threads at once do the same as one call after another from the caller's."""
+        """Whether concurrent calls from several threads do the same as successive calls from the caller's thread."""
         return (
             self.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")  # a thread's own
+            and not torch.is_autocast_enabled("cpu")  # autocast is per thread
             and self._fixed_positions()
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         )
 
     def _fixed_positions(self) -> bool:
-        """Whether a token's rotation is the same whatever lengths come with it, and came before."""
+        """Whether rotary embeddings depend on positions only, not on the lengths in this batch or earlier ones."""
         rope = self.backbone.rotary_emb.rope_type
         return not ("dynamic" in rope or rope == "longrope")
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and contract; `load` and transformers read them back.
 
-        weights: by this module's names, in the place of its own, which may be split over ranks or rounded.
+        weights: written instead of this module's, by the same names: its own may be partitioned over ranks or rounded.
         """
         backbone = self.backbone
         if weights is not None:
@@ -201,8 +200,8 @@ def load(
 ) -> Encoder:
     """Load an encoder: one of ours, a Llama-type sentence-transformers or Hugging Face folder, GGUF, or hub name.
 
-    contract: replaces the folder's own. bidirectional: False keeps a language model causal, as it is.
-    Raises ValueError where the model is not of Llama type, LeakError where the probe fails.
+    contract: replaces the folder's. bidirectional: False keeps a language model causal.
+    Raises ValueError if the model is not of Llama type, LeakError if the probe fails.
     """
     source = resolve(str(folder_or_name))
     config = _llama_config(source)
@@ -237,10 +236,10 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
 
 @torch.no_grad()
 def probe(encoder: Encoder) -> None:
-    """Check by experiment what attention sees; raises LeakError.
+    """Test what attention sees; raises LeakError.
 
-    The last token of a sequence must move the first position's output exactly where the config says
-    bidirectional, and must not move another packed sequence's.
+    Changing the last token of a sequence must change the first position's output if and only if the config says
+    bidirectional, and must not change another packed sequence's output.
     """
     half = min(1000, encoder.backbone.config.vocab_size // 2)
     first, second = list(range(3, 11)), list(range(12, 21))

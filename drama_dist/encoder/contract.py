@@ -1,7 +1,7 @@
-"""The encoder contract on disk: drama.json beside the weights, or what a sentence-transformers folder says.
+"""The encoder contract on disk: drama.json beside the weights, or a sentence-transformers folder's configuration.
 
-Covers which prefix, lengths and dims a folder was trained with, and the tokenisation (BOS, prefix,
-text, EOS; truncation keeps EOS), wired into the tokenizer so that every program that loads it agrees.
+Covers the prefixes, lengths and dims that a model was trained with, and the tokenisation (BOS, prefix, text, EOS;
+truncation keeps EOS), which is configured in the tokenizer so that every program that loads it agrees.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def write_contract(folder: Path, contract: EncoderSettings) -> None:
     write_text(folder / FILE, json.dumps(asdict(contract), indent=2) + "\n")
 
 
-def check_dims(contract: EncoderSettings, hidden_size: int, where: str) -> EncoderSettings:
-    """Return the contract; raise SettingsError where a dim is larger than the hidden size."""
+def check_dims(contract: EncoderSettings, hidden_size: int, source: str) -> EncoderSettings:
+    """Return the contract; raise SettingsError, naming its source, if a dim is larger than the hidden size."""
     if max(contract.dims) > hidden_size:
         raise SettingsError(
-            f"{where}: encoder.dims={contract.dims} asks for {max(contract.dims)} components, "
+            f"{source}: encoder.dims={contract.dims} asks for {max(contract.dims)} components, "
             f"but the model's hidden size is {hidden_size}; lower the dim or keep more in prune.hidden"
         )
     return contract
@@ -52,9 +52,9 @@ def check_dims(contract: EncoderSettings, hidden_size: int, where: str) -> Encod
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Make the tokenizer put BOS first and EOS last, pad on the right, and truncate before EOS.
 
-    A chat template is taken off: sentence-transformers would wrap every text in it.
+    Removes the chat template: sentence-transformers would wrap every text in it.
 
-    Raises ValueError where the tokenizer has no fast backend, no BOS or no EOS.
+    Raises ValueError if the tokenizer has no fast backend, no BOS or no EOS.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if not tokenizer.is_fast or bos is None or eos is None:

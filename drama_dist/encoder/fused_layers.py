@@ -1,8 +1,8 @@
 """Llama layers whose attention, and whose parts between the matrix products, are fused for the CPU.
 
 Covers putting kernels/llama_cpu/attention.py and layers.py in the place of a backbone's layers, for training and
-encoding. The weights are the same, and so are results and gradients, up to rounding. Elsewhere, and where the
-layers do not fit, transformers' own go on.
+encoding. The weights are the same, and so are results and gradients, up to rounding. On other devices, and for layers
+that do not fit, transformers' layers are used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from drama_dist.kernels.llama_cpu import attention, layers
 
 
 class FusedLayer(LlamaDecoderLayer):
-    """A LlamaDecoderLayer computed with the CPU kernels; where these do not fit, as transformers computes it."""
+    """A LlamaDecoderLayer computed by the fused kernels, or as transformers does if they do not fit."""
 
     def forward(  # type: ignore[override]
         self,
@@ -51,7 +51,7 @@ class FusedLayer(LlamaDecoderLayer):
         return layers.feed_forward(x_TK, norm.weight, norm.variance_epsilon, *weights).unsqueeze(0)
 
     def _fits(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the kernels do all that this layer does; it may have moved, or got adapters or hooks since."""
+        """Whether the kernels do all that this layer does; it may have been moved, or given adapters or hooks."""
         config, parts = self.self_attn.config, [module for module in self.modules() if module is not self]
         products = [*self.self_attn.children(), *(part for part in self.mlp.children() if part is not self.mlp.act_fn)]
         return (
@@ -64,7 +64,7 @@ class FusedLayer(LlamaDecoderLayer):
         )
 
     def _attend(self, rows: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Queries, keys and values side by side to attended heads side by side."""
+        """Attention from concatenated queries, keys and values to concatenated heads."""
         attn, config = self.self_attn, self.self_attn.config
         grouped = config.num_key_value_heads != config.num_attention_heads
         if attn.head_dim == attention.HEAD and not grouped and attention.extension() is not None:
@@ -75,7 +75,7 @@ class FusedLayer(LlamaDecoderLayer):
 
 
 def fuse_layers(backbone: LlamaModel) -> bool:
-    """Fuse the layers of a bidirectional backbone where its device, dtype and shape allow it; says whether it did."""
+    """Fuse the layers of a bidirectional backbone if device, dtype and shape allow it; returns whether it did."""
     config, weight = backbone.config, backbone.embed_tokens.weight
     plain = config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias or config.is_causal)
     fits = plain and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)

@@ -1,6 +1,6 @@
 """Packing: sequences of different lengths laid end to end, without padding.
 
-Covers the packed form and cutting a set of sequences into chunks of a token budget.
+Covers the packed form and dividing a set of sequences into chunks of a token budget.
 Shapes: T tokens of all sequences together, B sequences.
 """
 
@@ -33,14 +33,14 @@ class Packed:
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
-        """(sequences, length) of each run of neighbours of equal length: one attention call each."""
+        """(number of sequences, length) of each run of adjacent sequences of equal length: one attention call each."""
         return [(len(list(members)), length) for length, members in groupby(self.lengths)]
 
 
 def filled(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """With one more sequence at the end, where that makes the number of tokens rounder: by 1/16 of it at most, or 8.
+    """The sequences and, if needed to round up the number of tokens, one more; it adds at most 1/16, or 8 tokens.
 
-    For products whose code is compiled for each number of tokens, and kept.
+    For matrix products that are compiled, and cached, for each number of tokens.
     """
     tokens = sum(map(len, sequences))
     missing = -tokens % max(8, 1 << max(0, tokens.bit_length() - 5))
@@ -48,7 +48,7 @@ def filled(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
 
 
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
-    """Pack token id lists; raises ValueError where one is empty or there is none."""
+    """Pack token id lists; raises ValueError if one is empty or there is none."""
     lengths = tuple(len(sequence) for sequence in sequences)
     if not lengths or min(lengths) == 0:
         raise ValueError(
@@ -64,10 +64,9 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
 
 
 def token_budget_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut sequences into chunks of at most `budget` tokens, neighbours in length together.
+    """Divide sequences, sorted by length, into chunks of at most `budget` tokens.
 
-    Returns positions into `lengths`, longest chunk last; a sequence longer than the budget has
-    a chunk of its own.
+    Returns positions in `lengths`, longest sequences last; a sequence longer than the budget gets its own chunk.
     """
     chunks: list[list[int]] = []
     filled = budget

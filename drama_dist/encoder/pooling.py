@@ -30,7 +30,7 @@ def unit_vectors(hidden_TK: torch.Tensor, packed: Packed, dim: int) -> np.ndarra
 def matryoshka_cut_array(embeddings_NK: np.ndarray, dim: int) -> np.ndarray:
     """First `dim` components of each row, normalised again, float32 (Kusupati et al. 2022, Matryoshka).
 
-    Raises ValueError where `dim` is larger than K.
+    Raises ValueError if `dim` is larger than K.
     """
     if not 1 <= dim <= embeddings_NK.shape[1]:
         raise ValueError(f"dim={dim}: these vectors have {embeddings_NK.shape[1]} components")

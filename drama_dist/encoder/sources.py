@@ -1,7 +1,7 @@
 """Where a model comes from: GGUF files, local folders, files inside installed packages, hub names.
 
-Covers turning a name from the settings into something transformers loads, and converting a GGUF
-file once. Does not load the model itself (backbone.py, augment/writers/local.py).
+Covers resolving a name from the settings to something that transformers loads, converting a GGUF file once, and
+fingerprints. Does not load the model: backbone.py, prune/stage.py and augment/writers do.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Return a local folder, or the hub name as it is.
+    """Return a local folder, or the hub name unchanged.
 
-    `package:IMPORT_NAME/PATH` is looked up inside an installed package; a `.gguf` file is converted
-    once to safetensors. Raises FileNotFoundError where a path does not exist, naming it.
+    `package:IMPORT_NAME/PATH` is looked up inside an installed package; a `.gguf` file is converted once to
+    safetensors. Raises FileNotFoundError, naming the path, if it does not exist.
     """
     source = locate(name)
     if isinstance(source, Path) and source.is_file():
@@ -36,7 +36,7 @@ def resolve(name: str) -> str:
 
 
 def locate(name: str) -> Path | str:
-    """A local folder, a GGUF file as it is, or the hub name; raises FileNotFoundError as `resolve` does."""
+    """A local folder, an unconverted GGUF file, or the hub name; raises FileNotFoundError as `resolve` does."""
     path = _inside_package(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
@@ -47,16 +47,16 @@ def locate(name: str) -> Path | str:
 
 
 def model_fingerprint(name: str) -> str:
-    """What identifies a model as an input of a stage: the hash of its files, or the hub name with its revision.
+    """What identifies a model as an input of a stage: the hash of its files, or its hub name and revision.
 
-    Raises FileNotFoundError as `resolve` does, and where the hub does not know the name or cannot be reached.
+    Raises FileNotFoundError as `resolve` does, and if the hub does not know the name or cannot be reached.
     """
     source = resolve(name)
     return fingerprint(source) if Path(source).exists() else f"hub:{source}@{_revision(source)}"
 
 
 def _revision(name: str) -> str:
-    """The commit of a model of the hub, in the cache or, where it is not there yet, on the hub."""
+    """The commit of a hub model: of the cached copy or, if there is none yet, on the hub."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json")
@@ -64,10 +64,10 @@ def _revision(name: str) -> str:
         return Path(cached).parent.name
     try:
         return str(model_info(name, timeout=10).sha)
-    except Exception as error:  # of the network's library, which changes
+    except Exception as error:  # which types the network library raises changes between versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"{name}: no such folder here, and it could not be fetched from the hub ({reason}); name a local folder"
+            f"{name}: no such folder, and not available from the hub ({reason}); use a local folder"
         ) from error
 
 
@@ -76,7 +76,7 @@ def _inside_package(name: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"{name}: the Python package {package!r} is not installed; `make` installs those of the quickstart"
+            f"{name}: the Python package {package!r} is not installed; `make` installs those that quickstart needs"
         )
     return Path(spec.submodule_search_locations[0]) / inner
 
@@ -85,12 +85,12 @@ def _converted(gguf: Path) -> Path:
     target = cache_folder() / f"{gguf.stem}-{fingerprint(gguf)[:16]}"
     if target.is_dir():
         return target
-    say(f"converting {gguf.name} to safetensors, once -> {target}")
+    say(f"converting {gguf.name} to safetensors (once) -> {target}")
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     _convert(gguf, temporary)
     try:
         temporary.rename(target)
-    except OSError:  # another process was faster
+    except OSError:  # another process got there first
         shutil.rmtree(temporary)
     return target
 
@@ -99,9 +99,9 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    location = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.bfloat16)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**location), dtype=torch.bfloat16)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
     plain.load_state_dict(quantized.state_dict())  # transformers does not save a model that it loaded from GGUF
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**location).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)

@@ -1,7 +1,7 @@
-"""CPU threads that work side by side, each with one thread of PyTorch's, for many small jobs without gradients.
+"""CPU threads that run many small jobs concurrently, each with one PyTorch thread and without gradients.
 
-Covers the threads. Which jobs they are for says backbone.py: PyTorch shares out every operation among all threads, and
-a small one gains less by that than it costs.
+By default PyTorch divides every operation among all threads, which costs more than it gains if the operation is small.
+Covers the threads, not the jobs: backbone.py decides on those.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _STARTING = threading.Lock()
 
 
 def side_by_side(call: Callable[[Job], Result], jobs: Sequence[Job]) -> Generator[Result]:
-    """Results in the jobs' order, of as many jobs at a time as the caller has threads in PyTorch.
+    """Yield results in the jobs' order, running as many jobs at a time as PyTorch has threads in the caller.
 
-    A job's error is raised in its turn. Then, and where the iterator is closed early, no more jobs begin. What is
-    switched on for the caller's thread, such as autocast, is not for the jobs.
+    A job's error is raised at its turn. After that, or if the iterator is closed early, no more jobs start. Settings of
+    the caller's thread, such as autocast, do not apply to the jobs.
     """
     if not jobs:
         return
@@ -42,21 +42,21 @@ def side_by_side(call: Callable[[Job], Result], jobs: Sequence[Job]) -> Generato
             future.cancel()
 
 
-# The threads are kept: what one of them tells PyTorch of its own number holds for all threads that start later, so it
-# is put right as soon as all have told it.
+# The pool is kept because set_num_threads in one thread also applies to all threads that start later: it is reset as
+# soon as every thread of the pool has called it.
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # at its first question a thread gets the number that was set last, in any thread
+        torch.get_num_threads()  # a thread's first call takes over the number last set in any thread
         torch.set_num_threads(1)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, "drama-encode", begin)
     try:
         for _ in range(threads):
-            pool.submit(int)  # a thread starts where none is idle
+            pool.submit(int)  # starts a thread if none is idle
         started.wait()
     except BaseException:
         started.abort()
@@ -66,11 +66,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _begin_anew() -> None:
-    """In a forked child: it has none of the threads, and a lock that one of them may have held."""
+def _reset_after_fork() -> None:
+    """A forked child has none of the threads, and its copy of the lock may be held."""
     global _STARTING
     _STARTING = threading.Lock()
     _pool.cache_clear()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_reset_after_fork)

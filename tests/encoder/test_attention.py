@@ -48,8 +48,8 @@ def module(causal: bool) -> torch.nn.Module:
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_sequence_attends_to_itself_only(causal: bool) -> None:
     packed = pack([[1] * length for length in LENGTHS])
-    found, _ = attention.packed_attention(module(causal), *tensors(), None, 0.3, packed)
-    torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
+    output, _ = attention.packed_attention(module(causal), *tensors(), None, 0.3, packed)
+    torch.testing.assert_close(output.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("short", [256, 0], ids=["plain products", "flash kernel"])
@@ -57,17 +57,19 @@ def test_gradients_are_those_of_attention_written_out(short: int, monkeypatch: p
     """As many key-value heads as query heads, the form of pruned encoders."""
     monkeypatch.setattr(attention, "_SHORT", short)
     query, key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1).requires_grad_() for tensor in tensors())
-    found, _ = attention.packed_attention(module(False), query, key, value, None, 0.3, pack([[1] * n for n in LENGTHS]))
+    output, _ = attention.packed_attention(
+        module(False), query, key, value, None, 0.3, pack([[1] * n for n in LENGTHS])
+    )
     expected = written_out(
         query, key[:, :: HEADS // KEY_VALUE_HEADS], value[:, :: HEADS // KEY_VALUE_HEADS], 0.3, False
     )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    own = torch.autograd.grad((found * upstream).sum(), (query, key, value))
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((output * upstream).sum(), (query, key, value))
     theirs = torch.autograd.grad((expected * upstream).sum(), (query, key, value))
-    # Written out, copies of a key-value head share its gradient; here each has its own.
-    for mine, other in zip(own, theirs, strict=True):
-        pairs = [side.unflatten(1, (KEY_VALUE_HEADS, -1)).sum(2) for side in (mine, other)]
+    # In the oracle, copies of a key-value head share its gradient; here each copy has a gradient.
+    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
+        pairs = [side.unflatten(1, (KEY_VALUE_HEADS, -1)).sum(2) for side in (our_gradient, their_gradient)]
         torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
 
 
@@ -88,8 +90,8 @@ def test_the_call_of_flash_attention_follows_its_interface(monkeypatch: pytest.M
     stand_in.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     packed = pack([[1] * length for length in LENGTHS])
-    found = attention._flash(*tensors(), 0.3, packed, 0.0, causal=False)
-    torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, False), rtol=1e-5, atol=1e-6)
+    output = attention._flash(*tensors(), 0.3, packed, 0.0, causal=False)
+    torch.testing.assert_close(output.double(), written_out(*tensors(), 0.3, False), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -109,8 +111,8 @@ def test_the_call_of_the_built_in_flash_attention_follows_its_interface(
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     packed = pack([[1] * length for length in LENGTHS])
-    found = attention._built_in_flash(*tensors(), 0.3, packed, causal)
-    torch.testing.assert_close(found.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
+    output = attention._built_in_flash(*tensors(), 0.3, packed, causal)
+    torch.testing.assert_close(output.double(), written_out(*tensors(), 0.3, causal), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -119,5 +121,5 @@ def test_the_call_of_the_built_in_flash_attention_follows_its_interface(
 def test_attention_on_a_gpu_agrees(causal: bool, dtype: torch.dtype, close: float) -> None:
     packed = pack([[1] * length for length in LENGTHS], "cuda")
     on_gpu = [tensor.to("cuda", dtype) for tensor in tensors()]
-    found, _ = attention.packed_attention(module(causal), *on_gpu, None, 0.3, packed)
-    torch.testing.assert_close(found.double().cpu(), written_out(*tensors(), 0.3, causal), rtol=close, atol=close)
+    output, _ = attention.packed_attention(module(causal), *on_gpu, None, 0.3, packed)
+    torch.testing.assert_close(output.double().cpu(), written_out(*tensors(), 0.3, causal), rtol=close, atol=close)

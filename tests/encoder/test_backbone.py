@@ -26,8 +26,8 @@ TEXTS = ["The bread has flour", "x", "matrix " * 60, "", "The river number 3 flo
 
 @pytest.fixture(scope="module", params=["llm", "fusing_llm"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_in_bfloat16_numbers_of_tokens_are_round_and_what_fills_them_is_dropped(
         np.testing.assert_allclose(
             rounded.encode_passages(TEXTS[:count]), encoder.encode_passages(TEXTS[:count]), atol=0.05
         )
-    assert all(number % 8 == 0 for number in tokens)
+    assert all(count % 8 == 0 for count in tokens)
     assert len(encoder.pack([[5] * 9]).token_ids_T) == 9  # float32 is as it comes
 
 

@@ -55,10 +55,10 @@ def run(model: LlamaModel, packed: Packed) -> tuple[torch.Tensor, Gradients]:
     return output.detach(), gradients | {"input": embedded.grad}
 
 
-def errors(found: tuple[torch.Tensor, Gradients], exact: tuple[torch.Tensor, Gradients]) -> dict[str, float]:
-    pairs = {"output": (found[0], exact[0])} | {name: (found[1][name], exact[1][name]) for name in exact[1]}
-    assert found[1].keys() == exact[1].keys()
-    return {name: float((own.double() - its).norm() / its.norm()) for name, (own, its) in pairs.items()}
+def errors(result: tuple[torch.Tensor, Gradients], exact: tuple[torch.Tensor, Gradients]) -> dict[str, float]:
+    pairs = {"output": (result[0], exact[0])} | {name: (result[1][name], exact[1][name]) for name in exact[1]}
+    assert result[1].keys() == exact[1].keys()
+    return {name: float((ours.double() - truth).norm() / truth.norm()) for name, (ours, truth) in pairs.items()}
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "layers checkpointed"])
@@ -73,8 +73,7 @@ def test_errs_no_more_than_the_layers_of_transformers(
     assert fuse_layers(plain)
     if checkpointed:
         plain.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    found = errors(run(plain, packed), exact)
-    for name, error in found.items():
+    for name, error in errors(run(plain, packed), exact).items():
         assert error <= 1.5 * expected[name] + torch.finfo(dtype).eps, (name, error, expected[name])
 
 
@@ -153,10 +152,10 @@ def test_what_changes_after_fusing_counts(change: Callable[[LlamaModel], None]) 
     before = run(copy.deepcopy(model), packed)
     fused = copy.deepcopy(model)
     assert fuse_layers(fused)
-    for one in (model, fused):
-        change(one)
-    expected, found = run(model, packed), run(fused, packed)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    for each in (model, fused):
+        change(each)
+    expected, result = run(model, packed), run(fused, packed)
+    torch.testing.assert_close(result[0], expected[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected[0], before[0], rtol=1e-2)
 
 

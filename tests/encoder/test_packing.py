@@ -32,9 +32,9 @@ def test_nothing_to_pack_is_an_error(sequences: list[list[int]]) -> None:
 )
 def test_filled_sequences_have_a_round_number_of_tokens(tokens: int, round_number: int) -> None:
     for sequences in ([[7] * tokens], [[7], [5] * (tokens - 1)] if tokens > 1 else [[7]]):
-        found = filled(sequences)
-        assert found[: len(sequences)] == sequences and len(found) <= len(sequences) + 1
-        assert len(pack(found).token_ids_T) == round_number
+        rounded = filled(sequences)
+        assert rounded[: len(sequences)] == sequences and len(rounded) <= len(sequences) + 1
+        assert len(pack(rounded).token_ids_T) == round_number
 
 
 def test_there_are_few_round_numbers() -> None:

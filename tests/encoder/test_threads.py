@@ -32,14 +32,14 @@ def in_a_new_thread(ask: Callable[[], int]) -> int:
 def test_jobs_run_at_once_with_a_thread_each_and_without_gradients() -> None:
     together = threading.Barrier(3, timeout=60)  # breaks unless three jobs are there at once
 
-    def job(number: int) -> tuple[int, int, bool]:
+    def job(index: int) -> tuple[int, int, bool]:
         together.wait()
-        return number, torch.get_num_threads(), torch.is_grad_enabled()
+        return index, torch.get_num_threads(), torch.is_grad_enabled()
 
     results = side_by_side(job, range(6))
-    found = [next(results)]
+    first = next(results)
     assert torch.get_num_threads() == 3 == in_a_new_thread(torch.get_num_threads)  # meanwhile, too
-    assert [*found, *results] == [(number, 1, False) for number in range(6)]
+    assert [first, *results] == [(index, 1, False) for index in range(6)]
     assert torch.get_num_threads() == 3 == in_a_new_thread(torch.get_num_threads)
     assert torch.is_grad_enabled()
 
@@ -47,14 +47,14 @@ def test_jobs_run_at_once_with_a_thread_each_and_without_gradients() -> None:
 def test_two_callers_at_once_get_their_own_results_from_the_same_threads() -> None:
     workers = set()
 
-    def job(number: int) -> int:
+    def job(index: int) -> int:
         workers.add(threading.get_ident())
         torch.randn(100, 100) @ torch.randn(100, 100)
-        return number
+        return index
 
     with ThreadPoolExecutor(2) as callers:
-        found = list(callers.map(lambda first: list(side_by_side(job, range(first, first + 50))), (0, 100)))
-    assert found == [list(range(50)), list(range(100, 150))]
+        results = list(callers.map(lambda first: list(side_by_side(job, range(first, first + 50))), (0, 100)))
+    assert results == [list(range(50)), list(range(100, 150))]
     assert len(workers) <= 3
 
 
@@ -69,9 +69,9 @@ def test_the_number_of_threads_follows_pytorchs() -> None:
 def test_an_error_ends_the_jobs_that_have_not_begun() -> None:
     begun = []
 
-    def job(number: int) -> None:
-        begun.append(number)
-        if number == 0:
+    def job(index: int) -> None:
+        begun.append(index)
+        if index == 0:
             raise ValueError("job 0")
         torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 
@@ -84,8 +84,8 @@ def test_an_error_ends_the_jobs_that_have_not_begun() -> None:
 def test_a_caller_that_leaves_ends_the_jobs_that_have_not_begun() -> None:
     begun = []
 
-    def job(number: int) -> None:
-        begun.append(number)
+    def job(index: int) -> None:
+        begun.append(index)
         torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 
     with pytest.raises(KeyboardInterrupt), closing(side_by_side(job, range(1000))) as results:
