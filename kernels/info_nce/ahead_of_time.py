@@ -76,7 +76,7 @@ class Compiled:
 
 
 def variants() -> list[Variant]:
-    """A selection of what cuda.py can compile: every kernel and tile, few and many dims; each kernel's usual one first."""
+    """A selection of what cuda.py can compile: every kernel and tile, few and many dims, the usual one first."""
     return [*_score_variants(), *_norm_variants()]
 
 

@@ -86,7 +86,7 @@ def test_a_second_backend_of_a_device_is_one_entry_of_the_table(monkeypatch: pyt
     monkeypatch.setattr(backends, "_BACKENDS", {"second": second, **backends._BACKENDS})
     assert select_backend(CPU, torch.float64).name == backends.named_backend("second", CPU, torch.float64).name
     assert select_backend(CPU, torch.float32).name == "cpu"
-    with pytest.raises(ValueError, match="backend='second' takes float64 on cpu, .*: got torch.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"backend='second' takes float64 on cpu, .*: got torch\.float32 on cpu"):
         backends.named_backend("second", CPU, torch.float32)
 
 
