@@ -1,7 +1,7 @@
 """The report's figures, as inline SVG.
 
-Covers drawing only: values come from report.py. Text stays text in the SVG, so it takes the page's
-font; nothing in a figure depends on when or where it was drawn.
+Covers drawing only: values come from report.py. Text stays text in the SVG, so that it uses the page's font; the same
+values always give the same SVG.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STYLE = {
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 8 s, 3 min 05 s, 2 h 10 min."""
+    """Human-readable seconds: 8 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -48,20 +48,19 @@ def duration(seconds: float) -> str:
 
 
 def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
-    """nDCG@10 of every system over the number of components kept; colours: of the systems."""
+    """nDCG@10 of every system over the number of components kept; colours: by system."""
 
     def draw(axes: Axes) -> None:
         dims = sorted({row["dim"] for row in rows if row["dim"] is not None})
-        place = {dim: number for number, dim in enumerate(dims)}
         for system in dict.fromkeys(row["system"] for row in rows):
             colour = colours.get(system, _INK)
-            own = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
-            if own:
-                across = [place[dim] for dim, _ in own]
-                axes.plot(across, [value for _, value in own], "o-", color=colour, label=system, linewidth=2)
+            points = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
+            if points:
+                x = [dims.index(dim) for dim, _ in points]
+                axes.plot(x, [value for _, value in points], "o-", color=colour, label=system, linewidth=2)
             else:
-                flat = next(row["ndcg@10"] for row in rows if row["system"] == system)
-                axes.axhline(flat, color=colour, linestyle="--", label=system, linewidth=1.5)
+                level = next(row["ndcg@10"] for row in rows if row["system"] == system)
+                axes.axhline(level, color=colour, linestyle="--", label=system, linewidth=1.5)
         axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
         axes.set_xlim(-0.3, len(dims) - 0.7)
         axes.set_ylim(bottom=0)
@@ -73,12 +72,12 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapping[str, str]) -> str:
-    """Training loss over steps, one curve per model or dim: every step faint, the running mean strong."""
+    """Training loss over steps, one curve per model or dim: every step faint, the running mean bold."""
 
     def draw(axes: Axes) -> None:
-        for number, (name, curve) in enumerate(curves.items()):
+        for index, (name, curve) in enumerate(curves.items()):
             steps, losses = (np.asarray(values, dtype=np.float64) for values in zip(*curve, strict=True))
-            colour = colours.get(name, f"C{number}")
+            colour = colours.get(name, f"C{index}")
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=colour, linewidth=2, label=name)
         axes.set_xlabel("step")
@@ -92,10 +91,10 @@ def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Histograms of several steps, each with `counts` and `edges`, as densities."""
 
     def draw(axes: Axes) -> None:
-        for number, (name, histogram) in enumerate(histograms.items()):
+        for index, (name, histogram) in enumerate(histograms.items()):
             counts, edges = (np.asarray(histogram[key], dtype=np.float64) for key in ("counts", "edges"))
             density = counts / max(1.0, counts.sum()) / np.diff(edges)
-            axes.stairs(density, edges, color=f"C{number}", linewidth=1.8, label=name)
+            axes.stairs(density, edges, color=f"C{index}", linewidth=1.8, label=name)
         axes.axvline(0, color=_INK, linewidth=1)
         axes.set_xlabel("margin")
         axes.set_ylabel("density")
@@ -105,25 +104,25 @@ def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
 
 
 def token_lengths(lengths: Mapping[str, Sequence[float]]) -> str:
-    """Histograms of lengths in tokens; `edges` has one value more than each list of counts."""
+    """Histograms of lengths in tokens; `edges` has one more value than each list of counts."""
 
     def draw(axes: Axes) -> None:
         edges = np.asarray(lengths["edges"], dtype=np.float64)
         for name, colour in (("passages", _PASSAGES), ("queries", _QUERIES)):
             counts = np.asarray(lengths.get(name, ()), dtype=np.float64)
             if counts.sum():
-                share = 100 * counts / counts.sum()
-                axes.stairs(share, edges, fill=True, alpha=0.35, color=colour)
-                axes.stairs(share, edges, color=colour, linewidth=1.8, label=f"{name} ({counts.sum():,.0f})")
+                percent = 100 * counts / counts.sum()
+                axes.stairs(percent, edges, fill=True, alpha=0.35, color=colour)
+                axes.stairs(percent, edges, color=colour, linewidth=1.8, label=f"{name} ({counts.sum():,.0f})")
         axes.set_xlabel("tokens")
-        axes.set_ylabel("share, %")
+        axes.set_ylabel("% of texts")
         axes.legend()
 
     return _svg("token-lengths", draw)
 
 
 def time_bars(seconds: Mapping[str, float]) -> str:
-    """Wall time of each stage."""
+    """Wall-clock time of each stage."""
 
     def draw(axes: Axes) -> None:
         names = list(seconds)
@@ -138,7 +137,7 @@ def time_bars(seconds: Mapping[str, float]) -> str:
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each value and the up to width - 1 before it."""
+    """Mean of each value and up to width - 1 values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(0, ends - width)

@@ -1,7 +1,7 @@
-"""Measures of a ranking against judgements, with trec_eval's arithmetic.
+"""Metrics of a ranking against judgements, computed by trec_eval.
 
-Covers nDCG@10, Recall@100, MRR@10 and a paired significance test. The order of the hits is taken as
-given: equal scores are not reordered.
+Covers nDCG@10, Recall@100, MRR@10 and a paired significance test. Hits are used in the given order: ties are not
+reordered.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Run = Mapping[str, Sequence[Hit]]
 
 
 def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
-    """Means of METRICS over all judged queries; a query without hits counts 0.
+    """Means of METRICS over all judged queries; a query without hits counts as 0.
 
     qrels: query id -> passage id -> grade (0: not relevant). run: query id -> hits, best first.
-    Raises ValueError where there is no judged query, or a hit is named twice for one query.
+    Raises ValueError if there is no judged query, or a passage is among a query's hits twice.
     """
     return mean_over_queries(per_query(qrels, run))
 
@@ -52,20 +52,20 @@ def per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
 
 
 def _by_rank(query: str, hits: Sequence[Hit]) -> dict[str, float]:
-    # trec_eval sorts by score and breaks ties by passage id; minus the rank has no ties.
+    # trec_eval sorts by score and breaks ties by passage id, so pass the negative rank, which has no ties.
     scores = {hit.passage_id: -float(rank) for rank, hit in enumerate(hits, 1)}
     if len(scores) != len(hits):
-        names = [hit.passage_id for hit in hits]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"query {query!r}: passage {twice!r} is among the hits twice")
+        ids = [hit.passage_id for hit in hits]
+        duplicate = next(id for id in ids if ids.count(id) > 1)
+        raise ValueError(f"query {query!r}: passage {duplicate!r} is among the hits twice")
     return scores
 
 
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float], seed: int, rounds: int = 10_000) -> float:
     """Two-sided p of a paired randomisation test (Fisher): could the mean difference be chance?
 
-    ours, theirs: one value per query, same order. Each round flips the sign of each difference with
-    probability one half. Raises ValueError where the numbers of queries differ or are 0.
+    ours, theirs: one value per query, same order. Each round flips the sign of each difference with probability one
+    half. Raises ValueError if the numbers of queries differ or are 0.
     """
     if len(ours) != len(theirs) or not len(ours):
         raise ValueError(f"expected values of the same queries, got {len(ours)} and {len(theirs)}")

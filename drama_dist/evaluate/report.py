@@ -1,7 +1,7 @@
 """The report of a run: report.html, report.json, and the result table as text.
 
-Reads only the run's folder. The page stands alone: its figures are inline SVG and it loads nothing.
-Drawing is figures.py's affair.
+Reads only the run's folder. The page is self-contained: its figures are inline SVG, drawn by figures.py, and it loads
+nothing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def report(run: Run) -> None:
 def write_report(run: Path, settings: Settings) -> Path:
     """Write report.html and report.json into the run's folder; return the path of report.html.
 
-    Raises FileNotFoundError where the run has not been evaluated. Parts whose files are not there
-    (a run without training, say) are left out of the page.
+    Raises FileNotFoundError if the run has not been evaluated. Parts whose files are missing (in a run without
+    training, for example) are left out of the page.
     """
     results, seconds = _results(run, settings), stage_seconds(run)
     rows = results[CORPUS]
-    others = {name: rows for name, rows in results.items() if name != CORPUS}
-    record = {"results": rows, "collections": others, "seconds": seconds, "settings": as_dict(settings)}
+    collections = {name: rows for name, rows in results.items() if name != CORPUS}
+    record = {"results": rows, "collections": collections, "seconds": seconds, "settings": as_dict(settings)}
     write_text(run / "report.json", json.dumps(record, indent=2) + "\n")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -74,7 +74,7 @@ def write_report(run: Path, settings: Settings) -> Path:
         meaning={label: system_called(label, settings).meaning for label in settings.evaluate.labels},
         cost=_training_cost(_metrics(run / "train")),
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
-        counts={name: found for name in ("corpus", "augment") if (found := _json(run / name / "counts.json"))},
+        counts={name: counts for name in ("corpus", "augment") if (counts := _json(run / name / "counts.json"))},
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
     )
     write_text(run / "report.html", page)
@@ -97,7 +97,7 @@ def results_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
-    """Wall seconds of every finished stage of a run, in the order in which stages run."""
+    """Wall-clock seconds of every finished stage of a run, in the order in which stages run."""
     names = [path.parent.relative_to(run).as_posix() for path in run.rglob("provenance.json")]
     finished = [name for name in names if ".partial" not in name]
     return {name: seconds_of(run, name) for name in sorted(finished, key=stage_order)}
@@ -117,18 +117,18 @@ def _colours(settings: Settings) -> dict[str, str]:
 
 
 def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
-    """Each row as (text, is the best of its column); what rounds to the same is equally good."""
-    shown = {name: [f"{row[name]:.3f}" for row in rows] for name in METRICS}
-    best = {name: max(column, default="") for name, column in shown.items()}
+    """Each row as (text, is best of its column); values that round to the same text tie."""
+    columns = {name: [f"{row[name]:.3f}" for row in rows] for name in METRICS}
+    best = {name: max(column, default="") for name, column in columns.items()}
     return [
         [(str(row["system"]), False), ("–" if row["dim"] is None else str(row["dim"]), False)]
-        + [(shown[name][number], shown[name][number] == best[name]) for name in METRICS]
-        for number, row in enumerate(rows)
+        + [(columns[name][index], columns[name][index] == best[name]) for name in METRICS]
+        for index, row in enumerate(rows)
     ]
 
 
 def _comparisons(evaluated: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
-    """nDCG@10 of drama at its largest dim against every other system at its largest, with p."""
+    """nDCG@10 of drama against every other system, each at its largest dim, with p-values."""
     largest: dict[str, int | None] = {}
     for row in rows:
         largest[row["system"]] = max(row["dim"] or 0, largest.get(row["system"]) or 0) or None
@@ -139,12 +139,12 @@ def _comparisons(evaluated: Path, rows: Sequence[dict[str, Any]], seed: int) -> 
     return [_comparison(names[system], ours, values[system], seed) for system in comparable]
 
 
-def _comparison(other: str, ours: dict[str, float], theirs: dict[str, float], seed: int) -> dict[str, str]:
+def _comparison(system: str, ours: dict[str, float], theirs: dict[str, float], seed: int) -> dict[str, str]:
     pairs = [(ours[query], theirs[query]) for query in ours]
     p = paired_p_value([our for our, _ in pairs], [their for _, their in pairs], seed)
     better, same = sum(our > their for our, their in pairs), sum(our == their for our, their in pairs)
     return {
-        "other": other,
+        "system": system,
         "difference": f"{sum(our - their for our, their in pairs) / len(pairs):+.3f}".replace("-", "\N{MINUS SIGN}"),
         "p": "< 0.001" if p < 0.001 else f"{p:.3f}",
         "counts": f"{better} / {same} / {len(pairs) - better - same}",
@@ -154,28 +154,28 @@ def _comparison(other: str, ours: dict[str, float], theirs: dict[str, float], se
 def _figures(
     run: Path, rows: Sequence[dict[str, Any]], seconds: dict[str, float], colours: dict[str, str]
 ) -> list[tuple[str, str, str]]:
-    """(title, what to know when reading it, SVG) of every figure that the run has data for."""
+    """(title, note, SVG) of every figure that the run has data for."""
     drawn = []
     if any(row["dim"] is not None for row in rows):
         note = "One encoding, cut to its first components and normalised again. Systems without vectors are lines."
         drawn.append(("Quality by dim", note, figures.quality_by_dim(rows, colours)))
     curves = {name: curve for name, folder in TRAINING.items() if (curve := _loss(_metrics(run / folder)))}
     if curves:
-        drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves, colours)))
+        drawn.append(("Training loss", "Every step, and the running mean.", figures.loss_curves(curves, colours)))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:
-        note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."
+        note = "Every Matryoshka dim has its own loss; the training loss is their weighted sum."
         drawn.append(("Loss by dim", note, figures.loss_curves(_loss_by_dim(steps), {})))
-        note = "Score of the positive less that of the best negative, over the temperature; right of 0 it ranks first."
-        shown = {f"step {line['step']}": line["margins"] for line in (steps[0], steps[len(steps) // 2], steps[-1])}
-        drawn.append(("Margins in training", note, figures.margins(shown)))
+        note = "Score of the positive minus that of the best negative, over temperature; above 0 the positive is first."
+        histograms = {f"step {line['step']}": line["margins"] for line in (steps[0], steps[len(steps) // 2], steps[-1])}
+        drawn.append(("Margins in training", note, figures.margins(histograms)))
     lengths = _json(run / "train" / "token_lengths.json")
     if lengths:
-        note = "Tokens after truncation, prefix and special tokens included. Each histogram sums to 100%."
+        note = "Tokens after truncation, including prefix and special tokens. Each histogram sums to 100%."
         drawn.append(("Token lengths", note, figures.token_lengths(lengths)))
     if seconds:
         drawn.append(
-            ("Time per stage", f"{figures.duration(sum(seconds.values()))} in all.", figures.time_bars(seconds))
+            ("Time per stage", f"{figures.duration(sum(seconds.values()))} in total.", figures.time_bars(seconds))
         )
     return drawn
 
@@ -196,20 +196,20 @@ def _loss_by_dim(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 def _training_cost(steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(what, value) of a training run: medians over its steps, and the highest memory."""
+    """(description, value) of a training run's costs: medians over its steps, and the peak memory."""
     measured = [line for line in steps if "peak_share" in line]
     if not measured:
         return []
-    middle = {
+    medians = {
         name: statistics.median(line[name] for line in measured)
         for name in ("tokens", "tokens_per_second", "peak_share", "padding_avoided", "recomputed_share")
     }
     return [
-        ("real tokens in a step", f"{middle['tokens']:,.0f}"),
-        ("real tokens per second", f"{middle['tokens_per_second']:,.0f}"),
-        ("share of the machine's matrix-product peak", f"{middle['peak_share']:.1%}"),
-        ("padding avoided, of a batch padded to its longest text", f"{middle['padding_avoided']:.1%}"),
-        ("tokens encoded twice", f"{middle['recomputed_share']:.1%}"),
+        ("tokens per step, without padding", f"{medians['tokens']:,.0f}"),
+        ("tokens per second, without padding", f"{medians['tokens_per_second']:,.0f}"),
+        ("fraction of the machine's peak in matrix products", f"{medians['peak_share']:.1%}"),
+        ("padding avoided, relative to a padded batch", f"{medians['padding_avoided']:.1%}"),
+        ("tokens encoded twice", f"{medians['recomputed_share']:.1%}"),
         ("peak memory of a rank", f"{max(line['peak_memory_gib'] for line in measured):.2f} GiB"),
     ]
 

@@ -1,7 +1,7 @@
-"""Export: a model folder that any sentence-transformers user loads, without remote code.
+"""Export: a model folder that sentence-transformers loads without remote code.
 
-Covers the folder (weights, tokenizer, pooling, query prompt, Matryoshka dims), the model card, and
-a check that sentence-transformers gives our vectors. ONNX is not covered.
+Covers the folder (weights, tokenizer, pooling, query prompt, Matryoshka dims), the model card, and a check that
+sentence-transformers computes the same vectors. Does not cover ONNX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "x", 
 
 
 def export(run: Run, folder: StageFolder) -> None:
-    """Do the stage: RUN/export."""
+    """Export the trained encoder: RUN/export."""
     if ranks.rank() == 0:
         export_encoder(run.settings, run.path("train"), folder.folder)
     folder.finish()
@@ -39,7 +39,7 @@ def export(run: Run, folder: StageFolder) -> None:
 def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
     """Write the trained encoder to `folder`.
 
-    Raises RuntimeError where sentence-transformers, loading the folder, gives other vectors.
+    Raises RuntimeError if sentence-transformers computes different vectors from the folder.
     """
     encoder = load(trained, dtype=settings.export.dtype, device="cpu")
     write_sentence_transformers(encoder, folder)
@@ -48,7 +48,7 @@ def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
 
 
 def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
-    """Write backbone, mean pooling, normalisation and prompts in sentence-transformers' own layout."""
+    """Write backbone, mean pooling, normalisation and prompts in sentence-transformers' layout."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
@@ -71,7 +71,7 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
     weights = sum(weight.numel() for weight in encoder.parameters())
     embeddings = config.vocab_size * config.hidden_size
     rows = _json(run / "evaluate" / CORPUS / "results.json")
-    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
+    sections = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(_CARD.read_text("utf-8")).render(
         settings=settings,
@@ -81,7 +81,7 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
         backbone_weights=weights - embeddings,
         embedding_weights=embeddings,
         counts=_json(run / "augment" / "counts.json") or {},
-        settings_yaml=yaml.safe_dump({"seed": settings.seed, **told}, sort_keys=False),
+        settings_yaml=yaml.safe_dump({"seed": settings.seed, **sections}, sort_keys=False),
         results=results_table(rows, markdown=True) if rows else None,
     )
 
@@ -98,13 +98,13 @@ def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
         str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": getattr(torch, dtype)}
     )
     limit = theirs.max_seq_length
-    pairs = []
-    for own, encode, length in (
+    differences = []
+    for our_encode, their_encode, length in (
         (encoder.encode_queries, theirs.encode_query, encoder.contract.max_query_tokens),
         (encoder.encode_passages, theirs.encode_document, encoder.contract.max_passage_tokens),
     ):
         theirs.max_seq_length = length
-        pairs.append(np.abs(own(_PROBES) - np.asarray(encode(_PROBES), dtype=np.float32)).max())
+        differences.append(np.abs(our_encode(_PROBES) - np.asarray(their_encode(_PROBES), dtype=np.float32)).max())
     theirs.max_seq_length = limit
-    if max(pairs) > _TOLERANCE[dtype]:
-        raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {max(pairs):.2e}")
+    if max(differences) > _TOLERANCE[dtype]:
+        raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {max(differences):.2e}")

@@ -1,6 +1,6 @@
-"""The encode stage: a collection as a system encodes it, RUN/encode/COLLECTION/SYSTEM.
+"""The encode stage: a collection encoded by a system, RUN/encode/COLLECTION/SYSTEM.
 
-What is written is the system's affair (systems.py): embedding shards, or a lexical index.
+The system (systems.py) decides what is written: embedding shards, or a lexical index.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def sections(settings: Settings, collection: str, system: str) -> dict[str, Any]
 
 
 def inputs(run: Run, collection: str, system: str) -> dict[str, str]:
-    """The fingerprint of a model from elsewhere."""
+    """The fingerprint of the system's external model, if it has one."""
     model = system_called(system, run.settings).model(run.settings)
     return {} if model is None else {"model": run.model_fingerprint(model)}
 
 
 def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
-    """Do the stage, or a share of it."""
+    """Encode the collection, or a share of it."""
     stored = open_collection(run.path(stored_collection(collection)))
     system_called(system, run.settings).encode(run.settings, folder, stored)
