@@ -48,9 +48,9 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     settings = small_settings("evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]")
     run = Path(settings.run)
     make(settings, "run")
-    found = {(row["system"], row["dim"]) for row in rows(run)}
+    results = {(row["system"], row["dim"]) for row in rows(run)}
     expected = {(system, dim) for system in ("drama", "random-init") for dim in (32, 16)}
-    assert found == expected | {("llm-unpruned", 48), ("teacher", 384), ("bm25", None)}
+    assert results == expected | {("llm-unpruned", 48), ("teacher", 384), ("bm25", None)}
     for stage in ("corpus", "prune", "augment", "train", "encode/corpus/drama", "evaluate/corpus", "export"):
         kept = {path.name for path in (run / stage).iterdir()}
         assert {"settings.yaml", "provenance.json"} <= kept
@@ -65,7 +65,9 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert {path.name for path in changed} <= {"settings.yaml"} and all(path.parent == run for path in changed)
     cheaper = ["train.activation_budget=0", "train.checkpoint_layers=true", "train.tensorboard=false"]
-    assert make(small_settings(*cheaper), "train") == run / "train"  # what only costs otherwise is no other run
+    assert (
+        make(small_settings(*cheaper), "train") == run / "train"
+    )  # these change only the cost, so the run is the same
 
 
 def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..., Settings]) -> None:
@@ -122,28 +124,28 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[..., Settings], tmp_path: Path) -> None:
     changes = ["train.zero_stage=2", "train.steps=6", "train.batch_size=13", "evaluate.systems=[drama]"]
-    one = small_settings(f"run={tmp_path / 'one'}", *changes)
+    single = small_settings(f"run={tmp_path / 'one'}", *changes)
     two = small_settings(f"run={tmp_path / 'two'}", *changes)
-    make(one, "augment")
-    make(one, "prune")
-    shutil.copytree(one.run, two.run)
-    make(one, "train")
+    make(single, "augment")
+    make(single, "prune")
+    shutil.copytree(single.run, two.run)
+    make(single, "train")
     saving = [
         "train.zero_stage=3",
         "train.loss_partition=queries",
         "train.checkpoint_layers=true",
         "train.activation_budget=0",
     ]
-    others = saving if launcher == "torchrun" else []
-    _train_with_two_ranks(launcher, small_settings(f"run={two.run}", *changes, *others))
-    ours, theirs = steps(Path(two.run)), steps(Path(one.run))
+    extra = saving if launcher == "torchrun" else []
+    _train_with_two_ranks(launcher, small_settings(f"run={two.run}", *changes, *extra))
+    ours, theirs = steps(Path(two.run)), steps(Path(single.run))
     assert len(ours) == len(theirs) == 6
     for name in ("loss", "gradient_norm", "accuracy", "margin", "tokens"):
         np.testing.assert_allclose([s[name] for s in ours], [s[name] for s in theirs], rtol=1e-4, err_msg=name)
     texts = ["the river", "flour and water"]
     np.testing.assert_allclose(
         drama_dist.load(Path(two.run) / "train").encode_queries(texts),
-        drama_dist.load(Path(one.run) / "train").encode_queries(texts),
+        drama_dist.load(Path(single.run) / "train").encode_queries(texts),
         atol=1e-4,
     )
     assert json.loads((Path(two.run) / "train" / "provenance.json").read_text("utf-8"))["world_size"] == 2

@@ -1,7 +1,7 @@
 """Systems: everything that encodes texts or ranks passages, in one table.
 
-Covers what each is called and means, the settings and the model that it depends on, how it is loaded, how it encodes a
-collection and ranks it for queries. Which of them are trained is in run/graph.py; scoring their rankings is evaluate's.
+Covers each system's name and meaning, the settings and the model it depends on, and how it is loaded, encodes a
+collection and ranks passages. Does not cover which systems are trained (run/graph.py), or scoring (evaluate/).
 Shapes: Q queries, K components, k hits.
 """
 
@@ -31,9 +31,9 @@ from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsE
 
 @dataclass(frozen=True)
 class Ranking:
-    """Hits of every query: scores Q × k float32 and positions Q × k int64, best first, -1 where there are fewer.
+    """Hits of every query: scores Q × k float32 and positions Q × k int64, best first, padded with -1.
 
-    dim: how many components of the vectors were compared; None for a system without vectors.
+    dim: number of vector components compared; None for a system without vectors.
     """
 
     dim: int | None
@@ -43,7 +43,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class System(ABC):
-    """name: as in evaluate.systems. meaning and colour: in the report."""
+    """name: as in evaluate.systems. meaning and colour: for the report."""
 
     name: str
     meaning: str
@@ -51,23 +51,23 @@ class System(ABC):
 
     @abstractmethod
     def sections(self, settings: Settings) -> dict[str, Any]:
-        """The settings that its encoding of a collection depends on."""
+        """The settings that the encoding of a collection depends on."""
 
     def model(self, settings: Settings) -> str | None:
-        """The model that it takes from elsewhere; None for what a run trains, and for what needs none."""
+        """The external model that it uses; None if the run trains its model, or it needs none."""
         return None
 
     @abstractmethod
     def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
-        """Write the collection's encoding, or a share of it, and finish the folder where it is whole."""
+        """Write the collection's encoding, or a share of it; finish the folder when it is complete."""
 
     @abstractmethod
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        """Rank an encoded collection for queries, at every dim that is compared, the largest first."""
+        """Rank an encoded collection for queries, at every dim to compare, largest first."""
 
 
 class DenseSystem(System):
-    """A system of vectors; its encoding is a folder of embedding shards."""
+    """A system with vectors; its encoding is a folder of embedding shards."""
 
     @abstractmethod
     def load(self, settings: Settings) -> TextEncoder:
@@ -81,7 +81,7 @@ class DenseSystem(System):
         return dtype_name(settings.encode.dtype)
 
     def dims(self, settings: Settings, size: int) -> list[int]:
-        """How many components are compared; size: all of them."""
+        """The numbers of components to compare. size: of the whole vectors."""
         return [size]
 
     def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
@@ -108,7 +108,7 @@ class TrainedSystem(DenseSystem):
 
 
 class UnprunedSystem(DenseSystem):
-    """The LLM as it is: causal, mean pooled."""
+    """The unpruned LLM: causal, mean pooled."""
 
     def model(self, settings: Settings) -> str:
         return settings.llm
@@ -136,7 +136,7 @@ class TeacherSystem(DenseSystem):
 
 
 class OtherModel(DenseSystem):
-    """Any Llama-type encoder, with the contract of its own folder."""
+    """Any Llama-type encoder, with the contract of its folder."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
         return {"encode": _of_vectors(settings.encode)}
@@ -168,7 +168,7 @@ SYSTEMS: dict[str, System] = {
     for system in (
         TrainedSystem("drama", "the small retriever of this run", "#0b6e99"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
-        UnprunedSystem("llm-unpruned", "the LLM as it is, mean pooled", "#8f6bb3"),
+        UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),
         TeacherSystem("teacher", "the retriever that ranked the training data", "#d98324"),
         LexicalSystem("bm25", "lexical search", "#4d8b45"),
     )
@@ -176,7 +176,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def system_called(label: str, settings: Settings) -> System:
-    """The system that folders and tables of a run call so; raises SettingsError where there is none."""
+    """The system with this label in a run's folders and tables; raises SettingsError if there is none."""
     name = settings.evaluate.labels.get(label, label)
     if name in SYSTEMS:
         return SYSTEMS[name]

@@ -1,7 +1,7 @@
 """The teacher: a strong retriever from sentence-transformers, as a text encoder.
 
-Covers loading it, its prompts, and batches of a token budget. Fusing its ranking with BM25 is
-fusion.py's affair. Shapes: N texts, K components.
+Covers loading it, its prompts, and batches of a token budget. Does not cover fusing its ranking with BM25: fusion.py
+does. Shapes: N texts, K components.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 
 
 class Teacher:
-    """A sentence-transformers model that encodes texts to unit vectors; loaded at first use.
+    """A sentence-transformers model that encodes texts to unit vectors; loaded on first use.
 
-    Texts get the model's own query and document prompts, where it has them, and are cut at
-    `max_tokens` or the model's own limit, whichever is smaller.
+    Texts get the model's query and document prompts, if it has them, and are truncated to `max_tokens` or the model's
+    limit, whichever is smaller.
     """
 
     def __init__(self, settings: TeacherSettings, trust_remote_code: bool = False):
@@ -52,7 +52,7 @@ class Teacher:
     def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 (N, dim); dim None is the model's size.
 
-        Raises ValueError where dim is larger than that.
+        Raises ValueError if dim is larger than that.
         """
         return self._encode(texts, dim, self.model.encode_query, ("query",))
 
@@ -61,8 +61,8 @@ class Teacher:
     ) -> np.ndarray:
         """Unit vectors of passages, float32 (N, dim); dim None is the model's size.
 
-        progress: told the number of texts of each batch when they are encoded.
-        Raises ValueError where dim is larger than that.
+        progress: called with the number of texts of each encoded batch.
+        Raises ValueError if dim is larger than that.
         """
         return self._encode(texts, dim, self.model.encode_document, _PASSAGE_PROMPTS, progress)
 
@@ -80,10 +80,10 @@ class Teacher:
         prompt = next((self.model.prompts[name] for name in prompts if self.model.prompts.get(name)), "")
         vectors_NK: np.ndarray | None = None
         for batch in padded_batches(self._lengths([prompt + text for text in texts]), self.settings.batch_tokens):
-            part = encode([texts[position] for position in batch], batch_size=len(batch), show_progress_bar=False)
+            vectors = encode([texts[position] for position in batch], batch_size=len(batch), show_progress_bar=False)
             if vectors_NK is None:
-                vectors_NK = np.zeros((len(texts), part.shape[1]), dtype=np.float32)
-            vectors_NK[batch] = part
+                vectors_NK = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
+            vectors_NK[batch] = vectors
             if progress is not None:
                 progress(len(batch))
         assert vectors_NK is not None
@@ -98,9 +98,9 @@ class Teacher:
 
 
 def padded_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut texts into batches of at most `budget` tokens, padding counted, longest texts first.
+    """Divide texts into batches of at most `budget` tokens, padding included, longest texts first.
 
-    Returns positions into `lengths`; a text longer than the budget has a batch of its own.
+    Returns positions in `lengths`; a text longer than the budget gets its own batch.
     """
     batches: list[list[int]] = []
     room = 0

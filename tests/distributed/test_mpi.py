@@ -35,14 +35,14 @@ def test_two_ranks_of_mpirun_write_and_encode_what_one_process_does(
     small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     changes = ["augment.synthetic_queries=12", "augment.generation_batch=4", "encode.shard_passages=10"]
-    one, two = (small_settings(f"run={tmp_path / name}", *changes) for name in ("one", "two"))
+    single, two = (small_settings(f"run={tmp_path / name}", *changes) for name in ("one", "two"))
     paths = [tmp_path / name for name in ("one.yaml", "two.yaml")]
-    for path, settings in zip(paths, (one, two), strict=True):
+    for path, settings in zip(paths, (single, two), strict=True):
         write_settings(settings, path)
     for verb in ("train", "encode"):
         done = start("drama", verb, str(paths[0]))
         assert done.returncode == 0, done.stderr
-    run, whole = Path(two.run), Path(one.run)
+    run, whole = Path(two.run), Path(single.run)
     shutil.copytree(whole, run)
     for made in ("augment", "encode"):
         shutil.rmtree(run / made)

@@ -97,7 +97,7 @@ def test_a_rank_ends_with_its_status_while_gloo_still_frees_tensors(end: str, st
     program = [sys.executable, "-c", ENDS_WHILE_GLOO_ASKS.replace("{end}", end)]
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks._free_port())}
     meet = {**os.environ, **meet, "CUDA_VISIBLE_DEVICES": ""}
-    started = [subprocess.Popen(program, env={**meet, "RANK": number}) for number in ("0", "1")]
+    started = [subprocess.Popen(program, env={**meet, "RANK": rank}) for rank in ("0", "1")]
     try:
         assert started[0].wait(timeout=120) == status
     finally:

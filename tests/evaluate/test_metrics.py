@@ -17,12 +17,12 @@ def hits(*ids: str) -> list[Hit]:
 
 def test_ndcg_recall_and_reciprocal_rank_by_hand() -> None:
     qrels = {"q": {"a": 2, "b": 1, "c": 1, "d": 0}}
-    found = per_query(qrels, {"q": hits("x", "b", "d", "a")})["q"]
+    values = per_query(qrels, {"q": hits("x", "b", "d", "a")})["q"]
     gained = 1 / math.log2(3) + 2 / math.log2(5)
     ideal = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)
-    assert found["ndcg@10"] == pytest.approx(gained / ideal)
-    assert found["recall@100"] == pytest.approx(2 / 3)
-    assert found["mrr@10"] == pytest.approx(1 / 2)
+    assert values["ndcg@10"] == pytest.approx(gained / ideal)
+    assert values["recall@100"] == pytest.approx(2 / 3)
+    assert values["mrr@10"] == pytest.approx(1 / 2)
 
 
 def test_the_cut_offs_are_ten_and_a_hundred() -> None:

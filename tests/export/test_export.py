@@ -32,15 +32,15 @@ def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> N
     ours, theirs = drama_dist.load(folder), SentenceTransformer(str(folder), device="cpu")
     assert theirs.prompts["query"] == "Query: "
     assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
-    for own, encode, length in (
+    for our_encode, their_encode, length in (
         (ours.encode_queries, theirs.encode_query, settings.encoder.max_query_tokens),
         (ours.encode_passages, theirs.encode_document, settings.encoder.max_passage_tokens),
     ):
         theirs.max_seq_length = length
-        np.testing.assert_allclose(own(TEXTS), encode(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(our_encode(TEXTS), their_encode(TEXTS), atol=1e-5)
     cut = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
-    found = cut.encode_query(TEXTS[:2], normalize_embeddings=True)
-    np.testing.assert_allclose(ours.encode_queries(TEXTS[:2], dim=16), found, atol=1e-5)
+    vectors = cut.encode_query(TEXTS[:2], normalize_embeddings=True)
+    np.testing.assert_allclose(ours.encode_queries(TEXTS[:2], dim=16), vectors, atol=1e-5)
 
 
 def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Settings, Path]) -> None:

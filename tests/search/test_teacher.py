@@ -25,12 +25,12 @@ def teacher() -> Teacher:
 
 def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) -> None:
     batches: list[int] = []
-    found = teacher.encode_passages(TEXTS, progress=batches.append)
+    vectors = teacher.encode_passages(TEXTS, progress=batches.append)
     assert len(batches) > 1 and sum(batches) == len(TEXTS)
     expected = teacher.model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
-    assert found.dtype == np.float32 and found.shape == (5, 384)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert vectors.dtype == np.float32 and vectors.shape == (5, 384)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
 def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> None:
