@@ -165,6 +165,7 @@ def _fork(queries: torch.Tensor, passages: torch.Tensor, after_a_loss: bool) -> 
 
 
 @pytest.mark.parametrize("after_a_loss", [False, True])
+@pytest.mark.slow
 def test_a_forked_child_does_not_wait_for_its_parents_threads(after_a_loss: bool) -> None:
     """The parent is a process of its own: in this one other tests have run the loss."""
     generator = torch.Generator().manual_seed(0)
