@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -165,16 +166,13 @@ def _fork(queries: torch.Tensor, passages: torch.Tensor, after_a_loss: bool) -> 
 
 
 @pytest.mark.parametrize("after_a_loss", [False, True])
-@pytest.mark.slow
 def test_a_forked_child_does_not_wait_for_its_parents_threads(after_a_loss: bool) -> None:
-    """The parent is a process of its own: in this one other tests have run the loss."""
-    generator = torch.Generator().manual_seed(0)
-    queries, passages = (torch.randn(count, 96, generator=generator) for count in (800, 1500))
-    parent = multiprocessing.get_context("spawn").Process(target=_fork, args=(queries, passages, after_a_loss))
-    parent.start()
-    parent.join(120)
-    try:
-        assert parent.exitcode == 0
-    finally:
-        parent.kill()
-        parent.join()
+    """The parent is a process of its own, this file as a program: in this one other tests have run the loss."""
+    command = [sys.executable, __file__, *(["after a loss"] if after_a_loss else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    _generator = torch.Generator().manual_seed(0)
+    _fork(*(torch.randn(count, 96, generator=_generator) for count in (800, 1500)), after_a_loss=len(sys.argv) > 1)
