@@ -184,7 +184,7 @@ class Ground:
         raise RuntimeError(f"{verb} does not end well:\n{self._messages()}")
 
     def _went_on(self) -> int | None:
-        found = re.search(r"going on from step (\d+)", self._log.read_text("utf-8"))
+        found = re.search(r"resuming from step (\d+)", self._log.read_text("utf-8"))
         return int(found[1]) if found else None
 
     def _messages(self) -> str:

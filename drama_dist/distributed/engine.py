@@ -122,7 +122,7 @@ class Engine:
         _restore_random_state(reader)
         step = int(read_state(newest)["step"])
         set_steps(self._engine, step)
-        say(f"going on from step {step} ({newest})")
+        say(f"resuming from step {step} ({newest})")
         return step
 
     def _gradient_norm(self) -> torch.Tensor:

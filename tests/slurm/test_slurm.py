@@ -116,7 +116,7 @@ def test_a_preempted_job_requeues_and_ends_with_the_same_weights(
     assert _facts(job)[0]["Restarts"] == "1"
     assert "train: resuming" in _logs(settings)
     if how == "warning":
-        assert "going on from step" in _logs(settings)  # no other checkpoint was due
+        assert "resuming from step" in _logs(settings)  # no other checkpoint was due
     _assert_same_training(run, trained)
 
 
