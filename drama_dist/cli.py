@@ -28,10 +28,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status (2 for an error in settings or data)."""
-    options, rest = _parser().parse_known_args(arguments)
-    unknown = [argument for argument in rest if not argument.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    if unknown:
-        _parser().error(f"unknown option {unknown[0]}")
+    options = _read(arguments)
     interrupts.listen()
     try:
         if options.verb == "search":
@@ -72,6 +69,20 @@ def launch(*verb: str) -> NoReturn:
     sys.exit(status)
 
 
+def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line. argparse takes the overrides before an option only; those after it are added here."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [word for word in rest if hasattr(options, "overrides") and "=" in word and not word.startswith("-")]
+    if late:
+        options.overrides = [*options.overrides, *late]
+    # DeepSpeed's launcher adds --local_rank
+    unknown = [word for word in rest if word not in late and not word.startswith("--local_rank")]
+    if unknown:
+        parser.error(f"unknown {'option' if unknown[0].startswith('-') else 'argument'} {unknown[0]}")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="drama", description="Turn a large language model and unlabelled text into a small, fast dense retriever."
@@ -101,21 +112,35 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the batch scripts without submitting them")
     search = verbs.add_parser("search", help="search a finished run", description="Search a finished run's corpus.")
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
-    search.add_argument("query", help="what to search for")
-    search.add_argument("-k", type=int, default=5, help="how many passages to show (default 5)")
-    search.add_argument("--dim", type=int, help="cut vectors to this many components (default: all)")
+    search.add_argument("query", type=_unicode, help="what to search for")
+    search.add_argument("-k", type=_count, default=5, help="how many passages to show (default 5)")
+    search.add_argument("--dim", type=_count, help="cut vectors to this many components (default: all)")
     plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
-    plan.add_argument("--ranks", type=int, default=1, help="number of training processes (default 1)")
+    plan.add_argument("--ranks", type=_count, default=1, help="number of training processes (default 1)")
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, h200, a100-80g or a100-40g")
     plan.add_argument(
-        "--vocabulary", type=int, help="how many tokens the LLM's vocabulary has, if its configuration is not here"
+        "--vocabulary", type=_count, help="how many tokens the LLM's vocabulary has, if its configuration is not here"
     )
-    plan.add_argument("--head", type=int, help="the LLM's head size, to go with --vocabulary")
+    plan.add_argument("--head", type=_count, help="the LLM's head size, to go with --vocabulary")
     doctor = verbs.add_parser(
         "doctor", help="check what this machine offers", description="Check what this machine offers."
     )
     doctor.add_argument("--json", action="store_true", help="print a JSON list")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that the terminal's encoding has no characters for
+        raise argparse.ArgumentTypeError(f"{text!r}: is not UTF-8 text") from None
+    return text
 
 
 def _stage_parser(verbs: Any, verb: str, summary: str) -> argparse.ArgumentParser:

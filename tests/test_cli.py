@@ -52,6 +52,36 @@ def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: 
     assert main(["corpus", str(file), "--local_rank=0"]) == 0
 
 
+def test_an_override_may_stand_after_an_option_and_the_last_one_counts(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["corpus", str(file), "corpus.path=/first", "--collection", "corpus", "corpus.path=/no/such"]
+    assert main(words) == 2
+    assert "corpus.path=/no/such: no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["corpus", str(file), "--collection", "corpus", "stray"])
+    assert "unknown argument stray" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-k", "0"], "argument -k: '0': must be a whole number, 1 or more"),
+        (["-k", "-3"], "argument -k: '-3': must be a whole number, 1 or more"),
+        (["-k", "nan"], "argument -k: 'nan': must be"),
+        (["-k", "²"], "argument -k: '²': must be"),
+        (["-k", "9" * 5000], "argument -k: '99999999999999999999': must be"),
+        (["--dim", "0"], "argument --dim: '0': must be"),
+        (["caf\udce9"], r"argument query: 'caf\udce9': is not UTF-8 text"),
+    ],
+)
+def test_what_search_cannot_mean_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["search", "nowhere", *(["a query"] if words[0].startswith("-") else []), *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

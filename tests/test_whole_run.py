@@ -70,6 +70,19 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     )  # these change only the cost, so the run is the same
 
 
+def test_a_corpus_without_test_queries_is_trained_on_and_exported(
+    small_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small_settings("corpus.held_out_queries=0", "train.steps=2", "augment.synthetic_queries=0")
+    run = Path(settings.run)
+    make(settings, "run")
+    assert rows(run) == [] and json.loads((run / "report.json").read_text("utf-8"))["results"] == []
+    assert "Not evaluated: the collection has no judged queries." in (run / "report.html").read_text("utf-8")
+    assert "Not evaluated." in (run / "export" / "README.md").read_text("utf-8")
+    assert drama_dist.load(run / "export").encode_queries(["the bread"]).shape == (1, 32)
+    assert "evaluate/corpus: the collection has no judged queries" in capsys.readouterr().err
+
+
 def test_other_settings_for_the_same_run_are_refused(small_settings: Callable[..., Settings]) -> None:
     make(small_settings(), "corpus")
     with pytest.raises(OtherSettings, match=r"corpus.held_out_queries: 12 in the folder, 3 now"):
@@ -96,7 +109,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
 ) -> None:
     changes = ["train.steps=40", "encode.shard_passages=1", "augment.generation_batch=1", "augment.max_new_tokens=24"]
     whole, killed = (small_settings(f"run={tmp_path / name}", *changes) for name in ("whole", "killed"))
-    assert start(whole).wait(300) == 0
+    beside = start(whole)
     run = Path(killed.run)
     for moment in (
         "augment.partial/checkpoints/synthetic/part-00000.jsonl",
@@ -113,6 +126,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     last = start(killed)
     messages = last.communicate(timeout=300)[1]
     assert last.returncode == 0, messages
+    assert beside.wait(300) == 0
     assert "encode/corpus/drama: resuming" in messages
     assert rows(run) == rows(Path(whole.run))
     assert [line["step"] for line in steps(run)] == list(range(1, 41))

@@ -37,10 +37,9 @@ def report(run: Run) -> None:
     if ranks.rank() == 0:
         path = write_report(run.folder, run.settings)
         for name, rows in _results(run.folder, run.settings).items():
-            print(
-                f"{name}\n{results_table(rows)}" if run.settings.evaluate.collections else results_table(rows),
-                flush=True,
-            )
+            heading = f"{name}\n" if run.settings.evaluate.collections else ""
+            if rows:
+                print(f"{heading}{results_table(rows)}", flush=True)
         say(f"report: {path}")
     ranks.barrier()
 

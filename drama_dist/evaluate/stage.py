@@ -1,6 +1,7 @@
 """The evaluate stage: every system on a collection's test queries, RUN/evaluate/COLLECTION.
 
-The artefact is results.json, and for each result a TREC run and its values by query (scoring.py).
+The artefact is results.json, and for each result a TREC run and its values by query (scoring.py). A collection without
+judged queries has no results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from drama_dist.evaluate.scoring import score
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
+from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import system_called
 
@@ -20,10 +22,12 @@ from drama_dist.search.systems import system_called
 def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
     """Do the stage."""
     settings, stored = run.settings, open_collection(run.path(stored_collection(collection)))
+    if not stored.queries:
+        say(f"{folder.name}: the collection has no judged queries, so there is nothing to compare the systems by")
     if ranks.rank() == 0:
         queries = [query.text for query in stored.queries]
         rows = []
-        for label in settings.evaluate.labels:
+        for label in settings.evaluate.labels if queries else ():
             encoded = run.path(f"encode/{collection}/{label}")
             for ranking in system_called(label, settings).rank(settings, encoded, queries, settings.evaluate.depth):
                 rows.append(score(label, ranking, stored, folder.folder).as_row())
