@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,7 +54,7 @@ def hash_files(folder: Path, paths: Sequence[Path]) -> str:
     return combined_hash({path.relative_to(folder): hash_file(path) for path in paths})
 
 
-def combined_hash(hashes: Mapping[PurePath, str]) -> str:
+def combined_hash(hashes: Mapping[Path, str]) -> str:
     """SHA-256 over names and hashes of files, in any order."""
     total = hashlib.sha256()
     for name in sorted(hashes):

@@ -179,7 +179,7 @@ def fingerprint(path: Path | str) -> str:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; fix the path in the settings")
+        raise FileNotFoundError(f"{path}: not found; run the stage that makes it, or fix the path in the settings")
     return fingerprint_of_folder(path) if path.is_dir() else hash_file(path)
 
 
@@ -291,8 +291,8 @@ def _differences(folder: Path, wanted: dict[str, Any]) -> list[str] | None:
 
 def _work_in(partial: Path) -> str:
     """What an attempt could resume from, in words; empty where there is nothing."""
-    steps = [path.name.removeprefix("step-") for path in (partial / CHECKPOINTS).glob("step-*")]
-    steps = [int(step) for step in steps if step.isdigit()]
+    names = [path.name.removeprefix("step-") for path in (partial / CHECKPOINTS).glob("step-*")]
+    steps = [int(name) for name in names if name.isdigit()]
     parts = sum(1 for _ in (partial / CHECKPOINTS).glob("*/part-*.jsonl"))
     shards = sum(1 for _ in partial.glob(SHARDS))
     found = [f"checkpoints up to step {max(steps)}"] if steps else []
