@@ -70,11 +70,11 @@ def test_more_than_a_limit_allows_is_allowed(
 ) -> None:
     bad = "augment.synthetic_queries=4", "augment.bad_answer_limit=0", "augment.max_new_tokens=1"
     assert command("augment", *bad) == 2
-    assert "or the limit" in capsys.readouterr().err
+    assert "Raise the limit" in capsys.readouterr().err
     other = "augment.synthetic_queries=4", "augment.bad_answer_limit=1", "augment.max_new_tokens=2"
     assert command("augment", *other) == 2
     said = capsys.readouterr().err
-    assert re.search(r"max_new_tokens: 1 in the folder, 2 now(.|\n)*--discard-partial .*1 stored parts", said)
+    assert re.search(r"max_new_tokens: 1 in the folder, 2 now(.|\n)*--discard-partial .*1 stored part", said)
     assert command("augment", *other, "--discard-partial") == 0
     counts = json.loads((tmp_path / "run" / "augment" / "counts.json").read_text("utf-8"))
     assert counts["crop examples"]

@@ -223,11 +223,8 @@ def _take_over(stage: StageFolder, discard: bool) -> bool:
         if differences == []:
             return True
         _give_way(stage, differences, discard)
-    if not _create(stage):  # a task with another share got there first
-        differences = _differences(stage.partial, stage.record)
-        if differences != []:
-            _give_way(stage, differences, discard)
-    return False
+    # Where it cannot be made, a task with another share got there first.
+    return False if _create(stage) else _take_over(stage, discard)
 
 
 def _give_way(stage: StageFolder, differences: list[str] | None, discard: bool) -> None:
@@ -296,7 +293,9 @@ def _work_in(partial: Path) -> str:
     parts = sum(1 for _ in (partial / CHECKPOINTS).glob("*/part-*.jsonl"))
     shards = sum(1 for _ in partial.glob(SHARDS))
     found = [f"checkpoints up to step {max(steps)}"] if steps else []
-    found += [f"{count} {what}" for count, what in ((parts, "stored parts"), (shards, "shards")) if count]
+    found += [
+        f"{count} {what}{'s' * (count > 1)}" for count, what in ((parts, "stored part"), (shards, "shard")) if count
+    ]
     return " and ".join(found)
 
 
@@ -322,7 +321,7 @@ def _step_of(line: str) -> int:
     """0 if the line is incomplete."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, LookupError, TypeError):
         return 0
 
 

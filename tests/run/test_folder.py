@@ -143,6 +143,8 @@ def test_metrics_after_a_step_are_forgotten(tmp_path: Path) -> None:
     stage = open_stage(tmp_path, "s", {}, {})
     for step in (1, 2, 3):
         stage.log(step=step)
+    with open(stage.folder / "metrics.jsonl", "a", encoding="utf-8") as out:
+        out.write('{"stfp": 2}\n[2]\n{"step": [2]}\n{"st')
     stage.forget_metrics_after(2)
     lines = (stage.folder / "metrics.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
@@ -150,8 +152,8 @@ def test_metrics_after_a_step_are_forgotten(tmp_path: Path) -> None:
 
 WORK = {
     "checkpoints/step-0000050/state.json": "checkpoints up to step 50",
-    "checkpoints/synthetic/part-00000.jsonl": "1 stored parts",
-    "shard-00000.npy": "1 shards",
+    "checkpoints/synthetic/part-00000.jsonl": "1 stored part",
+    "shard-00000.npy": "1 shard",
 }
 NO_WORK = ["set_aside.jsonl", "checkpoints/step-0000050.tmp/rank-00000.json", "shard-00000.npy.tmp", "index.faiss.tmp"]
 
@@ -220,7 +222,7 @@ def test_partial_work_whose_record_is_damaged_gives_way_or_is_kept_as_other_work
         record = left.folder / "settings.yaml"
         record.unlink() if text is None else record.write_text(text, "utf-8")
         if discard:
-            with pytest.raises(OtherSettings, match=r"settings.yaml in it is missing or damaged(.|\n)*1 shards"):
+            with pytest.raises(OtherSettings, match=r"settings.yaml in it is missing or damaged(.|\n)*1 shard"):
                 open_stage(tmp_path / file, "train", SETTINGS, {"corpus": "abc"})
         assert not open_stage(tmp_path / file, "train", SETTINGS, {"corpus": "abc"}, discard_partial=discard).resumed
 
