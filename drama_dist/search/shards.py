@@ -126,13 +126,15 @@ def write_shards(
         raise ValueError(f"{name}: the corpus has no passages to encode")
     mine = share.indices_of(-(-len(passages) // shard_passages))
     spans = {i: range(i * shard_passages, min((i + 1) * shard_passages, len(passages))) for i in mine}
-    missing = [i for i in mine if not matches_checksum(*_paths_of_shard(folder, i))]
+    missing = [i for i in mine if not matches_checksum(_shard_path(folder, i), _checksum_path(folder, i))]
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     total = sum(map(len, spans.values()))
     bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
     for i in missing:
         vectors_nK = encoder.encode_passages(passages.contents(spans[i]), progress=bar.update)
         _check_vectors(vectors_nK, passages, spans[i])
         write_shard(folder, i, vectors_nK)
+        write_checksum(_shard_path(folder, i), _checksum_path(folder, i))
     bar.close()
     ranks.barrier()
     if not share.whole:
@@ -147,13 +149,11 @@ def write_shards(
 
 
 def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
-    """Write the shard `index`, from 0, under a temporary name; rename it when it and its checksum are on the disk."""
-    path, checksum = _paths_of_shard(folder, index)
-    checksum.parent.mkdir(exist_ok=True)
+    """Write the shard `index`, from 0, under a temporary name; rename it when it is on the disk."""
+    path = _shard_path(folder, index)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as out:
         np.save(out, np.ascontiguousarray(vectors_nK, dtype=np.float32), allow_pickle=False)
-    write_checksum(temporary, checksum)
     put_in_place(temporary, path)
 
 
@@ -161,10 +161,9 @@ def _shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.npy"
 
 
-def _paths_of_shard(folder: Path, index: int) -> tuple[Path, Path]:
-    """The shard and its checksum, which is of use only until the stage is finished."""
-    path = _shard_path(folder, index)
-    return path, folder / CHECKPOINTS / f"{path.name}.sha256"
+def _checksum_path(folder: Path, index: int) -> Path:
+    """Among the checkpoints, since nothing needs it once the stage is finished."""
+    return folder / CHECKPOINTS / f"{_shard_path(folder, index).name}.sha256"
 
 
 def _map_shard(path: Path) -> np.memmap:
