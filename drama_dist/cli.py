@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
         stage = _stage_parser(verbs, verb, summary)
+        stage.add_argument(
+            "--discard-partial",
+            action="store_true",
+            help="delete what was begun with other settings or inputs and not finished, and begin it anew",
+        )
         if verb in ("encode", "augment"):
             stage.add_argument(
                 "--share",
@@ -170,11 +175,11 @@ def _make(settings: Settings, options: argparse.Namespace) -> None:
 
     _quiet_libraries()
     if ranks.world_size() == 1:
-        make(settings, options.verb, share, **parameters)
+        make(settings, options.verb, share, options.discard_partial, **parameters)
         return
     ranks.start()
     try:
-        make(settings, options.verb, share, **parameters)
+        make(settings, options.verb, share, options.discard_partial, **parameters)
     finally:
         ranks.stop()
 
@@ -200,13 +205,13 @@ def _search(options: argparse.Namespace) -> None:
 
 def _index_over(encoded: Path, run: Path) -> Path | None:
     """The index over drama's vectors; None where the run has none."""
-    from drama_dist.run.folder import fingerprint, inputs_of
+    from drama_dist.run.artefact import fingerprint_of_artefact, inputs_of
 
     name = f"{CORPUS}/drama"
     if not is_finished(run, f"index/{name}"):
         return None
-    index = run / "index" / name
-    if inputs_of(index)[f"encode/{name}"] != fingerprint(encoded):
+    index = _finished(run, f"index/{name}")
+    if inputs_of(index)[f"encode/{name}"] != fingerprint_of_artefact(encoded):
         raise ValueError(f"{index}: over other vectors than {encoded} has; delete it, or build it again: drama encode")
     print(f"searching the index {index}; delete it to search exactly", file=sys.stderr)
     return index
@@ -237,8 +242,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _finished(run: Path, stage: str) -> Path:
+    """The folder of a finished artefact; raises Damaged where it is not what was written."""
+    from drama_dist.run.artefact import verify
+
     if not is_finished(run, stage):
         raise FileNotFoundError(f"{run / stage}: not found; finish the run first: drama run SETTINGS run={run}")
+    verify(run, stage)
     return run / stage
 
 

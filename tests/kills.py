@@ -55,7 +55,14 @@ CHANGES = [
 SHARDS = 16
 DISK_BYTES = 256 << 20
 PATIENCE = 180.0  # seconds in which a stopped stage must be gone
-_OWN_RECORDS = {"provenance.json", "metrics.jsonl", "tensorboard", "settings.yaml", ".locks"}  # dates, pids, places
+_OWN_RECORDS = {
+    "provenance.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "settings.yaml",
+    ".locks",
+    ".checked",
+}  # dates, pids, places
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Work in parts that survives interruption.
 
-A part is a file of rows, written atomically. Rank r does parts r, r + world size, ... (of its share, see
-drama_dist/run/shares.py) and skips those that exist.
+A part is a file of rows, written atomically, with its checksum beside it. Rank r does parts r, r + world size, ... (of
+its share, see drama_dist/run/shares.py) and skips those that are there and undamaged.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from drama_dist.distributed import ranks
 from drama_dist.records import read_records, write_records
+from drama_dist.run.files import matches_checksum, write_checksum
 from drama_dist.run.progress import progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
@@ -35,14 +36,19 @@ def in_parts(
     parts = [items[begin : begin + size] for begin in range(0, len(items), size)]
     paths = [folder / f"part-{index:05d}.jsonl" for index in range(len(parts))]
     indices = share.indices_of(len(parts))
-    missing = [index for index in indices if not paths[index].exists()]
+    missing = [index for index in indices if not matches_checksum(paths[index], _checksum_of(paths[index]))]
     total, left = (sum(len(parts[index]) for index in group) for group in (indices, missing))
     bar = progress_bar(total, f"augment: {folder.name}", unit, done=total - left)
     for index in missing:
         write_records(paths[index], work(index, parts[index]))
+        write_checksum(paths[index], _checksum_of(paths[index]))
         bar.update(len(parts[index]))
     bar.close()
     ranks.barrier()
     if not share.whole:
         return []
     return [row for path in paths for row in read_records(path, dict)]
+
+
+def _checksum_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

@@ -1,8 +1,8 @@
 """Rank, world size and collectives: the only module that calls torch.distributed.
 
-Covers the variables of torchrun, the DeepSpeed launcher, slurm and Open MPI. Collectives are plain functions on
-tensors; with one process each is the identity. Does not track gradients through them: the caller does the backward
-pass.
+Covers where ranks meet, and how they end. Collectives are plain functions on tensors; with one process each is the
+identity. Does not track gradients through them: the caller does the backward pass. What launchers tell a process is
+read in launchers.py.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-_RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-_WORLD_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-_LOCAL_NAMES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-_LOCAL_WORLD_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+from drama_dist.distributed import launchers
+from drama_dist.distributed.launchers import VARIABLES as VARIABLES
 
-VARIABLES = (*_RANK_NAMES, *_WORLD_NAMES, *_LOCAL_NAMES, *_LOCAL_WORLD_NAMES)
 _TIMEOUT = timedelta(days=2)  # ranks wait while rank 0 works alone; if a rank dies, the launcher ends the others
 
 _LAUNCHER = os.getppid()
@@ -32,31 +30,24 @@ _LAUNCHER = os.getppid()
 _sent: Counter[str] = Counter()
 
 
-def _from_environment(names: tuple[str, ...], default: int) -> int:
-    for name in names:
-        if os.environ.get(name):
-            return int(os.environ[name])
-    return default
-
-
 def rank() -> int:
-    """This process's rank, from 0."""
-    return dist.get_rank() if dist.is_initialized() else _from_environment(_RANK_NAMES, 0)
+    """This process's rank, from 0; raises ValueError where launchers' variables make no sense (so do the next ones)."""
+    return dist.get_rank() if dist.is_initialized() else launchers.place().rank
 
 
 def world_size() -> int:
     """Number of processes that work together."""
-    return dist.get_world_size() if dist.is_initialized() else _from_environment(_WORLD_NAMES, 1)
+    return dist.get_world_size() if dist.is_initialized() else launchers.place().size
 
 
 def local_rank() -> int:
     """This process's rank on its machine, from 0, which is also the index of its GPU."""
-    return _from_environment(_LOCAL_NAMES, 0)
+    return launchers.place().local_rank or 0
 
 
 def local_world_size() -> int:
     """Number of the job's processes on this machine."""
-    return _from_environment(_LOCAL_WORLD_NAMES, world_size())
+    return launchers.place().local_size or world_size()
 
 
 def device() -> torch.device:
@@ -87,12 +78,15 @@ def start() -> None:
 
 def _rendezvous() -> None:
     """Choose MASTER_ADDR and MASTER_PORT, which mpirun and srun do not set."""
-    if world_size() == 1:
+    place = launchers.place()
+    if place.size == 1:
         os.environ["MASTER_PORT"] = str(_free_port())
-    elif "OMPI_COMM_WORLD_RANK" in os.environ:
+    elif launchers.OPEN_MPI in place.launchers:
         _rendezvous_by_mpi()
-    elif "SLURM_STEP_NODELIST" in os.environ:
+    elif launchers.SLURM in place.launchers:
         _rendezvous_in_slurm()
+    elif launchers.MPICH in place.launchers:
+        _rendezvous_by_mpi()
     else:
         raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")
 
@@ -120,6 +114,12 @@ def _rendezvous_by_mpi() -> None:
             "or set the address yourself: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
         ) from error
     MPI.Init()
+    found = MPI.COMM_WORLD.Get_size()
+    if found != world_size():
+        raise ValueError(
+            f"mpi4py sees {found} of {world_size()} ranks: it was built for another MPI than the one whose mpirun "
+            "started them; use the mpirun of its MPI, or build mpi4py again for this one"
+        )
     host = "127.0.0.1" if local_world_size() == world_size() else MPI.Get_processor_name()
     address, port = MPI.COMM_WORLD.bcast((host, _free_port()))
     MPI.Finalize()  # now: at exit, a failed rank and the others would wait for each other here
@@ -129,7 +129,7 @@ def _rendezvous_by_mpi() -> None:
 
 def _end_with_the_launcher() -> None:
     """Have Linux end this rank when its launcher is killed and cannot do so itself (prctl 1 is PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux" and _from_environment(_LOCAL_NAMES, -1) >= 0:  # not ranks that were started by hand
+    if sys.platform == "linux" and launchers.place().local_rank is not None:  # not ranks that were started by hand
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         if os.getppid() != _LAUNCHER:
             raise SystemExit("the launcher has already ended")
@@ -148,13 +148,20 @@ def end(status: int) -> NoReturn:
     the interpreter to free what a collective has sent: a thread that asks for it too late aborts the process
     (pytorch/pytorch#190489).
     """
-    if world_size() == 1 and status == 0:
+    if status == 0 and _is_single():
         sys.exit()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:  # flushing fails if the reader of the output is gone
         os._exit(status)
+
+
+def _is_single() -> bool:
+    try:
+        return world_size() == 1
+    except ValueError:  # a command that has no ranks has ended well
+        return True
 
 
 def _free_port() -> int:
@@ -186,6 +193,25 @@ def on_every_rank(value: int) -> list[int]:
     dist.all_gather(values, torch.tensor([value], dtype=torch.int64, device=device()))
     _count("figures", 8 * (world_size() - 1))
     return [int(each) for each in values]
+
+
+def by_rank_0(work: Callable[[], int | None]) -> int:
+    """What `work` returns (0 for None), on every rank; rank 0 alone does it.
+
+    What it raises is raised on rank 0, and a ValueError on the others, so that none waits for the rest.
+    """
+    result, error = 0, None
+    if rank() == 0:
+        try:
+            result = int(work() or 0)
+        except Exception as raised:
+            error = raised
+    failed = on_every_rank(int(error is not None))[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("rank 0 failed; see its message")
+    return on_every_rank(result)[0]
 
 
 def gather_rows(rows_NK: torch.Tensor, kind: str) -> torch.Tensor:

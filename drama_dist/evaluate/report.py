@@ -21,8 +21,8 @@ from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
+from drama_dist.run.artefact import PROVENANCE, seconds_of, verify
 from drama_dist.run.files import write_text
-from drama_dist.run.folder import seconds_of
 from drama_dist.run.graph import CORPUS, TRAINING, in_order
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
@@ -47,9 +47,11 @@ def report(run: Run) -> None:
 def write_report(run: Path, settings: Settings) -> Path:
     """Write report.html and report.json into the run's folder; return the path of report.html.
 
-    Raises FileNotFoundError where the run has not been evaluated. Parts whose files are not there
-    (a run without training, say) are left out of the page.
+    Raises FileNotFoundError where the run has not been evaluated, Damaged where an artefact of the run is not what was
+    written. Parts whose files are not there (a run without training, say) are left out of the page.
     """
+    for name in _finished(run):
+        verify(run, name)
     results, seconds = _results(run, settings), stage_seconds(run)
     rows = results[CORPUS]
     others = {name: rows for name, rows in results.items() if name != CORPUS}
@@ -98,9 +100,13 @@ def results_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str
 
 def stage_seconds(run: Path) -> dict[str, float]:
     """Wall seconds of every finished stage of a run, in the order in which stages run."""
-    names = [path.parent.relative_to(run).as_posix() for path in run.rglob("provenance.json")]
-    finished = [name for name in names if ".partial" not in name]
-    return {name: seconds_of(run, name) for name in in_order(finished)}
+    return {name: seconds_of(run, name) for name in _finished(run)}
+
+
+def _finished(run: Path) -> list[str]:
+    """The finished artefacts of a run, in the order in which stages run."""
+    names = [path.parent.relative_to(run).as_posix() for path in run.rglob(PROVENANCE)]
+    return in_order(name for name in names if ".partial" not in name)
 
 
 def _results(run: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:

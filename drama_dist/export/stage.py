@@ -19,9 +19,10 @@ from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
 from drama_dist.evaluate.report import results_table
+from drama_dist.run.artefact import verify
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS
+from drama_dist.run.graph import CORPUS, is_finished
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, as_dict
 
@@ -71,6 +72,8 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
     config, run = encoder.backbone.config, Path(settings.run)
     weights = sum(weight.numel() for weight in encoder.parameters())
     embeddings = config.vocab_size * config.hidden_size
+    if is_finished(run, f"evaluate/{CORPUS}"):
+        verify(run, f"evaluate/{CORPUS}")
     rows = _json(run / "evaluate" / CORPUS / "results.json")
     told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)

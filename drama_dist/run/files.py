@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -39,9 +39,24 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_checksum(file: Path, path: Path) -> None:
+    """Write the SHA-256 of a file's contents to `path`."""
+    write_text(path, hash_file(file) + "\n")
+
+
+def matches_checksum(file: Path, path: Path) -> bool:
+    """Whether a file is there with the contents whose SHA-256 `write_checksum` wrote."""
+    return file.is_file() and path.is_file() and path.read_bytes() == f"{hash_file(file)}\n".encode()
+
+
 def hash_files(folder: Path, paths: Sequence[Path]) -> str:
     """SHA-256 over contents and names, relative to the folder, of files in it, in any order."""
+    return combined_hash({path.relative_to(folder): hash_file(path) for path in paths})
+
+
+def combined_hash(hashes: Mapping[Path, str]) -> str:
+    """SHA-256 over names and hashes of files, in any order."""
     total = hashlib.sha256()
-    for path in sorted(paths):
-        total.update(f"{path.relative_to(folder)}\0{hash_file(path)}\n".encode())
+    for name in sorted(hashes):
+        total.update(f"{name}\0{hashes[name]}\n".encode())
     return total.hexdigest()

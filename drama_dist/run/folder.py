@@ -1,8 +1,9 @@
 """Stage folders: finished or partial, made with which settings and from which inputs.
 
 A stage works in RUN/NAME.partial and renames it to RUN/NAME when it is complete. Covers skipping finished stages,
-resuming, refusing other settings or a second process at the same time, metrics.jsonl and provenance.json. Does not
-cover what a stage does inside its folder, or how it resumes there.
+resuming, refusing other settings or a second process at the same time, giving way where no work would be lost, and
+metrics.jsonl. Does not cover what a stage does inside its folder, how it resumes there, or whether a finished artefact
+is still what was written (artefact.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import yaml
 
 from drama_dist.distributed import ranks
-from drama_dist.run.files import hash_file, hash_files, sync, write_text
+from drama_dist.run.artefact import PROVENANCE, SHARDS, Damaged, FilesOfArtefact, verify
+from drama_dist.run.files import combined_hash, hash_file, hash_files, sync, write_text
 from drama_dist.run.locks import StageLock
 from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
@@ -33,7 +35,9 @@ from drama_dist.run.shares import WHOLE, Share
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
 CHECKPOINTS = "checkpoints"  # kept until the stage is finished, then deleted
 _LOCKS = ".locks"  # a folder in the run
-_RECORDS_OF_THE_RUN = {"provenance.json", "metrics.jsonl", "settings.yaml", "tensorboard", CHECKPOINTS}
+_SETTINGS = "settings.yaml"
+_RECORDS_OF_THE_RUN = {PROVENANCE, "metrics.jsonl", _SETTINGS, "tensorboard", CHECKPOINTS}
+DISCARD = "--discard-partial"
 
 
 class OtherSettings(ValueError):
@@ -70,8 +74,12 @@ class StageFolder:
         return self.run / self.name
 
     @property
+    def partial(self) -> Path:
+        return self.run / f"{self.name}.partial"
+
+    @property
     def folder(self) -> Path:
-        return self.final if self.done else self.run / f"{self.name}.partial"
+        return self.final if self.done else self.partial
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl (rank 0 only)."""
@@ -90,9 +98,13 @@ class StageFolder:
         """Write provenance.json with `facts`, rename the folder to its final name and return its path."""
         ranks.barrier()
         if ranks.rank() == 0:
+            for left in (PROVENANCE, f"{PROVENANCE}.tmp"):  # by an attempt that was killed right here
+                (self.folder / left).unlink(missing_ok=True)
+            files = FilesOfArtefact(self.folder, _files_without_checkpoints(self.folder))
+            made = {name: each for name, each in files.hashes.items() if _RECORDS_OF_THE_RUN.isdisjoint(name.parts)}
             record = {
                 "stage": self.name,
-                "fingerprint": fingerprint_of_folder(self.folder),
+                "fingerprint": combined_hash(made),
                 "inputs": self.inputs,
                 "seconds": round(time.monotonic() - self.began, 2),
                 "resumed": self.resumed,
@@ -103,12 +115,13 @@ class StageFolder:
                 "versions": {name: _version(name) for name in _PACKAGES},
                 **facts,
             }
-            write_text(self.folder / "provenance.json", json.dumps(record, indent=2) + "\n")
+            files.write_record(self.folder, record)
             for path in (self.folder, *self.folder.rglob("*")):
                 sync(path)
             self.folder.rename(self.final)
             sync(self.final.parent)  # only what is on the disk may replace the checkpoints
             shutil.rmtree(self.final / CHECKPOINTS, ignore_errors=True)
+            files.note_check(self.run, self.name)
         ranks.barrier()
         self.done = True
         if self.lock:
@@ -118,24 +131,27 @@ class StageFolder:
 
 
 def open_stage(
-    run: Path | str, name: str, settings: dict[str, Any], inputs: dict[str, str], share: Share = WHOLE
+    run: Path | str,
+    name: str,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    share: Share = WHOLE,
+    discard_partial: bool = False,
 ) -> StageFolder:
     """Open a stage of a run: finished, partial or new.
 
-    settings: every value that the artefact depends on (plain YAML types). inputs: name -> fingerprint of what is read
-    (see `fingerprint`). Raises OtherSettings if the run has this artefact, finished or partial, made with others; the
-    message lists the differences. Raises InUse if another run is working on the stage; tasks with different shares may
-    work side by side.
+    settings: every value that the artefact depends on (plain YAML types). inputs: name -> fingerprint of what is read.
+    A partial folder that was made with others gives way if no attempt could resume from what is in it, or with
+    discard_partial. Raises OtherSettings if it does not, or if the artefact is finished, and was made with others; the
+    message lists the differences. Raises Damaged if the finished artefact is not what was written, InUse if another run
+    is working on the stage; tasks with different shares may work side by side.
     """
     stage = StageFolder(Path(run), name, settings, inputs, share=share)
-    _find(stage)
-    if not _of_rank_0(stage.done):
+    stage.done = bool(ranks.by_rank_0(lambda: _is_finished(stage)))
+    if not stage.done:
         stage.lock = StageLock(stage.run / _LOCKS / name, share)
-        exists = _of_rank_0(_find(stage))
-        if ranks.rank() == 0 and not exists and not _create(stage):
-            _refuse_others(stage.folder, stage.record)
-        ranks.barrier()
-    stage.done = _of_rank_0(stage.done)  # another run may have finished it meanwhile
+        stage.done = bool(ranks.by_rank_0(lambda: _is_finished(stage)))  # another run may have finished it meanwhile
+        stage.resumed = bool(ranks.by_rank_0(lambda: not stage.done and _take_over(stage, discard_partial)))
     if stage.done and ranks.rank() == 0:
         shutil.rmtree(stage.final / CHECKPOINTS, ignore_errors=True)  # left by a kill right after the rename
     if stage.done or stage.resumed:
@@ -143,22 +159,25 @@ def open_stage(
     return stage
 
 
-def refuse_other_settings(run: Path | str, name: str, settings: dict[str, Any]) -> None:
-    """Raise OtherSettings if a run has this artefact, finished or partial, made with other settings."""
-    for folder in (Path(run) / name, Path(run) / f"{name}.partial"):
-        if (folder / "settings.yaml").exists():
-            _refuse_others(folder, {"settings": settings})
-            return
+def refuse_what_is_there(run: Path | str, name: str, settings: dict[str, Any], discard_partial: bool = False) -> None:
+    """Raise what `open_stage` would raise of an artefact with these settings, before its inputs are there.
+
+    Only this process looks, so that under several ranks one does it.
+    """
+    stage = StageFolder(Path(run), name, settings, {})
+    wanted = {"settings": settings}
+    if not _is_finished(stage, wanted) and stage.partial.exists():
+        differences = _differences(stage.partial, wanted)
+        if differences and not discard_partial and (work := _work_in(stage.partial)):
+            raise _kept(stage.partial, differences, work)
 
 
 def fingerprint(path: Path | str) -> str:
-    """SHA-256 that identifies an input: a stage's artefact (from its provenance), a folder or a file.
+    """SHA-256 of what a file or a folder from anywhere contains; the records of a run in it do not count.
 
     Raises FileNotFoundError if there is nothing at `path`.
     """
     path = Path(path)
-    if (path / "provenance.json").exists():
-        return str(json.loads((path / "provenance.json").read_text("utf-8"))["fingerprint"])
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; run the stage that makes it, or fix the path in the settings")
     return fingerprint_of_folder(path) if path.is_dir() else hash_file(path)
@@ -176,25 +195,53 @@ def fingerprint_of_files(paths: Sequence[Path]) -> str:
     return hash_files(common, [path for path in paths if path.is_file()])
 
 
-def inputs_of(folder: Path) -> dict[str, str]:
-    """The fingerprints of what a finished artefact was made from."""
-    return dict(json.loads((folder / "provenance.json").read_text("utf-8"))["inputs"])
+def _is_finished(stage: StageFolder, wanted: dict[str, Any] | None = None) -> bool:
+    """Whether the run has the artefact; raises Damaged, or OtherSettings if it was made with others than `wanted`."""
+    if not stage.final.is_dir() or not any(stage.final.iterdir()):
+        return False
+    verify(stage.run, stage.name)
+    differences = _differences(stage.final, wanted or stage.record)
+    if differences is None:
+        raise Damaged(
+            f"{stage.final / _SETTINGS}: damaged (not what a stage writes); delete the folder {stage.final} and run "
+            "the same command again"
+        )
+    if differences:
+        raise _other(
+            stage.final, differences, f"use another run (run=runs/NAME), or delete {stage.final} and every later stage"
+        )
+    return True
 
 
-def seconds_of(run: Path | str, name: str) -> float:
-    """Wall-clock seconds that a finished stage took."""
-    return float(json.loads((Path(run) / name / "provenance.json").read_text("utf-8"))["seconds"])
+def _take_over(stage: StageFolder, discard: bool) -> bool:
+    """Whether there is a partial folder to resume from; if not, there is a new one.
 
-
-def _find(stage: StageFolder) -> bool:
-    """Whether the stage's folder exists, finished or not; raises OtherSettings."""
-    for done in (True, False):
-        stage.done = done
-        if (stage.folder / "settings.yaml").exists():
-            _refuse_others(stage.folder, stage.record)
-            stage.resumed = not done
+    Raises OtherSettings if there is one that was made with others and is kept.
+    """
+    if stage.partial.exists():
+        differences = _differences(stage.partial, stage.record)
+        if differences == []:
             return True
-    return False
+        _give_way(stage, differences, discard)
+    # Where it cannot be made, a task with another share got there first.
+    return False if _create(stage) else _take_over(stage, discard)
+
+
+def _give_way(stage: StageFolder, differences: list[str] | None, discard: bool) -> None:
+    """Delete a partial folder that was made with other settings or inputs; raises OtherSettings where it is kept."""
+    assert stage.lock
+    work = _work_in(stage.partial)
+    if not stage.share.whole:
+        todo = "tasks with --share delete nothing: delete that folder before they start, or use another run"
+        raise _other(stage.partial, differences, todo)
+    if not stage.lock.excludes:
+        todo = "this file system has no locks: make sure that nothing else works in that folder, and delete it"
+        raise _other(stage.partial, differences, todo)
+    if work and not discard:
+        raise _kept(stage.partial, differences, work)
+    shutil.rmtree(stage.partial)
+    held = work or "nothing to resume from"
+    say(f"{stage.name}: starts anew: {stage.partial} was made with other settings or inputs, and held {held}")
 
 
 def _create(stage: StageFolder) -> bool:
@@ -202,22 +249,17 @@ def _create(stage: StageFolder) -> bool:
 
     Renaming it into place means that no process sees it without its settings, and that only one of several makes it.
     """
-    fresh = stage.folder.with_name(f"{stage.folder.name}.{uuid.uuid4().hex[:8]}")
+    fresh = stage.partial.with_name(f"{stage.partial.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir(parents=True)
-    (fresh / "settings.yaml").write_text(yaml.safe_dump(stage.record, sort_keys=False), "utf-8")
+    write_text(fresh / _SETTINGS, yaml.safe_dump(stage.record, sort_keys=False))
     try:
-        fresh.rename(stage.folder)
+        fresh.rename(stage.partial)
     except OSError:
         shutil.rmtree(fresh)
-        if not (stage.folder / "settings.yaml").exists():
+        if not stage.partial.exists():
             raise
         return False
     return True
-
-
-def _of_rank_0(flag: bool) -> bool:
-    """Rank 0's flag on every rank: ranks may see files at different times."""
-    return bool(ranks.on_every_rank(int(flag))[0])
 
 
 @cache
@@ -225,21 +267,48 @@ def _say_once(message: str) -> None:
     say(message)
 
 
-def _refuse_others(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise OtherSettings if settings.yaml differs, in the parts that `wanted` has."""
-    recorded = yaml.safe_load((folder / "settings.yaml").read_text("utf-8"))
-    old, new = dict(_flatten({part: recorded[part] for part in wanted})), dict(_flatten(wanted))
-    differences = [
+def _files_without_checkpoints(folder: Path) -> list[Path]:
+    paths = [path for path in folder.rglob("*") if CHECKPOINTS not in path.relative_to(folder).parts]
+    return [path for path in paths if path.is_file()]
+
+
+def _differences(folder: Path, wanted: dict[str, Any]) -> list[str] | None:
+    """Lines on where settings.yaml differs, in the parts that `wanted` has; None where it cannot be read."""
+    try:
+        recorded = yaml.safe_load((folder / _SETTINGS).read_text("utf-8"))
+        old, new = dict(_flatten({part: recorded[part] for part in wanted})), dict(_flatten(wanted))
+    except (FileNotFoundError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return [
         f"  {key}: {old.get(key, '(absent)')!r} in the folder, {new.get(key, '(absent)')!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "(absent)") != new.get(key, "(absent)")
     ]
-    if differences:
-        raise OtherSettings(
-            f"{folder} was made with other settings or inputs:\n"
-            + "\n".join(differences)
-            + f"\nUse another run (run=runs/NAME), or delete {folder} and every later stage."
-        )
+
+
+def _work_in(partial: Path) -> str:
+    """What an attempt could resume from, in words; empty where there is nothing."""
+    names = [path.name.removeprefix("step-") for path in (partial / CHECKPOINTS).glob("step-*")]
+    steps = [int(name) for name in names if name.isdigit()]
+    parts = sum(1 for _ in (partial / CHECKPOINTS).glob("*/part-*.jsonl"))
+    shards = sum(1 for _ in partial.glob(SHARDS))
+    found = [f"checkpoints up to step {max(steps)}"] if steps else []
+    found += [
+        f"{count} {what}{'s' * (count > 1)}" for count, what in ((parts, "stored part"), (shards, "shard")) if count
+    ]
+    return " and ".join(found)
+
+
+def _kept(partial: Path, differences: list[str] | None, work: str) -> OtherSettings:
+    todo = f"use another run (run=runs/NAME), go back to those settings, or add {DISCARD} to give up the {work} in it"
+    return _other(partial, differences, todo)
+
+
+def _other(folder: Path, differences: list[str] | None, todo: str) -> OtherSettings:
+    lines = [f"  {_SETTINGS} in it is missing or damaged"] if differences is None else differences
+    return OtherSettings(
+        "\n".join([f"{folder} was made with other settings or inputs:", *lines, f"{todo[0].upper()}{todo[1:]}."])
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -252,7 +321,7 @@ def _step_of(line: str) -> int:
     """0 if the line is incomplete."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, LookupError, TypeError):
         return 0
 
 

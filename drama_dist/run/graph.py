@@ -15,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from drama_dist.run.artefact import PROVENANCE
 from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
@@ -292,7 +293,7 @@ def _encoding(settings: Settings, collection: str, system: str) -> list[str]:
 
 def is_finished(run: Path | str, name: str) -> bool:
     """Whether a run has this artefact complete."""
-    return (Path(run) / name / "provenance.json").exists()
+    return (Path(run) / name / PROVENANCE).exists()
 
 
 def function_named(name: str) -> Callable[..., Any]:

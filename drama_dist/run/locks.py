@@ -35,6 +35,7 @@ class StageLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file: TextIO = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        self.excludes = True  # other processes; not where the file system has no locks
         if share.whole:
             self._hold_all()
         else:
@@ -67,7 +68,7 @@ class StageLock:
                 "to finish, or kill it; if its machine is gone for good, delete this file"
             ) from None
         except OSError:  # this file system has no locks
-            return
+            self.excludes = False
 
     def _sign(self, share: str) -> None:
         self._file.truncate(0)

@@ -159,7 +159,7 @@ def open_index(folder: Path) -> FactoryIndex:
         raise FileNotFoundError(f"{path}: no such index; set encode.index and run `drama encode`")
     try:
         return FactoryIndex(faiss.read_index(str(path)))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{path}: not an index that faiss reads ({_reason(error)}); encode again") from error
 
 
@@ -219,7 +219,7 @@ def _naming(setting: str, value: str) -> Iterator[None]:
         raise ValueError(f"{setting}={value!r}: faiss refuses it: {_reason(error)}") from error
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: RuntimeError | MemoryError) -> str:
     """What faiss says, without its function, file, line and condition."""
     return re.sub(r"^.*\.(?:cpp|h):\d+: (?:Error: '.*' failed: )?", "", str(error), flags=re.DOTALL).strip()
 

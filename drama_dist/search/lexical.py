@@ -57,7 +57,8 @@ def build_lexical_index(texts: Iterable[str], language: str, folder: Path) -> Le
 class LexicalIndex:
     """BM25 (Lucene's variant, k1 1.5, b 0.75) as `build_lexical_index` wrote it; processes share its mapped files.
 
-    Raises FileNotFoundError where the folder holds no index, or one that was not written to its end.
+    Raises FileNotFoundError where the folder holds no index, or one that was not written to its end, ValueError where
+    it is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -65,9 +66,14 @@ class LexicalIndex:
             raise FileNotFoundError(
                 f"{folder}: no BM25 index, or a part of one; run `drama encode --system bm25` first"
             )
-        record = json.loads((folder / _RECORD).read_text("utf-8"))
-        self._analyzer, self._count = Analyzer(record["language"]), int(record["passages"])
-        self._bm25 = bm25s.BM25.load(folder, mmap=True)
+        try:
+            record = json.loads((folder / _RECORD).read_text("utf-8"))
+            self._analyzer, self._count = Analyzer(record["language"]), int(record["passages"])
+            self._bm25 = bm25s.BM25.load(folder, mmap=True)
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+            raise ValueError(
+                f"{folder}: a damaged BM25 index ({type(error).__name__}); delete it and encode again"
+            ) from error
 
     def __len__(self) -> int:
         return self._count

@@ -7,7 +7,6 @@ Shapes: N passages, K components, n passages of one shard or block.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +15,9 @@ import numpy as np
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
-from drama_dist.run.files import put_in_place
+from drama_dist.run.artefact import PROVENANCE, SHARDS, read_provenance
+from drama_dist.run.files import matches_checksum, put_in_place, write_checksum
+from drama_dist.run.folder import CHECKPOINTS
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
@@ -45,7 +46,7 @@ class EmbeddingShards:
 
     def __init__(self, folder: Path):
         # By length first: from 100,000 shards on, their numbers have six digits.
-        self._paths = sorted(folder.glob("shard-*.npy"), key=lambda path: (len(path.name), path.name))
+        self._paths = sorted(folder.glob(SHARDS), key=lambda path: (len(path.name), path.name))
         if not self._paths:
             raise FileNotFoundError(f"{folder}: no embedding shards; run `drama encode` for this run first")
         self._shard_rows, self.dim = _map_shard(self._paths[0]).shape
@@ -58,8 +59,8 @@ class EmbeddingShards:
             self._check_shape(path, shard.shape, is_last=path == self._paths[-1])
             self._offsets.append(shard.offset)
             self._count += len(shard)
-        record = folder / "provenance.json"
-        expected = json.loads(record.read_text("utf-8"))["passages"] if record.exists() else len(self)
+        finished = (folder / PROVENANCE).exists()
+        expected = read_provenance(folder).get("passages", len(self)) if finished else len(self)
         if expected != len(self):
             raise ValueError(f"{folder}: {len(self)} vectors, but provenance.json says {expected}; encode again")
 
@@ -118,20 +119,22 @@ def write_shards(
     """Encode every passage into shards in `folder`, which is there; return them, or None for a share of the work.
 
     Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier attempt left
-    whole are kept. name: what the progress bar and errors call the work. Raises ValueError where a vector is not finite
-    or not of length 1, naming the passage, and where there is no passage.
+    whole, as their checksums tell, are kept. name: what the progress bar and errors call the work. Raises ValueError
+    where a vector is not finite or not of length 1, naming the passage, and where there is no passage.
     """
     if not len(passages):
         raise ValueError(f"{name}: the corpus has no passages to encode")
     mine = share.indices_of(-(-len(passages) // shard_passages))
     spans = {i: range(i * shard_passages, min((i + 1) * shard_passages, len(passages))) for i in mine}
-    missing = [i for i in mine if not _is_whole(_shard_path(folder, i), len(spans[i]))]
+    missing = [i for i in mine if not matches_checksum(_shard_path(folder, i), _checksum_path(folder, i))]
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     total = sum(map(len, spans.values()))
     bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
     for i in missing:
         vectors_nK = encoder.encode_passages(passages.contents(spans[i]), progress=bar.update)
         _check_vectors(vectors_nK, passages, spans[i])
         write_shard(folder, i, vectors_nK)
+        write_checksum(_shard_path(folder, i), _checksum_path(folder, i))
     bar.close()
     ranks.barrier()
     if not share.whole:
@@ -158,6 +161,11 @@ def _shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.npy"
 
 
+def _checksum_path(folder: Path, index: int) -> Path:
+    """Among the checkpoints, since nothing needs it once the stage is finished."""
+    return folder / CHECKPOINTS / f"{_shard_path(folder, index).name}.sha256"
+
+
 def _map_shard(path: Path) -> np.memmap:
     """Raises ValueError where the file is not a whole array of float32 vectors."""
     try:
@@ -167,16 +175,6 @@ def _map_shard(path: Path) -> np.memmap:
     if shard.ndim != 2 or shard.dtype != np.float32 or not shard.flags.c_contiguous:
         raise ValueError(f"{path}: {shard.dtype} of shape {shard.shape}, expected rows of float32; encode again")
     return shard
-
-
-def _is_whole(path: Path, rows: int) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        shard = _map_shard(path)
-    except (ValueError, OSError):
-        return False
-    return len(shard) == rows and not len(_unfit_rows(shard))
 
 
 def _unfit_rows(vectors_nK: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # If the submitting shell sets these, they would take precedence over slurm's.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE PMI_RANK PMI_SIZE MASTER_ADDR MASTER_PORT
 
 # Before the time limit slurm signals this shell, which signals the ranks: they save and exit, and the job is requeued.
 # An array's last task has the job id of the whole array, so the task's index is needed to tell them apart.

@@ -131,7 +131,7 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
             make(shared, "encode", system="bm25")
         folder = make(shared, "augment", Share(index, 2))
         assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "checkpoints" / "ranked").exists()
-        assert {path.name for path in (folder / "checkpoints" / "synthetic").iterdir()} == parts
+        assert {path.name for path in (folder / "checkpoints" / "synthetic").glob("*.jsonl")} == parts
     assert run(shared, LetterCounts()) == expected
 
 

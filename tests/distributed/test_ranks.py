@@ -52,6 +52,7 @@ def test_in_a_step_of_slurm_ranks_meet_on_its_first_node(monkeypatch: pytest.Mon
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[4-5]" ] && printf "gpu4\\ngpu5\\n"\n', "utf-8")
     scontrol.chmod(0o755)
     step = {
+        "SLURM_PROCID": "1",
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "gpu[4-5]",
         "SLURM_JOB_ID": "7000",

@@ -125,7 +125,7 @@ def test_an_interrupted_run_encodes_only_what_is_missing_and_ends_the_same(
     assert fingerprint(folder) == fingerprint(whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "rows", "nan", "float64"])
+@pytest.mark.parametrize("damage", ["cut", "rows", "nan", "float64", "lowest bit"])
 def test_a_shard_that_is_not_whole_is_encoded_again(tmp_path: Path, passages: PassageTable, damage: str) -> None:
     stage = open_encode(tmp_path)
     with pytest.raises(RuntimeError):
@@ -134,6 +134,10 @@ def test_a_shard_that_is_not_whole_is_encoded_again(tmp_path: Path, passages: Pa
     vectors = np.load(shard)
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-9])
+    elif damage == "lowest bit":
+        contents = bytearray(shard.read_bytes())
+        contents[-4] ^= 1
+        shard.write_bytes(contents)
     elif damage == "rows":
         np.save(shard, vectors[:4])
     elif damage == "nan":

@@ -24,6 +24,7 @@ from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Passage
+from drama_dist.run.folder import DISCARD
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.settings import AugmentSettings
 
@@ -78,5 +79,6 @@ def _refuse_beyond(limit: float, aside: list[dict[str, Any]], count: int, model:
         raise ValueError(
             f"{len(aside)} of {count} answers of {model} have no usable query, more than "
             f"augment.bad_answer_limit={limit} allows; the first:\n{first}\n"
-            "Use a stronger LLM, raise augment.max_new_tokens or the limit, or set augment.synthetic_queries=0."
+            "Raise the limit; or use a stronger LLM, raise augment.max_new_tokens or set augment.synthetic_queries=0, "
+            f"and add {DISCARD} to give up the answers that are stored."
         )
