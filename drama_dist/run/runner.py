@@ -43,8 +43,6 @@ class Run:
         if not share.whole:
             self._check_share(order)
         ranks.by_rank_0(lambda: self._check_what_is_there(order))
-        if ranks.rank() == 0 and share.whole:
-            write_settings(self.settings, self.folder / "settings.yaml")
         for artefact in order:
             if artefact.name not in self._made:
                 last = artefact is order[-1]
@@ -65,6 +63,7 @@ class Run:
     def _open_and_work(self, artefact: Artefact, share: Share) -> Path:
         stage, parameters = artefact.stage, artefact.parameters
         if not stage.foldered:
+            self._record_settings()
             function_named(stage.work)(self, **parameters)
             return self.folder
         inputs = {needed: fingerprint_of_artefact(self._made[needed]) for needed in artefact.needs(self.settings)}
@@ -73,8 +72,15 @@ class Run:
         sections = artefact.sections(self.settings)
         folder = open_stage(self.folder, artefact.name, sections, inputs, share, self.discard_partial)
         if not folder.done:
+            if share.whole:
+                self._record_settings()
             function_named(stage.work)(self, folder, **parameters)
         return folder.folder
+
+    def _record_settings(self) -> None:
+        """Write RUN/settings.yaml: of the last start that did some work, so that a refused one leaves it alone."""
+        if ranks.rank() == 0:
+            write_settings(self.settings, self.folder / "settings.yaml")
 
     def _check_what_is_there(self, order: Sequence[Artefact]) -> None:
         for artefact in order:

@@ -106,6 +106,22 @@ def test_other_settings_are_refused_before_anything_is_written(small_settings: C
     assert (run / "settings.yaml").read_text("utf-8") == before and not (run / "augment.partial").exists()
 
 
+def test_a_start_that_does_nothing_leaves_the_runs_settings_alone(
+    small_settings: Callable[..., Settings], corpus_file: Path, tmp_path: Path
+) -> None:
+    shutil.copy(corpus_file, tmp_path / "own.jsonl")
+    make(small_settings(f"corpus.path={tmp_path / 'own.jsonl'}"), "corpus")
+    written = tmp_path / "run" / "settings.yaml"
+    before = written.read_text("utf-8")
+    other = small_settings(f"corpus.path={tmp_path / 'own.jsonl'}", "train.steps=7")
+    make(other, "corpus")
+    with open(tmp_path / "own.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"_id": "new", "text": "one more passage that has words"}\n')
+    with pytest.raises(OtherSettings, match=r"inputs\.source"):
+        make(other, "corpus")
+    assert written.read_text("utf-8") == before
+
+
 def test_a_stage_asks_only_for_what_the_table_says_it_needs(small_settings: Callable[..., Settings]) -> None:
     run = Run(small_settings())
     run.make("corpus")
