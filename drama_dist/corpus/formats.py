@@ -95,9 +95,9 @@ def form_of(path: Path) -> Form:
     if head.startswith(b"PAR1"):
         return "parquet"
     begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if seen := next((what for magic, what in _NOT_ROWS.items() if begins[:20].lower().startswith(magic.lower())), None):
+    if seen := next((what for magic, what in _NOT_ROWS.items() if begins[:40].lower().startswith(magic.lower())), None):
         raise ValueError(f"{path}: seems to be {seen}")
-    if head[:100].count(0) > 20:
+    if head[:100].count(0) > len(head[:100]) / 4:
         raise ValueError(f"{path}: seems to be UTF-16 without a byte order mark, or no text; save it in UTF-8")
     if begins.startswith((b"{", b"[")) or suffix_of(path) in (".jsonl", ".ndjson", ".json"):
         return "json" if _is_one_json_text(begins) else "json lines"

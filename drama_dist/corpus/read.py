@@ -209,8 +209,8 @@ def _one_line(value: Any) -> str:
 
 def _as_text(value: Any) -> Any:
     """Numbers as text, other values as they are."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return str(value) if number else value
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if is_number and not isinstance(value, bool) else value
 
 
 def _text(value: Any, between: str, aside: SetAside) -> str:
