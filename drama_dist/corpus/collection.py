@@ -60,9 +60,9 @@ class PassageTable:
         return {id: position for position, id in enumerate(self.ids)}
 
     def position(self, id: str) -> int:
-        """Position of a passage; raises KeyError naming the id if there is none."""
+        """Position of a passage; raises ValueError naming the id if there is none."""
         if id not in self._positions:
-            raise KeyError(f"no passage {id!r} in the corpus")
+            raise ValueError(f"no passage {id!r} in the corpus: the examples were made from another one")
         return self._positions[id]
 
     def contents(self, positions: Sequence[int]) -> list[str]:

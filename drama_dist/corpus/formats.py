@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -162,25 +163,34 @@ def _is_object(line: str) -> bool:
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     """Objects one after the other, in a list or not, each with the line where it begins.
 
-    After one that cannot be read it goes on at the next line that begins as the first object's did.
+    After one that cannot be read it goes on at the next line that begins as the first object's did; ValueError where
+    objects have no lines of their own, or the file is cut.
     """
-    start = _BETWEEN.match(text, text.find("[") + 1 if text.lstrip().startswith("[") else 0).end()  # type: ignore[union-attr]
+    start = _next(text, text.find("[") + 1 if text.lstrip().startswith("[") else 0)
+    before = text[text.rfind("\n", 0, start) + 1 : start]  # of an object on its first line
+    is_whole = not before.strip() and text.rstrip().endswith(("]", "}"))
     line, counted = 1, 0
-    opening = "\n" + text[text.rfind("\n", 0, start) + 1 : start + 1]
     while start < len(text) and text[start] != "]":
         line, counted = line + text.count("\n", counted, start), start
-        found = parse_json(path, line, lambda: JSON.raw_decode(text, start), text[start : start + LONGEST_RECORD])  # noqa: B023
-        value, end = (found, None) if isinstance(found, BadRecord) else found
-        if isinstance(value, dict | BadRecord):
-            yield line, value
+        read = partial(JSON.raw_decode, text, start)
+        found = parse_json(path, line, read, text[start : start + LONGEST_RECORD])
+        if isinstance(found, BadRecord):
+            again = text.find(f"\n{before}{{", start)
+            if again < 0 and not is_whole:
+                raise ValueError(f"{found}; nothing after it can be read")
+            yield line, found
+            start = again + 1 + len(before) if again >= 0 else len(text)
         else:
-            yield line, BadRecord(path, line, "expected a JSON object", value)
-        if end is None:
-            again = text.find(opening, start)
-            if again < 0:
-                raise ValueError(f"{value}; nothing after it can be read")
-            end = again + 1
-        start = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+            value, end = found
+            is_object = isinstance(value, dict)
+            yield line, value if is_object else BadRecord(path, line, "expected a JSON object", value)
+            start = _next(text, end)
+
+
+def _next(text: str, end: int) -> int:
+    """Where the next object begins."""
+    between = _BETWEEN.match(text, end)
+    return between.end() if between else end
 
 
 def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Iterator[Row]:

@@ -89,11 +89,12 @@ def test_two_columns_without_a_header_are_id_and_text_as_they_are(
         ("a.jsonl", b'{"id": "a"}\n{"id": \n{"id": "b"}', {2: "not JSON"}),
         ("a.json", b'[\n {"id": "a"},\n {"id": },\n {"id": "b"}\n]', {3: "not JSON"}),
         ("a.json", b'[\n {"id": "a"},\n {"id": ' + b"[" * 10**5 + b'},\n {"id": "b"}]', {3: "nested too deeply"}),
+        ("a.json", b'[\n {"id": "a"},\n {"id": "b"},\n {"id":\n}\n]', {4: "not JSON"}),
         ("a.json", b'[{"id": "a"}, 7,\n{"id": "b"}]', {1: "expected a JSON object"}),
         ("a.tsv", b"id\ttext\na\tx\nb\na\xff\tx\nb\ty", {3: "expected 2 columns", 4: "invalid UTF-8"}),
         ("a.csv", b'id,text\na,"x\ny"\nb,"open\nb,c,d\nb,y', {4: "not CSV", 5: "expected 2 columns"}),
     ],
-    ids=["json lines", "json", "json too deep", "json of another type", "tsv", "csv"],
+    ids=["json lines", "json", "json too deep", "json at the end", "json of another type", "tsv", "csv"],
 )
 def test_a_bad_row_is_named_and_those_around_it_are_read(
     tmp_path: Path, name: str, content: bytes, bad: dict[int, str]
