@@ -28,6 +28,7 @@ Form = Literal["json lines", "json", "csv", "tsv", "parquet", "text"]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")  # of files with rows; .gz may follow
 
 _HEAD = 2**20  # bytes that show what a file is
+_FIRST_LINES = 20  # decide together, because any one may be damaged
 _ROWS_AT_ONCE = 1024
 _LINES_OF_A_ROW = 1000  # a quoted field may have line breaks; a quote that is never closed must not take the whole file
 _BETWEEN = re.compile(r"[\s,]*")
@@ -104,7 +105,8 @@ def form_of(path: Path) -> Form:
         return "json" if _is_one_json_text(begins) else "json lines"
     if suffix_of(path) == ".csv":
         return "csv"
-    return "tsv" if b"\t" in begins.split(b"\n", 1)[0] else "text"
+    first = begins.split(b"\n", _FIRST_LINES)[:_FIRST_LINES]
+    return "tsv" if 2 * sum(b"\t" in line for line in first) > len(first) - first.count(b"") else "text"
 
 
 def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
@@ -148,7 +150,7 @@ def dataset_rows(folder: Path, rows: Any, columns: Columns) -> Iterator[Row]:
 def _is_one_json_text(begins: bytes) -> bool:
     """Whether JSON goes over several lines, or is a list of objects: not where lines are objects by themselves."""
     text = begins.decode("utf-8", "ignore")
-    first, *others = text.split("\n", 20)[:20]
+    first, *others = text.split("\n", _FIRST_LINES)[:_FIRST_LINES]
     if _is_object(first) or sum(map(_is_object, others)) > 1:
         return False
     start = len(text) - len(text.removeprefix("[").lstrip())
@@ -206,14 +208,20 @@ def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Ite
             header = _header(path, cells, columns)
             if header:
                 continue
-            if form == "csv" or len(cells) != 2 or not columns.pair:
+            if form == "csv" or not _has_pairs(lines) or not columns.pair:
                 raise columns.missing(path, cells)
             header, unquote = columns.pair, False
-            say(f"{path}: its first line names no known column; read as {header[0]} and {header[1]}")
+            say(f"{path}: its first line names no known column; its columns are read as {' and '.join(header)}")
         if len(cells) != len(header):
             yield line, BadRecord(path, line, f"expected {len(header)} columns", cells, f"and found {len(cells)}")
         else:
             yield line, dict(zip(header, map(_unquoted, cells) if unquote else cells, strict=True))
+
+
+def _has_pairs(lines: Sequence[str | BadRecord]) -> bool:
+    """Whether most of the first lines have two columns: one of them may be damaged."""
+    first = [line.count("\t") == 1 for line in lines[:_FIRST_LINES] if isinstance(line, str) and line.strip()]
+    return 2 * sum(first) > len(first)
 
 
 def _header(path: Path, cells: Sequence[str], columns: Columns) -> list[str] | None:

@@ -80,7 +80,14 @@ def test_two_columns_without_a_header_are_id_and_text_as_they_are(
     *rows, (line, bad) = read_rows(tmp_path / "collection.tsv", COLUMNS)
     assert rows == [(1, {"_id": "0", "text": '"Quoted," he said'}), (2, {"_id": "1", "text": '"All of it"'})]
     assert line == 3 and isinstance(bad, BadRecord) and bad.problem == "expected 2 columns and found 1"
-    assert "its first line names no known column; read as _id and text" in capsys.readouterr().err
+    assert "its columns are read as _id and text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["", "\t", "1", "1\t2\t3", "no tab", "\xff"])
+def test_a_bad_first_line_of_a_file_without_header_is_one_bad_row(tmp_path: Path, first: str) -> None:
+    (tmp_path / "c.txt").write_bytes(first.encode("latin-1") + b"\n" + b"".join(b"%d\ttext\n" % n for n in range(5)))
+    rows = [value for _, value in read_rows(tmp_path / "c.txt", COLUMNS) if isinstance(value, dict)]
+    assert rows == [{"_id": str(n), "text": "some text"} for n in range(5)]
 
 
 @pytest.mark.parametrize(
