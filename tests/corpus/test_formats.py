@@ -85,7 +85,9 @@ def test_two_columns_without_a_header_are_id_and_text_as_they_are(
 
 @pytest.mark.parametrize("first", ["", "\t", "1", "1\t2\t3", "no tab", "\xff"])
 def test_a_bad_first_line_of_a_file_without_header_is_one_bad_row(tmp_path: Path, first: str) -> None:
-    (tmp_path / "c.txt").write_bytes(first.encode("latin-1") + b"\n" + b"".join(b"%d\ttext\n" % n for n in range(5)))
+    (tmp_path / "c.txt").write_bytes(
+        first.encode("latin-1") + b"\n" + b"".join(b"%d\tsome text\n" % n for n in range(5))
+    )
     rows = [value for _, value in read_rows(tmp_path / "c.txt", COLUMNS) if isinstance(value, dict)]
     assert rows == [{"_id": str(n), "text": "some text"} for n in range(5)]
 
