@@ -37,6 +37,7 @@ setup(
         "ninja>=1.11",  # DeepSpeed builds its ops with it
         "numpy>=2.0",
         "psutil>=6.0",
+        "pyarrow>=20.0",
         "pydantic>=2.10",
         "PyStemmer>=3.0",
         "pytrec-eval-terrier>=0.5.11",

@@ -12,10 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from drama_dist.corpus.read import SetAside, read_corpus
+from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import random_crop
 from drama_dist.records import Passage
 from drama_dist.search.lexical import build_lexical_index
+from drama_dist.settings import CorpusSettings
 
 _NEGATIVE_RANKS = slice(10, 30)
 Row = TypeVar("Row")
@@ -44,7 +45,7 @@ def questions(data: Path, count: int) -> Texts:
 
     Raises ValueError where there are fewer.
     """
-    raw = read_corpus(data / "xquad-en", "en", SetAside())
+    raw = _read(data / "xquad-en")
     contents = {passage.id: passage.content for passage in raw.passages}
     pairs = [(query.text, contents[next(iter(raw.qrels[query.id]))]) for query in raw.queries]
     chosen = _sample(pairs, count, data / "xquad-en")
@@ -53,7 +54,7 @@ def questions(data: Path, count: int) -> Texts:
 
 def abstracts(data: Path, count: int) -> Texts:
     """CISI: a sentence of each of `count` abstracts, the abstract, and a hard negative from BM25's ranks 11 to 30."""
-    passages = read_corpus(data / "cisi", "en", SetAside()).passages
+    passages = _read(data / "cisi").passages
     crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) or "" for passage in passages]
     with TemporaryDirectory() as folder:
         index = build_lexical_index((passage.content for passage in passages), "en", Path(folder))
@@ -67,7 +68,11 @@ def abstracts(data: Path, count: int) -> Texts:
 
 def corpus(data: Path, name: str) -> list[str]:
     """All passages of a collection."""
-    return [passage.content for passage in read_corpus(data / name, "en", SetAside()).passages]
+    return [passage.content for passage in _read(data / name).passages]
+
+
+def _read(folder: Path) -> RawCorpus:
+    return read_corpus(folder, CorpusSettings(path=str(folder)), SetAside())
 
 
 def _far(passages: list[Passage], ranks: list[int], own: Passage) -> str:

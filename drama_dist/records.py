@@ -6,24 +6,52 @@ cover where the files are (run/folder.py) or how other formats are read (corpus/
 
 from __future__ import annotations
 
+import codecs
 import json
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from drama_dist.run.files import put_in_place
 
+LONGEST_RECORD = 2**24  # bytes, more than the longest books have
 Record = TypeVar("Record")
+_VALUE_SHOWN = 200  # characters that are kept of a bad record's value
+_BRIEF = reprlib.Repr()  # does not go through all of a value: it may be long, or nested deeply
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxstring, _BRIEF.maxother = 2, 8, 100, 100
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message names the file, line, value and reason."""
+    """A record that cannot be used; the message names the file, line, reason, detail and value.
 
-    def __init__(self, path: Path | str, line: int, reason: str, value: object = None):
-        self.path, self.line, self.reason, self.value = str(path), line, reason, value
-        shown = "" if value is None else f": {str(value)[:120]!r}"
-        super().__init__(f"{path}:{line}: {reason}{shown}")
+    reason: the same for all records of a kind. detail: what differs from one to the next. value: its beginning as text,
+    without the rest: there may be many bad records, and large ones.
+    """
+
+    def __init__(self, path: Path | str, line: int, reason: str, value: object = None, detail: str = ""):
+        self.path, self.line, self.reason, self.detail = _printable(str(path)), line, reason, _printable(detail)
+        self.value = None if value is None else _beginning(value)
+        shown = "" if self.value is None else f": {self.value[:120]!r}"
+        super().__init__(f"{self.path}:{line}: {self.problem}{shown}")
+
+    @property
+    def problem(self) -> str:
+        """The reason with its detail."""
+        return f"{self.reason} {self.detail}".rstrip()
+
+
+def _beginning(value: object) -> str:
+    if isinstance(value, bytes):
+        return value[:_VALUE_SHOWN].decode("utf-8", "backslashreplace")
+    return _printable((value if isinstance(value, str) else _BRIEF.repr(value))[:_VALUE_SHOWN])
+
+
+def _printable(text: str) -> str:
+    """The text with \\udXXX in place of lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -84,28 +112,69 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     The error is raised when the bad line is reached; to skip bad lines use `parse_json_lines`.
     """
-    for line, value in parse_json_lines(path):
-        if isinstance(value, BadRecord):
-            raise value
-        yield line, value
-
-
-def parse_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """Yield (line number from 1, object), or a BadRecord in place of an object that cannot be read."""
     with open(path, "rb") as file:
-        for line, raw in enumerate(file, 1):
-            if raw.strip():
-                yield line, _parse_line(path, line, raw)
+        for line, value in parse_json_lines(path, file):
+            if isinstance(value, BadRecord):
+                raise value
+            yield line, value
+
+
+def parse_json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
+    """Yield (line number from 1, object), or a BadRecord in place of an object that cannot be read.
+
+    file: UTF-8, with or without a byte order mark. path: what errors call it.
+    """
+    for line, raw in enumerate(bounded_lines(file), 1):
+        if raw.strip():
+            yield line, _parse_line(path, line, raw.strip())
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, without a byte order mark; of a line over LONGEST_RECORD one byte more than that."""
+    mark = codecs.BOM_UTF8
+    while raw := file.readline(LONGEST_RECORD + 1):
+        yield raw.removeprefix(mark)
+        mark = b""
+        while len(raw) > LONGEST_RECORD and not raw.endswith(b"\n"):
+            raw = file.readline(LONGEST_RECORD + 1) or b"\n"
+
+
+def parse_json(path: Path, line: int, read: Callable[[], Any], raw: object) -> Any:
+    """What `read` returns, which calls JSON's decoder; or a BadRecord that says why it failed. raw: what it reads."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        return BadRecord(path, line, "invalid UTF-8", raw, f"at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return BadRecord(path, line, "not JSON", raw, f"({error.msg})")
+    except RecursionError:
+        return BadRecord(path, line, "nested too deeply", raw)
+    except _NamedTwice as error:
+        return BadRecord(path, line, "a key is named twice", raw, f"({error})")
+    except ValueError:
+        return BadRecord(path, line, "a number of thousands of digits", raw)
+
+
+class _NamedTwice(ValueError):
+    """A JSON object has two values under one key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _NamedTwice(_BRIEF.repr(max(counts, key=lambda name: counts[name])))
+    return value
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _parse_line(path: Path, line: int, raw: bytes) -> dict[str, Any] | BadRecord:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(path, line, f"invalid UTF-8 at byte {error.start}", raw[:60])
-    except json.JSONDecodeError as error:
-        return BadRecord(path, line, f"not JSON ({error.msg})", raw.decode("utf-8").strip())
-    if not isinstance(value, dict):
+    if len(raw) > LONGEST_RECORD:
+        return BadRecord(path, line, f"longer than {LONGEST_RECORD >> 20} MiB", raw)
+    value = parse_json(path, line, lambda: JSON.decode(raw.decode("utf-8")), raw)
+    if not isinstance(value, dict | BadRecord):
         return BadRecord(path, line, "expected a JSON object", value)
     return value
 

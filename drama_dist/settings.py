@@ -87,6 +87,7 @@ Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 c
 System = Annotated[Text, AfterValidator(_known_system)]
 Dtype = Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the device is fast in it
 Distinct = Annotated[list[T], AfterValidator(_distinct)]
+SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, _COST_ONLY]  # see `recorded`
 
 
@@ -94,9 +95,16 @@ CostOnly = Annotated[T, _COST_ONLY]  # see `recorded`
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
-    path: Name  # a BEIR folder, a JSONL file, a Hugging Face dataset on disk, or "installed-packages"
+    path: Name  # a BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages"
     packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
     language: Text = "en"
+    # Under which names records have their parts; of several that are there the first counts.
+    id_keys: SomeKeys = Field(default=["_id", "id", "docid", "doc_id", "document_id", "docno", "pid", "passage_id"])
+    text_keys: SomeKeys = Field(
+        default=["text", "contents", "content", "body", "passage", "segment", "document", "paragraph", "abstract"]
+    )
+    title_keys: Distinct[Text] = Field(default=["title", "heading", "headline"])
+    language_keys: Distinct[Text] = Field(default=["language", "lang"])  # where there is none: corpus.language
     max_passages: Count | None = None  # keep this many, chosen by the seed
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
     lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better

@@ -40,7 +40,8 @@ def test_the_title_comes_before_the_text() -> None:
 def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "f.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
-    values = dict(parse_json_lines(path))
+    with open(path, "rb") as file:
+        values = dict(parse_json_lines(path, file))
     assert values[1] == {"a": 1} and values[4] == {"a": 2} and list(values) == [1, 3, 4]
     with pytest.raises(BadRecord, match=rf"f.jsonl:3: {reason}"):
         list(read_json_lines(path))

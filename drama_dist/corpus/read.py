@@ -1,32 +1,45 @@
-"""Importing a corpus: BEIR folders, JSONL files, Hugging Face datasets on disk.
+"""Importing a corpus: rows of any form become passages, queries and judgements.
 
 Records that cannot be used are set aside with file, line, value and reason, and counted; nothing is dropped silently.
-Does not cover cleaning and sampling: stage.py does.
+Which files are read is in layout.py, how in formats.py; cleaning and sampling in stage.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.collection import Qrels, parse_qrels
-from drama_dist.records import BadRecord, Passage, Query, parse_json_lines
+from drama_dist.corpus.collection import GRADE_NAMES, HIGHEST_GRADE, Judgement, Qrels, grade_of, parse_qrels
+from drama_dist.corpus.formats import Columns, Row, dataset_rows, form_of, open_dataset, read_rows, shown_names
+from drama_dist.corpus.layout import find_sources
+from drama_dist.records import LONGEST_RECORD, BadRecord, Passage, Query
 from drama_dist.run.progress import say
+from drama_dist.settings import CorpusSettings
 
-_ID_KEYS = ("_id", "id", "docid")
-_TEXT_KEYS = ("text", "contents", "content")
-_DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+_QUERY_IDS = ("query-id", "query_id", "qid", "query")  # in judgements, and beside corpus.id_keys in queries
+_QUERY_TEXTS = ("query", "question")
+_PASSAGE_IDS = ("corpus-id", "corpus_id", "passage-id", "passage_id", "pid", "docid", "doc_id", "docno")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_FIRST = 3  # bad records that an error shows
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a map"}
 
 
 @dataclass
 class SetAside:
-    """Records left out: unusable ones, which count against the limit, and unwanted ones."""
+    """Records left out: unusable ones, which count against the limit, and unwanted ones.
+
+    mended: parts of records in which what is no Unicode became U+FFFD.
+    """
 
     unusable: list[BadRecord] = field(default_factory=list)
     unwanted: list[BadRecord] = field(default_factory=list)
     seen: int = 0
+    mended: int = 0
 
     def refuse_beyond(self, limit: float, kept_in: Path) -> None:
         """Raise ValueError if more than the fraction `limit` of all records is unusable."""
@@ -38,12 +51,15 @@ class SetAside:
                 f"All are in {kept_in}. Fix them, or raise the limit."
             )
 
-    def as_rows(self) -> list[dict[str, Any]]:
+    @property
+    def records(self) -> list[BadRecord]:
+        """All of them."""
+        return [*self.unusable, *self.unwanted]
+
+    def as_rows(self) -> Iterator[dict[str, Any]]:
         """One row per record, for set_aside.jsonl."""
-        return [
-            {"file": record.path, "line": record.line, "reason": record.reason, "value": str(record.value)[:500]}
-            for record in [*self.unusable, *self.unwanted]
-        ]
+        for record in self.records:
+            yield {"file": record.path, "line": record.line, "reason": record.problem, "value": str(record.value)}
 
 
 @dataclass
@@ -55,135 +71,234 @@ class RawCorpus:
     qrels: Qrels
 
 
-def read_corpus(path: Path, language: str, aside: SetAside, setting: str = "corpus.path") -> RawCorpus:
-    """Read a corpus in any supported format.
+@dataclass(frozen=True)
+class _Keys:
+    """The names that a record may have its parts under; the first that is there counts."""
 
-    Raises ValueError if the format is not recognised or there is no usable passage.
+    ids: Sequence[str]
+    texts: Sequence[str]
+    titles: Sequence[str]
+    languages: Sequence[str]
+
+    @property
+    def columns(self) -> Columns:
+        """What to read of files with columns."""
+        names = frozenset([*self.ids, *self.texts, *self.titles, *self.languages])
+        remedy = "say in corpus.id_keys and corpus.text_keys which to read"
+        return Columns(names, (self.ids[0], self.texts[0]), remedy)
+
+
+def read_corpus(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str = "corpus.path") -> RawCorpus:
+    """Read a corpus in any supported form, with its queries and judgements where it has both.
+
+    Raises ValueError if the form is not recognised, or there is no usable passage or none of the judgements is usable.
     """
-    source_files(path, setting)
-    if path.is_file():
-        corpus = RawCorpus(_passages(path, parse_json_lines(path), language, aside), [], {})
-    elif (path / "corpus.jsonl").exists():
-        corpus = _read_beir(path, language, aside)
+    sources = find_sources(path, setting)
+    for note in sources.notes:
+        say(f"{path}: {note}")
+    keys = _Keys(corpus.id_keys, corpus.text_keys, corpus.title_keys, corpus.language_keys)
+    if sources.dataset:
+        rows = _dataset_rows(sources.dataset, keys.columns)
     else:
-        corpus = RawCorpus(_passages(path, _dataset_rows(path), language, aside), [], {})
-    if not corpus.passages:
-        raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records")
-    return corpus
+        rows = _file_rows(sources.passages, keys.columns)
+    passages = _records(rows, keys, corpus.language, aside)
+    if not passages:
+        raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{_first(aside.unusable)}")
+    if not sources.queries or not sources.judgements:
+        return RawCorpus(passages, [], {})
+    keys = _Keys([*corpus.id_keys, *_QUERY_IDS[:-1]], [*corpus.text_keys, *_QUERY_TEXTS], (), corpus.language_keys)
+    asked = _records(_file_rows([sources.queries], keys.columns), keys, corpus.language, aside)
+    queries = [Query(query.id, query.text, query.language) for query in asked]
+    qrels = _judgements(sources.judgements, {query.id for query in queries}, {one.id for one in passages}, aside)
+    return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
 
 
 def source_files(path: Path, setting: str = "corpus.path") -> list[Path]:
     """The files that `read_corpus` reads; other files in the folder do not change the corpus.
 
-    Raises ValueError if the format is not recognised.
+    Raises ValueError if the form is not recognised, FileNotFoundError where there are judgements without queries.
     """
-    if path.is_file():
-        return [path]
-    if (path / "corpus.jsonl").exists():
-        judgements = _qrels_file(path)
-        return [path / "corpus.jsonl", *([path / "queries.jsonl", judgements] if judgements else [])]
-    if any((path / name).exists() for name in _DATASET_FILES):
-        return sorted(file for file in path.rglob("*") if file.suffix in (".arrow", ".json"))
-    raise ValueError(
-        f"{setting}={path}: expected a BEIR folder (with corpus.jsonl), a JSONL file, or a Hugging Face dataset "
-        f"saved on disk; found {sorted(entry.name for entry in path.iterdir())[:5]}"
-    )
+    return find_sources(path, setting).files
 
 
-def _read_beir(folder: Path, language: str, aside: SetAside) -> RawCorpus:
-    source = folder / "corpus.jsonl"
-    passages = _passages(source, parse_json_lines(source), language, aside)
-    judgements = _qrels_file(folder)
-    if judgements is None:
-        return RawCorpus(passages, [], {})
-    if not (folder / "queries.jsonl").exists():
-        raise FileNotFoundError(f"{folder / 'queries.jsonl'}: not found, but {judgements} judges its queries")
-    queries = _queries(folder / "queries.jsonl", language, aside)
-    qrels = _judgements(judgements, {query.id for query in queries}, {passage.id for passage in passages}, aside)
-    return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
+def _file_rows(paths: Iterable[Path], columns: Columns) -> Iterator[tuple[Path, Row]]:
+    for path in paths:
+        for row in read_rows(path, columns):
+            yield path, row
 
 
-def _qrels_file(folder: Path) -> Path | None:
-    paths = sorted((folder / "qrels").glob("*.tsv"))
-    return next((path for path in paths if path.stem == "test"), paths[0] if paths else None)
+def _dataset_rows(folder: Path, columns: Columns) -> Iterator[tuple[Path, Row]]:
+    for row in dataset_rows(folder, open_dataset(folder), columns):
+        yield folder, row
 
 
-def _dataset_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    from datasets import Dataset, load_from_disk
-
-    rows = load_from_disk(str(folder))
-    if not isinstance(rows, Dataset):
-        split = next((name for name in ("corpus", "train") if name in rows), next(iter(rows)))
-        say(f"{folder}: has the splits {', '.join(rows)}; reading {split}")
-        rows = rows[split]
-    for line, row in enumerate(rows, 1):
-        yield line, {"id": f"row-{line}", **row}
-
-
-def _passages(
-    path: Path, lines: Iterator[tuple[int, dict[str, Any] | BadRecord]], language: str, aside: SetAside
-) -> list[Passage]:
-    passages: dict[str, Passage] = {}
-    for line, value in lines:
+def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside: SetAside) -> list[Passage]:
+    """The usable records; their numbers are their ids where not one of them has an id."""
+    found: dict[str, Passage] = {}
+    nameless: dict[str, tuple[Passage, BadRecord]] = {}
+    for number, (path, (line, value)) in enumerate(rows, 1):
         aside.seen += 1
-        passage = value if isinstance(value, BadRecord) else _passage(path, line, value, language)
-        if isinstance(passage, Passage) and passage.id in passages:
-            passage = BadRecord(path, line, "duplicate id", passage.id)
-        if isinstance(passage, BadRecord):
-            aside.unusable.append(passage)
-        else:
-            passages[passage.id] = passage
-    return list(passages.values())
-
-
-def _passage(path: Path, line: int, value: dict[str, Any], language: str) -> Passage | BadRecord:
-    id, text, title = _first(value, _ID_KEYS), _first(value, _TEXT_KEYS), value.get("title") or ""
-    if id is None:
-        return BadRecord(path, line, f"no id (looked for {', '.join(_ID_KEYS)})", value)
-    if not isinstance(text, str) or not isinstance(title, str) or not (text.strip() or title.strip()):
-        return BadRecord(path, line, f"no text (looked for {', '.join(_TEXT_KEYS)})", value)
-    return Passage(str(id), text.strip(), title.strip(), str(value.get("language") or language))
-
-
-def _queries(path: Path, language: str, aside: SetAside) -> list[Query]:
-    queries: dict[str, Query] = {}
-    for line, value in parse_json_lines(path):
-        aside.seen += 1
-        query = value if isinstance(value, BadRecord) else _query(path, line, value, language)
-        if isinstance(query, Query) and query.id in queries:
-            query = BadRecord(path, line, "duplicate id", query.id)
-        if isinstance(query, BadRecord):
-            aside.unusable.append(query)
-        else:
-            queries[query.id] = query
-    return list(queries.values())
-
-
-def _query(path: Path, line: int, value: dict[str, Any], language: str) -> Query | BadRecord:
-    id, text = _first(value, _ID_KEYS), value.get("text")
-    if id is None:
-        return BadRecord(path, line, f"no id (looked for {', '.join(_ID_KEYS)})", value)
-    if not isinstance(text, str) or not text.strip():
-        return BadRecord(path, line, "a query without text", value)
-    return Query(str(id), text.strip(), str(value.get("language") or language))
-
-
-def _judgements(path: Path, queries: set[str], passages: set[str], aside: SetAside) -> Qrels:
-    qrels: Qrels = {}
-    for line, row in parse_qrels(path):
-        aside.seen += 1
-        if isinstance(row, BadRecord):
-            aside.unusable.append(row)
+        if isinstance(value, BadRecord):
+            aside.unusable.append(value)
             continue
-        query, passage, score = row
-        if query not in queries:
-            aside.unusable.append(BadRecord(path, line, "judges a query that is not in queries.jsonl", query))
-        elif passage not in passages:
-            aside.unusable.append(BadRecord(path, line, "names a passage that is not in corpus.jsonl", passage))
+        record = _record(path, line, value, keys, language, aside)
+        if isinstance(record, Passage) and not record.id:
+            detail = f"under {', '.join(keys.ids)} (corpus.id_keys); it has {shown_names(value)}"
+            nameless[f"row-{number}"] = record, BadRecord(path, line, "no id", value, detail)
+            continue
+        if isinstance(record, Passage) and record.id in found:
+            record = BadRecord(path, line, "duplicate id", record.id)
+        if isinstance(record, BadRecord):
+            aside.unusable.append(record)
         else:
-            qrels.setdefault(query, {})[passage] = score
+            found[record.id] = record
+    if nameless and not found:
+        first = next(iter(nameless))
+        say(f"{path}: no record has an id (corpus.id_keys), so their numbers are their ids, beginning with {first}")
+        return [replace(record, id=id) for id, (record, _) in nameless.items()]
+    aside.unusable += [bad for _, bad in nameless.values()]
+    return list(found.values())
+
+
+def _record(
+    path: Path, line: int, value: Mapping[str, Any], keys: _Keys, language: str, aside: SetAside
+) -> Passage | BadRecord:
+    """The id is empty where there is none."""
+    try:
+        id = _part(value, keys.ids, _id, "id") or ""
+        text = _part(value, keys.texts, lambda found: _text(found, "\n\n", aside), "text")
+        title = _part(value, keys.titles, lambda found: _text(_as_text(found), " ", aside), "title") or ""
+        own_language = _part(value, keys.languages, _one_line, "language")
+    except _Unfit as problem:
+        return BadRecord(path, line, str(problem), value)
+    if text is None or not (text or title):
+        detail = f"under {', '.join(keys.texts)} (corpus.text_keys); it has {shown_names(value)}"
+        return BadRecord(path, line, "no text", value, detail)
+    return Passage(id, text, title, own_language or language)
+
+
+class _Unfit(Exception):
+    """A part of a record is not what it should be; the message says what it is."""
+
+
+def _part(value: Mapping[str, Any], names: Sequence[str], read: Callable[[Any], str], part: str) -> str | None:
+    """The first of the names that is there, as text; None if none is."""
+    found = next((value[name] for name in names if value.get(name) is not None), None)
+    try:
+        return None if found is None else read(found)
+    except _Unfit as problem:
+        raise _Unfit(f"{part} {problem}") from None
+
+
+def _id(value: Any) -> str:
+    """Whole numbers count as their text."""
+    text = _one_line(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+    if not text.strip():
+        raise _Unfit("is empty")
+    return text
+
+
+def _one_line(value: Any) -> str:
+    text = _string(value)
+    if _CONTROL.search(text):
+        raise _Unfit("has a tab, a line break or another control character")
+    if not _is_unicode(text):
+        raise _Unfit("is not valid Unicode")
+    return text
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers as text, other values as they are."""
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if is_number and not isinstance(value, bool) else value
+
+
+def _text(value: Any, between: str, aside: SetAside) -> str:
+    """Text, or the parts of a list with `between` between them."""
+    parts = value if isinstance(value, list) else [value]
+    text = between.join(stripped for part in parts if (stripped := _string(part).strip()))
+    if len(text) > LONGEST_RECORD:
+        raise _Unfit("is longer than a book")
+    if _is_unicode(text):
+        return text
+    aside.mended += 1
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, bytes):  # a text column of parquet may be called binary
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Unfit("is invalid UTF-8") from None
+    if not isinstance(value, str):
+        raise _Unfit(f"is {_KINDS.get(type(value), type(value).__name__)}")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which are halves of characters: JSON may have them as \\ud800."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _judgements(path: Path, queries: Collection[str], passages: Collection[str], aside: SetAside) -> Qrels:
+    """Judgements of queries and passages that there are; raises ValueError if there is none."""
+    qrels: Qrels = {}
+    before, seen = len(aside.unusable), 0
+    for line, row in _judgement_rows(path):
+        seen += 1
+        bad = row if isinstance(row, BadRecord) else _mismatch(path, line, row, queries, passages, qrels)
+        if bad:
+            aside.unusable.append(bad)
+        elif not isinstance(row, BadRecord):
+            query, passage, grade = row
+            qrels.setdefault(query, {})[passage] = grade
+    aside.seen += seen
+    if not qrels:
+        problem = f"no usable judgement among {seen}{_first(aside.unusable[before:])}" if seen else "has no judgements"
+        raise ValueError(f"{path}: {problem}; mend it, or take it away to have test queries held out")
     return qrels
 
 
-def _first(value: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((value[key] for key in keys if value.get(key) is not None), None)
+def _mismatch(
+    path: Path, line: int, row: Judgement, queries: Collection[str], passages: Collection[str], qrels: Qrels
+) -> BadRecord | None:
+    """Why a judgement cannot be used with these queries, passages and judgements before it."""
+    query, passage, grade = row
+    if query not in queries:
+        return BadRecord(path, line, "judges a query that is not among the queries", query)
+    if passage not in passages:
+        return BadRecord(path, line, "names a passage that is not in the corpus", passage)
+    if qrels.get(query, {}).get(passage, grade) != grade:
+        return BadRecord(path, line, "judges a passage again, with another grade", passage)
+    return None
+
+
+def _judgement_rows(path: Path) -> Iterator[tuple[int, Judgement | BadRecord]]:
+    if form_of(path) in ("tsv", "text"):
+        yield from parse_qrels(path)
+        return
+    names = (*_QUERY_IDS, *_PASSAGE_IDS, *GRADE_NAMES)
+    for line, value in read_rows(path, Columns(frozenset(names), None, f"expected one of each: {', '.join(names)}")):
+        yield line, value if isinstance(value, BadRecord) else _judgement(path, line, value)
+
+
+def _judgement(path: Path, line: int, value: Mapping[str, Any]) -> Judgement | BadRecord:
+    try:
+        query, passage = _part(value, _QUERY_IDS, _id, "query id"), _part(value, _PASSAGE_IDS, _id, "passage id")
+    except _Unfit as problem:
+        return BadRecord(path, line, str(problem), value)
+    if not query or not passage:
+        return BadRecord(path, line, "no query id or no passage id", value, f"it has {shown_names(value)}")
+    grade = grade_of(next((value[name] for name in GRADE_NAMES if value.get(name) is not None), None))
+    if grade is None:
+        return BadRecord(path, line, f"expected a whole number up to {HIGHEST_GRADE} as grade", value)
+    return query, passage, grade
+
+
+def _first(records: Sequence[BadRecord]) -> str:
+    return "; the first: " + "; ".join(map(str, records[:_FIRST])) if records else ""

@@ -22,9 +22,10 @@ from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings
+from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
 
 _COLLECTIONS = "evaluate.collections"
+_HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
 _CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
@@ -58,7 +59,7 @@ def build_corpus(run: Run, folder: StageFolder) -> None:
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
     """The settings for reading another collection: like the training corpus, but complete and with its own queries."""
-    return {"corpus": {"language": settings.corpus.language, "lower_capitals": settings.corpus.lower_capitals}}
+    return {"corpus": {name: value for name, value in as_dict(settings.corpus).items() if name in _HOW_TO_READ}}
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
@@ -77,7 +78,7 @@ def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
         folder.finish()
         return
     aside = SetAside()
-    raw = read_corpus(Path(path), corpus.language, aside, _COLLECTIONS)
+    raw = read_corpus(Path(path), corpus, aside, _COLLECTIONS)
     if not raw.qrels:
         raise ValueError(f"{_COLLECTIONS}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
     _store(folder, _lower_capitals(raw, folder.name) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
@@ -88,7 +89,7 @@ def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limi
     aside.refuse_beyond(bad_record_limit, folder.folder / "set_aside.jsonl")
     write_collection(folder.folder, raw.passages, raw.queries, raw.qrels)
     _summarise(folder.name, raw, aside)
-    folder.finish(passages=len(raw.passages), queries=len(raw.queries), set_aside=len(aside.as_rows()))
+    folder.finish(passages=len(raw.passages), queries=len(raw.queries), set_aside=len(aside.records))
 
 
 def _existing(setting: str, path: str) -> Path:
@@ -99,7 +100,7 @@ def _existing(setting: str, path: str) -> Path:
 
 def _read(corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
     if corpus.path != PACKAGES_CORPUS:
-        return read_corpus(Path(corpus.path), corpus.language, aside)
+        return read_corpus(Path(corpus.path), corpus, aside)
     passages = package_passages(corpus.packages, corpus.language)
     aside.seen = len(passages)
     return RawCorpus(passages, [], {})
@@ -129,7 +130,7 @@ def _worthwhile(passages: list[Passage], corpus: CorpusSettings, aside: SetAside
             reason = "trivial: fewer words than corpus.min_words"
             aside.unwanted.append(BadRecord(corpus.path, line, reason, passage.id))
         elif key in kept:
-            aside.unwanted.append(BadRecord(corpus.path, line, f"duplicate of {kept[key].id}", passage.id))
+            aside.unwanted.append(BadRecord(corpus.path, line, "duplicate", passage.id, f"of {kept[key].id}"))
         else:
             kept[key] = passage
     if not kept:
@@ -144,6 +145,18 @@ def _sample(passages: list[Passage], corpus: CorpusSettings, seed: int) -> list[
     return [passages[position] for position in positions]
 
 
+def _no_query(corpus: CorpusSettings) -> str:
+    """Why there are no test queries, and what to do."""
+    remedy = "or give the corpus queries.jsonl and qrels/test.tsv"
+    if not corpus.held_out_queries:
+        return f"to have some, set corpus.held_out_queries (it is 0), {remedy}"
+    few, many = _QUERY_WORDS.start, _QUERY_WORDS.stop - 1
+    return (
+        f"passages to take them from begin with a sentence of {few} to {many} words and have {_REST_WORDS} more: give "
+        f"longer passages, set corpus.language if {corpus.language!r} is wrong, {remedy}"
+    )
+
+
 @dataclass(frozen=True)
 class _Candidate:
     query: str
@@ -156,7 +169,9 @@ def _hold_out(passages: list[Passage], corpus: CorpusSettings, seed: int) -> Raw
     occurrences = Counter(candidate.query.casefold() for candidate in split if candidate)
     unique = [i for i, candidate in enumerate(split) if candidate and occurrences[candidate.query.casefold()] == 1]
     count = min(corpus.held_out_queries, len(unique) // 2)
-    if count < corpus.held_out_queries:
+    if not count:
+        say(f"corpus: no test queries: the run trains, exports and reports without an evaluation; {_no_query(corpus)}")
+    elif count < corpus.held_out_queries:
         say(f"corpus: only {count} of corpus.held_out_queries={corpus.held_out_queries} test queries can be held out")
     queries, qrels, kept = [], {}, list(passages)
     for i in sorted(random.Random(f"{seed} held out").sample(unique, count)):
@@ -183,7 +198,9 @@ def _candidate(passage: Passage, corpus: CorpusSettings) -> _Candidate | None:
 def _summarise(name: str, raw: RawCorpus, aside: SetAside) -> None:
     judgements = sum(len(judged) for judged in raw.qrels.values())
     say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {judgements} judgements")
-    if aside.as_rows():
-        reasons = Counter(row["reason"].split(":")[0].split(" of ")[0] for row in aside.as_rows())
+    if aside.mended:
+        say(f"{name}: in {aside.mended} texts, halves of characters (\\ud800 to \\udfff) are now U+FFFD")
+    if aside.records:
+        reasons = Counter(record.reason for record in aside.records)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         say(f"{name}: set aside {counts}; listed in {name}/set_aside.jsonl")

@@ -26,12 +26,13 @@ def mean_over_queries(values: Mapping[str, Mapping[str, float]]) -> dict[str, fl
 def per_query(qrels: Qrels, run: RankedHits) -> dict[str, dict[str, float]]:
     """METRICS of every judged query, in the order of `qrels`; a query without hits counts 0.
 
-    qrels: grades, 0 for not relevant. run: query id -> hits, best first. Raises ValueError if there is no judged query,
-    or a hit is named twice for one query.
+    qrels: grades, 0 or less for not relevant. run: query id -> hits, best first. Raises ValueError if there is no
+    judged query, or a hit is named twice for one query.
     """
     if not qrels:
         raise ValueError("no judged queries: the qrels are empty, so there is nothing to measure")
-    judged = {query: dict(grades) for query, grades in qrels.items()}
+    # A query whose grades are all -2 or less ends the process in pytrec_eval; no measure tells them from 0.
+    judged = {query: {id: max(0, grade) for id, grade in grades.items()} for query, grades in qrels.items()}
     ranked = {query: _by_rank(query, run[query]) for query in judged if run.get(query)}
     first_ten = {query: dict(list(scores.items())[:10]) for query, scores in ranked.items()}
     whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(ranked)

@@ -76,7 +76,7 @@ def batches(
 def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
     """Look up the texts; equal texts count as one passage, whatever their ids.
 
-    Raises KeyError where the table lacks a passage.
+    Raises ValueError where the table lacks a passage.
     """
     others = list(dict.fromkeys(itertools.chain(*batch.other_positives)))
     contents = table.contents([table.position(passage) for passage in [*batch.passages, *others]])

@@ -94,6 +94,68 @@ def test_a_beir_folder_without_judgements_and_datasets_on_disk_are_read(build: B
         assert len(corpus.queries) == 12
 
 
+@pytest.mark.parametrize(
+    ("rows", "overrides", "remedy"),
+    [
+        ([{"_id": f"s{n}", "text": f"{LONG} {n}"} for n in range(20)], [], "give longer passages, set corpus.language"),
+        (
+            [{"_id": f"s{n}", "text": f"Title number {n} of many"} for n in range(20)],
+            [],
+            "begin with a sentence of 4 to 40",
+        ),
+        ([{"_id": f"z{n}", "text": "水" * 90 + str(n)} for n in range(20)], ["corpus.language=zh"], "if 'zh' is wrong"),
+        (ROWS, ["corpus.held_out_queries=0"], "set corpus.held_out_queries"),
+    ],
+    ids=["one sentence", "titles", "no full stops", "none asked for"],
+)
+def test_a_corpus_without_test_queries_is_stored_and_it_is_said_once(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[Any], overrides: list[str], remedy: str
+) -> None:
+    corpus = build(lines(tmp_path / "p.jsonl", rows), *overrides)
+    assert (len(corpus.passages), corpus.queries, corpus.qrels) == (len(rows), [], {})
+    assert corpus.language == (overrides[0][-2:] if "language" in str(overrides) else "en")
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "no test queries" in line]
+    assert "the run trains, exports and reports without an evaluation" in said and remedy in said
+
+
+def test_files_that_are_not_read_do_not_change_the_inputs(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    data = beir(tmp_path / "data", [{"_id": "q1", "text": "one"}], ["q1\td3\t1"])
+    settings = small_settings(f"corpus.path={data}", f"run={data / 'run'}")
+    made = (make(settings, "corpus") / "provenance.json").stat().st_mtime_ns
+    for name in (".DS_Store", "notes.txt", "notes.tsv", "provenance.json", "qrels/.DS_Store", "other/corpus.jsonl"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text('{"fingerprint": "of somebody else"', "utf-8")
+    assert (make(settings, "corpus") / "provenance.json").stat().st_mtime_ns == made
+    lines(data / "queries.jsonl", [{"_id": "q1", "text": "another"}])
+    with pytest.raises(ValueError, match=r"inputs.source"):
+        make(settings, "corpus")
+
+
+def test_other_collections_are_read_as_the_corpus_is(small_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    lines(folder / "collection.tsv", ["1\tone text", "2\ttwo texts"])
+    lines(folder / "queries.jsonl", [{"qid": "q", "asked": "what"}])
+    lines(folder / "qrels.txt", ["q 0 2 1"])
+    keys = ["corpus.text_keys=[text, asked]", f"evaluate.collections=[{folder}]"]
+    stored = open_collection(make(small_settings(*keys), "corpus", collection="other"))
+    assert stored.passages.ids == ["1", "2"] and [query.text for query in stored.queries] == ["what"]
+    assert stored.qrels == {"q": {"2": 1}}
+    (folder / "qrels.txt").unlink()
+    with pytest.raises(ValueError, match=r"other: no judged queries: expected queries.jsonl and qrels/test.tsv"):
+        make(small_settings(*keys, f"run={tmp_path / 'second'}"), "corpus", collection="other")
+
+
+def test_reasons_are_counted_by_kind(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = lines(tmp_path / "p.jsonl", [*ROWS, *ROWS[:2], {"_id": "u", "text": f"half \ud800 a letter {LONG}"}])
+    file.write_bytes(file.read_bytes() + b"".join(b"x" * n + b"\xff\n" for n in range(30)))
+    build(file, "corpus.bad_record_limit=0.9")
+    said = capsys.readouterr().err
+    assert "corpus: set aside 30 invalid UTF-8, 2 duplicate id; listed in corpus/set_aside.jsonl" in said
+    assert "corpus: in 1 texts, halves of characters" in said
+
+
 def test_texts_in_capitals_become_lower_case(build: Build, tmp_path: Path) -> None:
     rows = [*ROWS, {"_id": "loud", "title": "NATO", "text": "NATO MET IN PARIS ON MONDAY"}]
     queries = [{"_id": "q1", "text": "WHO MET IN PARIS?"}, {"_id": "q2", "text": "NATO in Paris"}]

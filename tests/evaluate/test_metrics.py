@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from drama_dist.corpus.collection import HIGHEST_GRADE
 from drama_dist.evaluate.metrics import mean_over_queries, paired_p_value, per_query
 from drama_dist.records import Hit
 
@@ -40,6 +41,23 @@ def test_the_given_order_decides_and_not_the_scores() -> None:
     tied = [Hit("z", 1.0), Hit("a", 1.0)]
     assert per_query({"q": {"z": 1}}, {"q": tied})["q"]["mrr@10"] == 1
     assert per_query({"q": {"a": 1}}, {"q": tied})["q"]["mrr@10"] == 0.5
+
+
+@pytest.mark.parametrize("low", [-1, -2, -1_000_000])
+def test_grades_below_zero_count_as_not_relevant(low: int) -> None:
+    qrels = {"good": {"a": 1, "b": low, "c": 2}, "bad": {"a": low, "b": low}, "none": {"a": 0}}
+    values = per_query(qrels, {query: hits("b", "a", "c") for query in qrels})
+    gained = 1 / math.log2(3) + 2 / math.log2(4)
+    assert values["good"]["ndcg@10"] == pytest.approx(gained / (2 + 1 / math.log2(3)))
+    assert (values["good"]["recall@100"], values["good"]["mrr@10"]) == (1, 0.5)
+    assert values["bad"] == values["none"] == {"ndcg@10": 0, "recall@100": 0, "mrr@10": 0}
+    assert mean_over_queries(values)["mrr@10"] == pytest.approx(0.5 / 3)
+
+
+def test_the_highest_grade_that_is_read_can_be_measured() -> None:
+    values = per_query({"q": {"a": HIGHEST_GRADE, "b": 1}}, {"q": hits("b", "a")})["q"]
+    best = HIGHEST_GRADE + 1 / math.log2(3)
+    assert values["ndcg@10"] == pytest.approx((1 + HIGHEST_GRADE / math.log2(3)) / best)
 
 
 def test_nothing_judged_and_a_doubled_hit_are_errors() -> None:
