@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         return mean_pool(self.hidden_states(packed), packed)
 
     def tokenize_queries(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept; raises as `as_texts` does."""
+        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept; raises as `as_texts`."""
         return self._tokenize(texts, self.contract.query_prefix, self.contract.max_query_tokens)
 
     def tokenize_passages(self, texts: Iterable[str]) -> list[list[int]]:

@@ -28,6 +28,7 @@ def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
     SettingsError where a file has an unknown key, a value of another type or a dim beyond the hidden size.
     """
     if (folder / FILE).exists():
+        read_json_object(folder / FILE)
         contract = read_json(EncoderSettings, (folder / FILE).read_bytes(), str(folder / FILE))
         return check_dims(contract, hidden_size, str(folder / FILE))
     if (folder / "modules.json").exists():

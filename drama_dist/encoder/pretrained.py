@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drama_dist.encoder.failures import told_as
-from drama_dist.encoder.model_files import check_model_files, read_json_object, refuse_pointers
+from drama_dist.encoder.model_files import check_model_files, read_json_file, read_json_object, refuse_pointers
 
 HEAD = "lm_head.weight"  # of a language model
 _OF_LLAMA = re.compile(r"(^|\.)(layers|embed_tokens|norm)\.")  # without them vectors differ; other heads do not matter
@@ -35,8 +37,12 @@ def read_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfi
     if folder.is_dir():
         refuse_pointers(folder)
         read_json_object(folder / "config.json")
-    with told_as(f"{source}: its configuration cannot be read"):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with told_as(f"{source}: its config.json cannot be read"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    kernel = str(config._attn_implementation)
+    if "/" in kernel and not trust_remote_code:
+        raise ValueError(f"{source}: its config.json asks for code of the hub, {kernel}, for attention; take that out")
+    return config
 
 
 def read_llama_config(source: str, trust_remote_code: bool = False) -> LlamaConfig:
@@ -46,15 +52,37 @@ def read_llama_config(source: str, trust_remote_code: bool = False) -> LlamaConf
         raise ValueError(f"{source}: model type {config.model_type!r}; the encoder takes Llama-type models")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: its weights are quantized; take the model's folder in bfloat16 or float32")
+    rope = str((config.rope_parameters or {}).get("rope_type", "default"))
+    for what, value, known in (
+        ("rope_type", rope, ["default", *ROPE_INIT_FUNCTIONS]),
+        ("hidden_act", config.hidden_act, list(ACT2FN)),
+    ):
+        if value not in known:
+            raise ValueError(f"{source}: its config.json has {what} {value!r}; known are {', '.join(known)}")
     return config
 
 
-def read_tokenizer(source: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer; raises ValueError where it cannot be read, or has tokens beyond the model's vocabulary."""
-    with told_as(f"{source}: its tokenizer cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        vocabulary = tokenizer.get_vocab()
-    rows = getattr(config.get_text_config(), "vocab_size", None)
+def read_tokenizer(
+    source: str, config: PreTrainedConfig, trust_remote_code: bool = False, every_token: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer; raises ValueError where it cannot be read, or has tokens that the model has no embedding for.
+
+    every_token: False asks only about those that are put around texts. Some models have others, for images, that no
+    ordinary text contains.
+    """
+    try:
+        with told_as(f"{source}: its tokenizer cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            vocabulary = tokenizer.get_vocab()
+    except ValueError:
+        for file in sorted(Path(source).glob("*.json")):
+            read_json_file(file)  # names the one that is damaged
+        raise
+    if not every_token:
+        around = {tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token}
+        around |= {tokenizer.cls_token, tokenizer.sep_token}
+        vocabulary = {token: id for token, id in vocabulary.items() if token in around}
+    rows = vocabulary_size(config)
     beyond = sorted((id, token) for token, id in vocabulary.items() if rows is not None and id >= rows)
     if beyond:
         raise ValueError(
@@ -65,7 +93,14 @@ def read_tokenizer(source: str, config: PreTrainedConfig, trust_remote_code: boo
     return tokenizer
 
 
-def load_weights(kind: Any, source: str, *, trust_remote_code: bool, optional: Iterable[str] = (), **options: Any) -> Any:
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """How many tokens have an embedding; None where the configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def load_weights(
+    kind: Any, source: str, *, trust_remote_code: bool, optional: Iterable[str] = (), **options: Any
+) -> Any:
     """The model of class `kind`, as its `from_pretrained` gives it, from safetensors.
 
     optional: names of weights that may be missing, because nothing reads them. Raises ValueError where others are
@@ -82,14 +117,14 @@ def load_weights(kind: Any, source: str, *, trust_remote_code: bool, optional: I
             ignore_mismatched_sizes=True,  # they are refused below, with names
             **options,
         )
-    _refuse_unfit(source, found, isinstance(model.config, LlamaConfig), optional)
+    refuse_unfit(source, found, optional, isinstance(model.config, LlamaConfig))
     return model
 
 
 def check_weights(kind: Any, folder: Path, config: PreTrainedConfig, optional: Iterable[str] = ()) -> None:
     """Raise what `load_weights` would, from the headers of a local folder's files alone."""
     stored = {name: torch.empty(shape, device="meta") for name, shape in check_model_files(folder).items()}
-    with told_as(f"{folder}: its configuration does not fit transformers' {kind.__name__}"):
+    with told_as(f"{folder}: its config.json makes no {kind.__name__}"):
         _, found = kind.from_pretrained(
             None,
             config=config,
@@ -99,14 +134,19 @@ def check_weights(kind: Any, folder: Path, config: PreTrainedConfig, optional: I
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    _refuse_unfit(str(folder), found, isinstance(config, LlamaConfig), optional)
+    refuse_unfit(str(folder), found, optional, isinstance(config, LlamaConfig))
 
 
-def _refuse_unfit(source: str, found: dict[str, Any], is_llama: bool, optional: Iterable[str]) -> None:
-    """found: what `from_pretrained` says of missing, mismatched and unexpected weights."""
+def refuse_unfit(source: str, found: dict[str, Any], optional: Iterable[str], is_llama: bool = False) -> None:
+    """Raise ValueError where weights do not fit the model.
+
+    found: what `from_pretrained` says of missing, mismatched and unexpected weights.
+    """
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         shapes = " and ".join(" × ".join(map(str, shape)) for shape in (stored, wanted))
-        raise ValueError(f"{source}: {name} is {shapes} in the weights and by config.json; one of them is another model's")
+        raise ValueError(
+            f"{source}: {name} is {shapes} in the weights and by config.json; one of them is another model's"
+        )
     missing = {name for name in found["missing_keys"] if not _POOLER.search(name)} - set(optional)
     if missing:
         raise ValueError(f"{source}: the weights lack {_first(missing)}, which would be random; fetch the model again")

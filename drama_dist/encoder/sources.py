@@ -10,8 +10,8 @@ import importlib.util
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from drama_dist.encoder.failures import reason, told_as
 from drama_dist.encoder.model_files import refuse_pointers
@@ -103,8 +103,7 @@ def _converted(gguf: Path) -> Path:
     refuse_pointers(gguf)
     say(f"converting {gguf.name} to safetensors (once) -> {target}")
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    with told_as(f"{gguf}: cannot be read as a GGUF file that transformers knows"):
-        _convert(gguf, temporary)
+    _convert(gguf, temporary)
     try:
         temporary.rename(target)
     except OSError:  # another process got there first
@@ -114,11 +113,27 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     import torch
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, **source, dtype=torch.bfloat16)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(gguf.parent, **source), dtype=torch.bfloat16)
+    from drama_dist.encoder.pretrained import refuse_unfit
+
+    folder, file, dtype = gguf.parent, gguf.name, torch.bfloat16
+    with told_as(f"{gguf}: cannot be read as a GGUF file of a model that transformers knows"):
+        stored = [tensor.name for tensor in GGUFReader(gguf).tensors]
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        quantized, found = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, trust_remote_code=False, dtype=dtype, output_loading_info=True
+        )
+    refuse_unfit(str(gguf), found, optional=())
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    if _has_biases(stored) and not _has_biases(plain.state_dict()):
+        raise ValueError(f"{gguf}: has biases, which transformers leaves out of GGUF files; use the model's own folder")
     plain.load_state_dict(quantized.state_dict())  # transformers does not save a model that it loaded from GGUF
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _has_biases(names: Iterable[str]) -> bool:
+    return any(name.endswith(".bias") for name in names)

@@ -1,7 +1,7 @@
 """The teacher: a strong retriever from sentence-transformers, as a text encoder.
 
-Covers checking and loading it, its prompts, and batches of a token budget. Does not cover fusing its ranking with BM25: fusion.py
-does. Shapes: N texts, K components.
+Covers checking and loading it, its prompts, and batches of a token budget. Does not cover fusing its ranking with
+BM25: fusion.py does. Shapes: N texts, K components.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Teacher:
 
     def _check_transformer(self, folder: Path) -> None:
         config = read_config(str(folder), self.trust_remote_code)
-        _needs_padding(read_tokenizer(str(folder), config, self.trust_remote_code), str(folder))
+        tokenizer = read_tokenizer(str(folder), config, self.trust_remote_code, every_token=False)
+        _needs_padding(tokenizer, str(folder))
         kind = MODEL_MAPPING.get(type(config), None)
         if isinstance(kind, type) and not self.trust_remote_code:
             check_weights(kind, folder, config)

@@ -23,7 +23,7 @@ from drama_dist.augment.sources.prompts import Message, without_system, write_qu
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
 from drama_dist.encoder.failures import told_as
-from drama_dist.encoder.pretrained import check_weights, load_weights, read_config, read_tokenizer
+from drama_dist.encoder.pretrained import check_weights, load_weights, read_config, read_tokenizer, vocabulary_size
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.settings import AugmentSettings
 
@@ -63,7 +63,7 @@ class LanguageModel:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = read_tokenizer(self._source, self._config, self.trust_remote_code)
+        tokenizer = read_tokenizer(self._source, self._config, self.trust_remote_code, every_token=False)
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"{self.name}: has no chat template, so it cannot write queries; set augment.writer to an "
@@ -79,9 +79,10 @@ class LanguageModel:
         return model.to(ranks.device()).eval()
 
     def cut(self, text: str, tokens: int) -> str:
-        """The first `tokens` tokens of a text."""
+        """The first `tokens` tokens of a text, without those that the model has no embedding for."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # truncation would be state
-        return str(self.tokenizer.decode(ids[:tokens]))
+        rows = vocabulary_size(self._config)
+        return str(self.tokenizer.decode([id for id in ids[:tokens] if rows is None or id < rows]))
 
     @torch.no_grad()
     def answer(self, conversations: Sequence[list[Message]], seed: int) -> list[str]:
@@ -115,33 +116,29 @@ class LanguageModel:
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
+        conversation = messages if self._has_system_role else without_system(messages)
         with told_as(f"{self.name}: its chat template cannot be used"):
-            return list(self._rendered(messages if self._has_system_role else without_system(messages)))
+            return list(_rendered(self.tokenizer, conversation))
 
     @cached_property
     def _has_system_role(self) -> bool:
         """Whether the chat template takes a system message, and does not leave it out."""
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+        tokenizer = self.tokenizer
         try:
-            return "Be brief." in self._rendered(messages, tokenize=False)
+            return "Be brief." in _rendered(tokenizer, messages, tokenize=False)
         except Exception:  # templates are programs, and may raise anything
             return False
 
     @cached_property
     def _continues(self) -> bool:
+        """Whether the chat template can leave the last message open."""
         messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Task: x\nQuery:"}]
+        tokenizer = self.tokenizer
         try:
-            return bool(self._rendered(messages))
+            return bool(_rendered(tokenizer, messages))
         except Exception:
             return False
-
-    def _rendered(self, messages: list[Message], tokenize: bool = True) -> Any:
-        """A conversation as the chat template writes it: its token ids, or its text."""
-        unfinished = messages[-1]["role"] == "assistant"
-        written = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not unfinished, continue_final_message=unfinished, tokenize=tokenize
-        )
-        return written["input_ids"] if tokenize else written
 
     @property
     def _pad(self) -> int:
@@ -162,6 +159,19 @@ class LanguageModel:
             tokens_BT[row, begin:] = torch.tensor(tokens[shared:])
             mask_BT[row, shared:begin] = 0
         return tokens_BT.to(self.model.device), mask_BT.to(self.model.device)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tokenize: bool = True) -> Any:
+    """A conversation as the chat template writes it: its token ids, or its text."""
+    unfinished = messages[-1]["role"] == "assistant"
+    written = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=not unfinished,
+        continue_final_message=unfinished,
+        tokenize=tokenize,
+        return_dict=True,
+    )
+    return written["input_ids"] if tokenize else written
 
 
 def _common_prefix(ids: list[list[int]]) -> int:
