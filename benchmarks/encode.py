@@ -73,7 +73,10 @@ def sides_of(model: Path, texts: list[str], dtypes: Sequence[str]) -> tuple[dict
     tokens = sum(map(len, encoder.tokenize_passages(texts)))
     for dtype in dtypes:
         peer = SentenceTransformer(
-            str(model), model_kwargs={"dtype": getattr(torch, dtype)}, device=str(encoder.device)
+            str(model),
+            model_kwargs={"dtype": getattr(torch, dtype)},
+            device=str(encoder.device),
+            trust_remote_code=False,
         )
         peer.max_seq_length = LIMIT
         for size in BATCHES:

@@ -94,7 +94,7 @@ class Run:
 
 
 def _encoder(settings: Settings, shape: LlamaConfig) -> Encoder:
-    tokenizer = AutoTokenizer.from_pretrained(resolve(TOKENIZER))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(TOKENIZER), trust_remote_code=False)
     tokenizer.add_special_tokens({"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token})
     return from_config(shape, tokenizer, settings.encoder, settings.seed)
 

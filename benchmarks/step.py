@@ -115,7 +115,7 @@ def ours(model: Path, dtype: str, chunk_tokens: int, budget: float) -> Step:
 
 def theirs(model: Path, dtype: str, mini_batch: dict[str, int]) -> Step:
     """sentence-transformers, as its trainer calls it."""
-    encoder = SentenceTransformer(str(model), device=str(ranks.device()))
+    encoder = SentenceTransformer(str(model), device=str(ranks.device()), trust_remote_code=False)
     encoder.max_seq_length = LIMIT
     encoder.train()
     cached = CachedMultipleNegativesRankingLoss(encoder, scale=1 / TEMPERATURE, **mini_batch)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -93,21 +94,20 @@ def fusing_llm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     return save_llama(tmp_path_factory.mktemp("models") / "fusing-llama", tokenizer, **shape)
 
 
-def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: int) -> Path:
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Path:
     """A random language model, with the tokenizer beside it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape,
-        vocab_size=len(tokenizer),
-        num_hidden_layers=4,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**config, **shape})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -19,6 +19,7 @@ from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.distributed import ranks
+from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, write_records
 from drama_dist.run.files import write_text
@@ -37,6 +38,14 @@ def inputs(run: Run) -> dict[str, str]:
     """The fingerprint of the LLM that writes queries, if it is to write any."""
     settings = run.settings
     return {"writer": run.once(model_fingerprint, settings.writer)} if settings.augment.synthetic_queries else {}
+
+
+def check(settings: Settings) -> None:
+    """Raise SettingsError if queries are to be written by an LLM that cannot be used."""
+    if settings.augment.synthetic_queries:
+        setting = "llm" if settings.augment.writer is None else "augment.writer"
+        with named_by(setting, settings.writer):
+            _writer(settings).check()
 
 
 def augment(run: Run, folder: StageFolder) -> None:
@@ -93,9 +102,12 @@ def _write(
 def _synthetic(
     settings: Settings, folder: StageFolder, collection: Collection
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
-    writer = LanguageModel(settings.writer, settings.augment, settings.trust_remote_code)
     parts = folder.folder / CHECKPOINTS / "synthetic"
-    return write_queries(parts, collection.passages, writer, settings.augment, settings.seed, folder.share)
+    return write_queries(parts, collection.passages, _writer(settings), settings.augment, settings.seed, folder.share)
+
+
+def _writer(settings: Settings) -> LanguageModel:
+    return LanguageModel(settings.writer, settings.augment, settings.trust_remote_code)
 
 
 def _rank(

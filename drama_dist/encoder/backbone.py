@@ -6,15 +6,16 @@ vectors, and saving. Training uses the same module. Shapes: T tokens, B sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from drama_dist.distributed import ranks
@@ -22,8 +23,10 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
-from drama_dist.encoder.pooling import mean_pool, unit_vectors
-from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.pooling import checked_dim, mean_pool, unit_vectors
+from drama_dist.encoder.pretrained import load_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.encoder.texts import TextTokenizer, as_texts
 from drama_dist.encoder.threads import side_by_side
 from drama_dist.run.progress import Progress
 from drama_dist.settings import EncoderSettings
@@ -31,6 +34,7 @@ from drama_dist.settings import EncoderSettings
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # on a CPU the largest that stays in cache: benchmarks/encode.py
 _TOKENS_PER_THREAD = 1024  # the same for a CPU thread that encodes chunks alone
 _LEAST_PER_THREAD = 256  # with fewer tokens, reading all weights in every thread does not pay off
+_ONE_AT_A_TIME = threading.Lock()  # for rotary embeddings that change with the texts: they are state of the backbone
 
 
 class LeakError(RuntimeError):
@@ -41,7 +45,7 @@ class Encoder(nn.Module):
     """A backbone with its tokenizer and contract.
 
     Calling it with packed sequences gives pooled float32 vectors, B × K, not normalised: the training loss and the
-    Matryoshka cut normalise for each dim.
+    Matryoshka cut normalise for each dim. Several threads may tokenise and encode with one encoder at once.
     """
 
     def __init__(self, backbone: LlamaModel, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings):
@@ -49,6 +53,7 @@ class Encoder(nn.Module):
         backbone.config._attn_implementation = attention.NAME
         self.backbone = backbone
         self.tokenizer = wire_tokenizer(tokenizer)
+        self._token_ids = TextTokenizer(self.tokenizer)
         self.contract = check_dims(contract, backbone.config.hidden_size, "the encoder")
         self.tokens_per_batch: int | None = None  # None: what suits the device
 
@@ -84,36 +89,31 @@ class Encoder(nn.Module):
     def forward(self, packed: Packed) -> torch.Tensor:
         return mean_pool(self.hidden_states(packed), packed)
 
-    def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept."""
+    def tokenize_queries(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept; raises as `as_texts`."""
         return self._tokenize(texts, self.contract.query_prefix, self.contract.max_query_tokens)
 
-    def tokenize_passages(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of BOS + passage prefix + text + EOS, cut at max_passage_tokens, EOS kept."""
+    def tokenize_passages(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of BOS + passage prefix + text + EOS, cut at max_passage_tokens, EOS kept; raises as `as_texts`."""
         return self._tokenize(texts, self.contract.passage_prefix, self.contract.max_passage_tokens)
 
-    def _tokenize(self, texts: Sequence[str], prefix: str, limit: int) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            [prefix + text for text in texts], truncation=True, max_length=limit, return_attention_mask=False
-        )["input_ids"]
-        return ids
+    def _tokenize(self, texts: Iterable[str], prefix: str, limit: int) -> list[list[int]]:
+        return self._token_ids([prefix + text for text in as_texts(texts)], limit)
 
-    def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_queries(self, texts: Iterable[str], dim: int | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 (n, dim); dim None is the hidden size.
 
-        Raises ValueError if dim is larger than the hidden size.
+        Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
         return self._encode(self.tokenize_queries(texts), dim)
 
     def encode_passages(
-        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+        self, texts: Iterable[str], dim: int | None = None, progress: Progress | None = None
     ) -> np.ndarray:
         """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
 
         progress: called with the number of texts of each encoded batch.
-        Raises ValueError if dim is larger than the hidden size.
+        Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
         return self._encode(self.tokenize_passages(texts), dim, progress)
 
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
-        vectors_ND = np.zeros((len(sequences), dim or self.hidden_size), dtype=np.float32)
+        vectors_ND = np.zeros((len(sequences), checked_dim(dim, self.hidden_size)), dtype=np.float32)
 
         def encode(chunk: list[int]) -> int:
             packed = self.pack([sequences[position] for position in chunk])
@@ -136,7 +136,8 @@ class Encoder(nn.Module):
             return len(chunk)
 
         threaded, shared = self._chunks([len(ids) for ids in sequences])
-        with closing(side_by_side(encode, threaded)) as counts:
+        turn = nullcontext() if self._fixed_positions() else _ONE_AT_A_TIME
+        with turn, closing(side_by_side(encode, threaded)) as counts:
             for count in chain(counts, map(encode, shared)):
                 if progress is not None:
                     progress(count)
@@ -200,14 +201,15 @@ def load(
 ) -> Encoder:
     """Load an encoder: one of ours, a Llama-type sentence-transformers or Hugging Face folder, GGUF, or hub name.
 
-    contract: replaces the folder's. bidirectional: False keeps a language model causal.
-    Raises ValueError if the model is not of Llama type, LeakError if the probe fails.
+    contract: replaces the folder's. bidirectional: False keeps a language model causal. Code in the folder never runs.
+    Raises FileNotFoundError if there is no such model, or files of it are missing; ValueError if it is not of Llama
+    type, or its files are damaged or do not fit each other; LeakError if the probe fails.
     """
-    source = resolve(str(folder_or_name))
-    config = _llama_config(source)
+    source = reachable(resolve(str(folder_or_name)))
+    config = read_llama_config(source)
     config.is_causal = not bidirectional
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    backbone = LlamaModel.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True)
+    tokenizer = read_tokenizer(source, config)
+    backbone = load_weights(LlamaModel, source, trust_remote_code=False, config=config, dtype=dtype)
     folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
     encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, config.hidden_size))
     encoder.to(device or ranks.device()).eval()
@@ -253,10 +255,3 @@ def probe(encoder: Encoder) -> None:
         )
     if not torch.equal(before[len(first) :], after[len(first) :]):
         raise LeakError("a packed sequence's output depends on its neighbour: packed attention leaks")
-
-
-def _llama_config(source: str) -> LlamaConfig:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"{source}: model type {config.model_type!r}; the encoder takes Llama-type models")
-    return config

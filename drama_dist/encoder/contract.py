@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from drama_dist.encoder.model_files import read_json_file, read_json_object
 from drama_dist.run.files import write_text
 from drama_dist.settings import EncoderSettings, SettingsError
 from drama_dist.settings_file import read_json
@@ -27,6 +28,7 @@ def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
     SettingsError where a file has an unknown key, a value of another type or a dim beyond the hidden size.
     """
     if (folder / FILE).exists():
+        read_json_object(folder / FILE)
         contract = read_json(EncoderSettings, (folder / FILE).read_bytes(), str(folder / FILE))
         return check_dims(contract, hidden_size, str(folder / FILE))
     if (folder / "modules.json").exists():
@@ -57,7 +59,7 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     Raises ValueError if the tokenizer has no fast backend, no BOS or no EOS.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if not tokenizer.is_fast or bos is None or eos is None:
+    if not tokenizer.is_fast or None in (bos, eos, tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise ValueError(
             f"{tokenizer.name_or_path}: needs a fast tokenizer with BOS and EOS, has bos={bos!r} eos={eos!r}"
         )
@@ -73,18 +75,19 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettings:
-    for module in json.loads((folder / "modules.json").read_text("utf-8")):
+    for module in read_modules(folder):
         config_file = folder / module["path"] / "config.json"
         if module["type"].endswith("Pooling") and config_file.exists():
-            pooling = json.loads(config_file.read_text("utf-8"))
+            pooling = read_json_object(config_file)
             if not _is_mean(pooling):
                 raise ValueError(
                     f"{config_file}: pools otherwise than by the mean ({pooling}); only mean pooling is supported"
                 )
-    described = folder / "config_sentence_transformers.json"
-    prompts = (json.loads(described.read_text("utf-8")).get("prompts") if described.exists() else None) or {}
-    longest = folder / "sentence_bert_config.json"
-    limit = json.loads(longest.read_text("utf-8")).get("max_seq_length") if longest.exists() else None
+    described, longest = folder / "config_sentence_transformers.json", folder / "sentence_bert_config.json"
+    prompts = (read_json_object(described).get("prompts") if described.exists() else None) or {}
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{described}: expected an object of prompts, found {type(prompts).__name__}")
+    limit = read_json_object(longest).get("max_seq_length") if longest.exists() else None
     values = {
         "query_prefix": prompts.get("query", ""),
         "passage_prefix": prompts.get("document", prompts.get("passage", "")),
@@ -92,6 +95,19 @@ def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettin
         **({"max_query_tokens": limit, "max_passage_tokens": limit} if limit else {}),
     }
     return read_json(EncoderSettings, json.dumps(values), str(folder))
+
+
+def read_modules(folder: Path) -> list[dict[str, str]]:
+    """The modules that a sentence-transformers folder lists, each with `type` and `path`; raises ValueError."""
+    file = folder / "modules.json"
+    modules = read_json_file(file)
+    whole = isinstance(modules, list) and all(
+        isinstance(module, dict) and all(isinstance(module.get(key), str) for key in ("type", "path"))
+        for module in modules
+    )
+    if not whole:
+        raise ValueError(f"{file}: expected a list of modules, each with its type and path")
+    return list(modules)
 
 
 def _is_mean(pooling: dict[str, object]) -> bool:

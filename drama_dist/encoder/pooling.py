@@ -5,6 +5,9 @@ Shapes: T tokens, B sequences, K components.
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import numpy as np
 import torch
 
@@ -27,13 +30,26 @@ def unit_vectors(hidden_TK: torch.Tensor, packed: Packed, dim: int) -> np.ndarra
     return matryoshka_cut_array(mean_pool(hidden_TK, packed).cpu().numpy(), dim)
 
 
+def checked_dim(dim: SupportsIndex | None, size: int) -> int:
+    """How many of `size` components to keep: all where `dim` is None.
+
+    Raises TypeError where `dim` is not a whole number, ValueError where it is not from 1 to `size`.
+    """
+    if dim is None:
+        return size
+    if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+        raise TypeError(f"dim={dim!r}: must be a whole number, or None for all components")
+    if not 1 <= operator.index(dim) <= size:
+        raise ValueError(f"dim={dim}: these vectors have {size} components; dim must be from 1 to {size}")
+    return operator.index(dim)
+
+
 def matryoshka_cut_array(embeddings_NK: np.ndarray, dim: int) -> np.ndarray:
     """First `dim` components of each row, normalised again, float32 (Kusupati et al. 2022, Matryoshka).
 
-    Raises ValueError if `dim` is larger than K.
+    Raises as `checked_dim` does.
     """
-    if not 1 <= dim <= embeddings_NK.shape[1]:
-        raise ValueError(f"dim={dim}: these vectors have {embeddings_NK.shape[1]} components")
+    dim = checked_dim(dim, embeddings_NK.shape[1])
     cut = np.asarray(embeddings_NK[:, :dim], dtype=np.float32)
     norms = np.linalg.norm(cut, axis=1, keepdims=True)
     return cut / np.maximum(norms, np.finfo(np.float32).tiny)

@@ -10,12 +10,16 @@ import importlib.util
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
+from drama_dist.encoder.failures import reason, told_as
+from drama_dist.encoder.model_files import refuse_pointers
 from drama_dist.run.folder import fingerprint
 from drama_dist.run.progress import say
 
 _PACKAGE = "package:"
+_TIMEOUT = 10  # seconds, for the hub's answer
 
 
 def cache_folder() -> Path:
@@ -55,25 +59,36 @@ def model_fingerprint(name: str) -> str:
     return fingerprint(source) if Path(source).exists() else f"hub:{source}@{_revision(source)}"
 
 
+def reachable(source: str) -> str:
+    """Return what `resolve` returned; raise FileNotFoundError where it is a hub name that nothing is known of.
+
+    Transformers would try again for half a minute, and say only that the hub cannot be reached.
+    """
+    if not Path(source).exists():
+        _revision(source)
+    return source
+
+
 def _revision(name: str) -> str:
-    """The commit of a hub model: of the cached copy or, if there is none yet, on the hub."""
+    """The commit of a hub model: of the cached copy or, if there is none yet, on the hub, in a single request."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent.name
     try:
-        return str(model_info(name, timeout=10).sha)
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else str(model_info(name, timeout=_TIMEOUT).sha)
     except Exception as error:  # which types the network library raises changes between versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"{name}: no such folder, and not available from the hub ({reason}); use a local folder"
+            f"{name}: no such folder, and not available from the hub ({reason(error)}); correct the path from "
+            f"{Path.cwd()}, or the hub name, or use a local folder"
         ) from error
 
 
 def _inside_package(name: str) -> Path:
     package, _, inner = name.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a parent that is not installed, of a name that is none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
             f"{name}: the Python package {package!r} is not installed; `make` installs those that quickstart needs"
@@ -85,6 +100,7 @@ def _converted(gguf: Path) -> Path:
     target = cache_folder() / f"{gguf.stem}-{fingerprint(gguf)[:16]}"
     if target.is_dir():
         return target
+    refuse_pointers(gguf)
     say(f"converting {gguf.name} to safetensors (once) -> {target}")
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     _convert(gguf, temporary)
@@ -97,11 +113,27 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     import torch
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
+    from drama_dist.encoder.pretrained import refuse_unfit
+
+    folder, file, dtype = gguf.parent, gguf.name, torch.bfloat16
+    with told_as(f"{gguf}: cannot be read as a GGUF file of a model that transformers knows"):
+        stored = [tensor.name for tensor in GGUFReader(gguf).tensors]
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        quantized, found = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, trust_remote_code=False, dtype=dtype, output_loading_info=True
+        )
+    refuse_unfit(str(gguf), found, optional=())
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+    if _has_biases(stored) and not _has_biases(plain.state_dict()):
+        raise ValueError(f"{gguf}: has biases, which transformers leaves out of GGUF files; use the model's own folder")
     plain.load_state_dict(quantized.state_dict())  # transformers does not save a model that it loaded from GGUF
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _has_biases(names: Iterable[str]) -> bool:
+    return any(name.endswith(".bias") for name in names)

@@ -56,12 +56,20 @@ def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
 
     encoder.save(folder)
     contract = encoder.contract
-    transformer = Transformer(str(folder), max_seq_length=max(contract.max_query_tokens, contract.max_passage_tokens))
+    untrusted = {"trust_remote_code": False}
+    transformer = Transformer(
+        str(folder),
+        max_seq_length=max(contract.max_query_tokens, contract.max_passage_tokens),
+        model_kwargs={**untrusted, "use_safetensors": True},
+        processor_kwargs={**untrusted},
+        config_kwargs={**untrusted},
+    )
     model = SentenceTransformer(
         modules=[transformer, Pooling(encoder.hidden_size, pooling_mode="mean"), Normalize()],
         prompts={"query": contract.query_prefix, "document": contract.passage_prefix},
         similarity_fn_name="cosine",
         device="cpu",
+        trust_remote_code=False,
     )
     model.save(str(folder), create_model_card=False, safe_serialization=True)
     write_contract(folder, contract)
@@ -99,7 +107,10 @@ def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
     from sentence_transformers import SentenceTransformer
 
     theirs = SentenceTransformer(
-        str(folder), device="cpu", trust_remote_code=False, model_kwargs={"dtype": getattr(torch, dtype)}
+        str(folder),
+        device="cpu",
+        trust_remote_code=False,
+        model_kwargs={"dtype": getattr(torch, dtype), "use_safetensors": True},
     )
     limit = theirs.max_seq_length
     pairs = []

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, LlamaConfig
 
 from drama_dist.distributed.precision import AUTO
-from drama_dist.encoder.sources import locate
+from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
@@ -219,11 +219,11 @@ def _quantiles(histogram: Sequence[int], edges: Sequence[float], count: int) -> 
 
 
 def _read_config(name: str) -> LlamaConfig:
-    source = Path(locate(name))
+    source = Path(reachable(str(locate(name))))
     gguf = {"gguf_file": source.name} if source.is_file() else {}
     try:
-        config = AutoConfig.from_pretrained(str(source.parent if gguf else source), **gguf)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(str(source.parent if gguf else source), trust_remote_code=False, **gguf)
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name}: its configuration cannot be read; say --vocabulary and --head instead") from error
     if not isinstance(config, LlamaConfig):
         raise ValueError(f"{name}: model type {config.model_type!r}; the encoder takes Llama-type models")

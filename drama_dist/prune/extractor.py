@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drama_dist.prune.importance import Importance, norms_in_order
@@ -39,7 +40,8 @@ def select(importance: Importance, prune: PruneSettings) -> Selection:
 
     Raises SettingsError if the requested shape is larger than the model's.
     """
-    _check_shape(importance, prune)
+    (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
+    check_shape(prune, layers=count, hidden=len(importance.hidden_H), heads=heads, mlp=neurons)
     hidden = _top(importance.hidden_H, prune.hidden)
     layers = _layers(importance.layers_L, prune)
     norms = [2 * layer + offset for layer in layers for offset in (0, 1)] + [len(importance.energy) - 1]
@@ -76,10 +78,9 @@ def shrink(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
     return small
 
 
-def _check_shape(importance: Importance, prune: PruneSettings) -> None:
-    layers, heads = importance.heads_LA.shape
-    sizes = {"layers": layers, "hidden": len(importance.hidden_H), "heads": heads, "mlp": importance.mlp_LF.shape[1]}
-    for name, size in sizes.items():
+def check_shape(prune: PruneSettings, *, layers: int, hidden: int, heads: int, mlp: int) -> None:
+    """Raise SettingsError, naming the setting, if the requested shape is larger than the model's."""
+    for name, size in {"layers": layers, "hidden": hidden, "heads": heads, "mlp": mlp}.items():
         if getattr(prune, name) > size:
             raise SettingsError(f"prune.{name}={getattr(prune, name)}: the model has only {size}")
 
@@ -108,12 +109,24 @@ def _small_config(config: LlamaConfig, selection: Selection, widening: float) ->
 
 def _copy_layer(new: Any, old: Any, selection: Selection, index: int) -> None:
     hidden, heads, neurons = selection.hidden, selection.heads[index], selection.mlp[index]
-    size, key_value_heads = old.self_attn.head_dim, heads // old.self_attn.num_key_value_groups
-    for name, rows in {"q_proj": heads, "k_proj": key_value_heads, "v_proj": key_value_heads}.items():
-        source = getattr(old.self_attn, name).weight.unflatten(0, (-1, size))[rows]
-        getattr(new.self_attn, name).weight.copy_(source.flatten(0, 1)[:, hidden])
-    output = old.self_attn.o_proj.weight.unflatten(1, (-1, size))[hidden][:, heads]
-    new.self_attn.o_proj.weight.copy_(output.flatten(1))
+    size = old.self_attn.head_dim
+    served = _components(heads // old.self_attn.num_key_value_groups, size)
+    queries = _components(heads, size)
+    for name, rows in {"q_proj": queries, "k_proj": served, "v_proj": served}.items():
+        _copy_product(getattr(new.self_attn, name), getattr(old.self_attn, name), rows, hidden)
+    _copy_product(new.self_attn.o_proj, old.self_attn.o_proj, hidden, queries)
     for name in ("gate_proj", "up_proj"):
-        getattr(new.mlp, name).weight.copy_(getattr(old.mlp, name).weight[neurons][:, hidden])
-    new.mlp.down_proj.weight.copy_(old.mlp.down_proj.weight[hidden][:, neurons])
+        _copy_product(getattr(new.mlp, name), getattr(old.mlp, name), neurons, hidden)
+    _copy_product(new.mlp.down_proj, old.mlp.down_proj, hidden, neurons)
+
+
+def _components(heads: torch.Tensor, size: int) -> torch.Tensor:
+    """Where the heads' components lie in their concatenation."""
+    return (heads[:, None] * size + torch.arange(size)).flatten()
+
+
+def _copy_product(new: nn.Linear, old: nn.Linear, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    """Selected rows and columns of a matrix, and of its bias, if it has one, the rows."""
+    new.weight.copy_(old.weight[rows][:, columns])
+    if old.bias is not None:
+        new.bias.copy_(old.bias[rows])

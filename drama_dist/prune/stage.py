@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
@@ -18,8 +18,12 @@ from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
-from drama_dist.encoder.sources import model_fingerprint, resolve
-from drama_dist.prune.extractor import Selection, select, shrink
+from drama_dist.encoder.failures import named_by
+from drama_dist.encoder.model_check import check_llama
+from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
+from drama_dist.encoder.texts import TextTokenizer
+from drama_dist.prune.extractor import Selection, check_shape, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
@@ -34,6 +38,20 @@ def inputs(run: Run) -> dict[str, str]:
     return {"llm": run.once(model_fingerprint, run.settings.llm)}
 
 
+def check(settings: Settings) -> None:
+    """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
+    with named_by("llm", settings.llm):
+        config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings))
+    check_shape(
+        settings.prune,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        mlp=config.intermediate_size,
+    )
+    check_dims(settings.encoder, settings.prune.hidden, "settings")
+
+
 def prune(run: Run, folder: StageFolder) -> None:
     """Prune the LLM: RUN/prune.
 
@@ -42,7 +60,7 @@ def prune(run: Run, folder: StageFolder) -> None:
     """
     settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
-    source, tokenizer = _load(settings.llm, settings.trust_remote_code)
+    source, tokenizer = _load(settings)
     sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
@@ -54,30 +72,28 @@ def prune(run: Run, folder: StageFolder) -> None:
         folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
 
 
-def _load(name: str, trust_remote_code: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    folder = resolve(name)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype_of(AUTO), use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+def _needs_head(settings: Settings) -> bool:
+    """Whether the LLM's scores of tokens are used: only healing learns from them."""
+    return settings.prune.heal_steps > 0
+
+
+def _load(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
+    config = read_llama_config(source, trust)
+    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust))
+    optional = () if _needs_head(settings) else (HEAD,)
+    model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, dtype=dtype_of(AUTO))
     if not isinstance(model, LlamaForCausalLM):
-        raise ValueError(f"{name}: model type {model.config.model_type!r}; only Llama-type models can be pruned")
+        raise ValueError(f"{settings.llm}: {type(model).__name__}, its own code, cannot be pruned; only a plain Llama")
     model.config._attn_implementation = attention.NAME
-    return model.to(ranks.device()).eval(), wire_tokenizer(
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    )
+    return model.to(ranks.device()).eval(), tokenizer
 
 
 def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:
     """Token ids of passages sampled by the seed."""
     count = min(settings.prune.calibration_passages, len(table))
     positions = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
-    ids: list[list[int]] = tokenizer(
-        table.contents(positions),
-        truncation=True,
-        max_length=settings.prune.calibration_tokens,
-        return_attention_mask=False,
-    )["input_ids"]
-    return ids
+    return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
 
 
 def _save(

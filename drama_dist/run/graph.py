@@ -35,6 +35,8 @@ class Stage:
     processes: what slurm starts: "one", a whole "node", or several "nodes"; None if the stage has no job of its own.
     array: whether tasks of an array job share the work, given the settings and the parameters; a job of one node then
     finishes it.
+    check: a "module:function" that finds what the work could not be done with, given the settings and the parameters;
+    called before anything is made, so it reads headers and configurations, no weights. Raises SettingsError.
     constants: parameters that are not in the name. foldered: False if it writes into the run's folder directly.
     """
 
@@ -45,6 +47,7 @@ class Stage:
     sections: tuple[str, ...] | str
     needs: Callable[..., Sequence[str]] = lambda settings, **_: ()
     inputs: str | None = None
+    check: str | None = None
     processes: str | None = None
     array: Callable[..., bool] = lambda settings, **_: False
     constants: dict[str, str] = field(default_factory=dict)
@@ -109,6 +112,7 @@ STAGES = (
         sections=("seed", "llm", "prune", "encoder"),
         needs=lambda settings: ["corpus"],
         inputs="drama_dist.prune.stage:inputs",
+        check="drama_dist.prune.stage:check",
         processes="node",
     ),
     Stage(
@@ -119,6 +123,7 @@ STAGES = (
         sections=("seed", "teacher", "augment"),
         needs=_of_augmentation,
         inputs="drama_dist.augment.stage:inputs",
+        check="drama_dist.augment.stage:check",
         array=lambda settings: settings.augment.synthetic_queries > 0,  # they take most of the time
         processes="node",
     ),
@@ -130,6 +135,7 @@ STAGES = (
         sections=("seed", "encoder", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
+        check="drama_dist.train.stage:check",
         processes="nodes",
         constants={"system": "drama"},
     ),
@@ -141,6 +147,7 @@ STAGES = (
         sections=("seed", "encoder", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
+        check="drama_dist.train.stage:check",
         processes="nodes",
         constants={"system": "random-init"},
     ),
@@ -152,6 +159,7 @@ STAGES = (
         sections="drama_dist.search.stage:sections",
         needs=_of_encoding,
         inputs="drama_dist.search.stage:inputs",
+        check="drama_dist.search.stage:check",
         processes="one",
         array=lambda settings, collection, system: system != "bm25",
     ),

@@ -37,12 +37,13 @@ class Run:
         is made if an artefact exists with other settings, or at its turn if it was made from other inputs; Damaged,
         before anything is made, if a finished one is not what was written;
         FileNotFoundError if a share is asked for and an input of the stage is missing, ValueError if it cannot be
-        shared.
+        shared; whatever the stages' checks raise.
         """
         order = order_of(self.settings, *names)
         if not share.whole:
             self._check_share(order)
         ranks.by_rank_0(lambda: self._check_what_is_there(order))
+        ranks.by_rank_0(lambda: self._check_what_is_to_come(order))
         for artefact in order:
             if artefact.name not in self._made:
                 last = artefact is order[-1]
@@ -87,6 +88,11 @@ class Run:
             if artefact.stage.foldered:
                 sections = artefact.sections(self.settings)
                 refuse_what_is_there(self.folder, artefact.name, sections, self.discard_partial)
+
+    def _check_what_is_to_come(self, order: Sequence[Artefact]) -> None:
+        for artefact in order:
+            if artefact.stage.check and not is_finished(self.folder, artefact.name):
+                function_named(artefact.stage.check)(self.settings, **artefact.parameters)
 
     def _check_share(self, order: Sequence[Artefact]) -> None:
         """Tasks of an array must not make what all of them read: several would do so at once."""

@@ -34,6 +34,11 @@ def inputs(run: Run, collection: str, system: str) -> dict[str, str]:
     return {} if model is None else {"model": run.once(model_fingerprint, model)}
 
 
+def check(settings: Settings, collection: str, system: str) -> None:
+    """Raise SettingsError if the system's model cannot be used."""
+    system_called(system, settings).check(settings)
+
+
 def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
     """Do the stage, or a share of it."""
     stored = open_collection(run.path(stored_collection(collection)))

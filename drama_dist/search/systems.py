@@ -19,6 +19,9 @@ from drama_dist.corpus.collection import Collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_name
 from drama_dist.encoder.backbone import load
+from drama_dist.encoder.contract import check_dims
+from drama_dist.encoder.failures import named_by
+from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
@@ -55,6 +58,10 @@ class System(ABC):
 
     def model(self, settings: Settings) -> str | None:
         """The external model that it uses; None if the run trains its model, or it needs none."""
+        return None
+
+    def check(self, settings: Settings) -> None:
+        """Raise SettingsError, naming the setting, if its external model cannot be used."""
         return None
 
     @abstractmethod
@@ -113,6 +120,11 @@ class UnprunedSystem(DenseSystem):
     def model(self, settings: Settings) -> str:
         return settings.llm
 
+    def check(self, settings: Settings) -> None:
+        with named_by("llm", settings.llm):
+            config = check_llama(settings.llm)
+        check_dims(settings.encoder, config.hidden_size, f"{self.name} in evaluate.systems")
+
     def load(self, settings: Settings) -> TextEncoder:
         return _encoder(settings, settings.llm, contract=settings.encoder, bidirectional=False)
 
@@ -127,6 +139,10 @@ class TeacherSystem(DenseSystem):
 
     def model(self, settings: Settings) -> str:
         return settings.teacher.model
+
+    def check(self, settings: Settings) -> None:
+        with named_by("teacher.model", settings.teacher.model):
+            Teacher(settings.teacher, settings.trust_remote_code).check()
 
     def dtype(self, settings: Settings) -> str:
         return dtype_name(settings.teacher.dtype)
@@ -143,6 +159,10 @@ class OtherModel(DenseSystem):
 
     def model(self, settings: Settings) -> str:
         return self.name.removeprefix(OTHER_MODEL)
+
+    def check(self, settings: Settings) -> None:
+        with named_by("evaluate.systems", self.name):
+            check_encoder(self.model(settings))
 
     def load(self, settings: Settings) -> TextEncoder:
         return _encoder(settings, self.model(settings))

@@ -1,21 +1,28 @@
 """The teacher: a strong retriever from sentence-transformers, as a text encoder.
 
-Covers loading it, its prompts, and batches of a token budget. Does not cover fusing its ranking with BM25: fusion.py
-does. Shapes: N texts, K components.
+Covers checking and loading it, its prompts, and batches of a token budget. Does not cover fusing its ranking with
+BM25: fusion.py does. Shapes: N texts, K components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import MODEL_MAPPING, PreTrainedTokenizerBase
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_of
-from drama_dist.encoder.pooling import matryoshka_cut_array
-from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.contract import read_modules
+from drama_dist.encoder.failures import told_as
+from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array
+from drama_dist.encoder.pretrained import check_weights, read_config, read_tokenizer
+from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.encoder.texts import as_texts
 from drama_dist.run.progress import Progress
 from drama_dist.settings import TeacherSettings
 
@@ -29,54 +36,86 @@ class Teacher:
     """A sentence-transformers model that encodes texts to unit vectors; loaded on first use.
 
     Texts get the model's query and document prompts, if it has them, and are truncated to `max_tokens` or the model's
-    limit, whichever is smaller.
+    limit, whichever is smaller. Several threads may use one teacher; it encodes for one at a time, because truncation
+    and padding are state of its tokenizer.
     """
 
     def __init__(self, settings: TeacherSettings, trust_remote_code: bool = False):
         self.settings = settings
         self.trust_remote_code = trust_remote_code
+        self._turn = threading.RLock()
+
+    def check(self) -> str:
+        """Check everything but the values of the weights, and return what sentence-transformers can load.
+
+        Raises ValueError or FileNotFoundError where the model cannot be used.
+        """
+        source = reachable(resolve(self.settings.model))
+        folder = Path(source)
+        if folder.is_dir():
+            modules = read_modules(folder) if (folder / "modules.json").exists() else []
+            if not modules or modules[0]["type"].endswith(".Transformer"):
+                self._check_transformer(folder / modules[0]["path"] if modules else folder)
+        return source
+
+    def _check_transformer(self, folder: Path) -> None:
+        config = read_config(str(folder), self.trust_remote_code)
+        tokenizer = read_tokenizer(str(folder), config, self.trust_remote_code, every_token=False)
+        _needs_padding(tokenizer, str(folder))
+        kind = MODEL_MAPPING.get(type(config), None)
+        if isinstance(kind, type) and not self.trust_remote_code:
+            check_weights(kind, folder, config)
 
     @cached_property
     def model(self) -> SentenceTransformer:
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer(
-            resolve(self.settings.model),
-            device=str(ranks.device()),
-            trust_remote_code=self.trust_remote_code,
-            model_kwargs={"dtype": dtype_of(self.settings.dtype), "use_safetensors": True},
-        )
+        source = self.check()
+        with told_as(f"{source}: cannot be loaded as a sentence-transformers model"):
+            model = SentenceTransformer(
+                source,
+                device=str(ranks.device()),
+                trust_remote_code=self.trust_remote_code,
+                model_kwargs={"dtype": dtype_of(self.settings.dtype), "use_safetensors": True},
+            )
+        if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"{source}: not a model of texts with a tokenizer of transformers, as a teacher has to be")
+        _needs_padding(model.tokenizer, source)
         model.max_seq_length = min(self.settings.max_tokens, model.max_seq_length or self.settings.max_tokens)
         return model.eval()
 
-    def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+    def encode_queries(self, texts: Iterable[str], dim: int | None = None) -> np.ndarray:
         """Unit vectors of queries, float32 (N, dim); dim None is the model's size.
 
-        Raises ValueError if dim is larger than that.
+        Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
-        return self._encode(texts, dim, self.model.encode_query, ("query",))
+        with self._turn:
+            return self._encode(as_texts(texts), dim, self.model.encode_query, ("query",))
 
     def encode_passages(
-        self, texts: Sequence[str], dim: int | None = None, progress: Progress | None = None
+        self, texts: Iterable[str], dim: int | None = None, progress: Progress | None = None
     ) -> np.ndarray:
         """Unit vectors of passages, float32 (N, dim); dim None is the model's size.
 
         progress: called with the number of texts of each encoded batch.
-        Raises ValueError if dim is larger than that.
+        Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
-        return self._encode(texts, dim, self.model.encode_document, _PASSAGE_PROMPTS, progress)
+        with self._turn:
+            return self._encode(as_texts(texts), dim, self.model.encode_document, _PASSAGE_PROMPTS, progress)
 
     def _encode(
         self,
-        texts: Sequence[str],
+        texts: list[str],
         dim: int | None,
         encode: Callable[..., Any],
         prompts: Sequence[str],
         progress: Progress | None = None,
     ) -> np.ndarray:
-        size = self.model.get_embedding_dimension() or 0
+        size = self.model.get_embedding_dimension()
+        if size is not None:
+            dim = checked_dim(dim, size)
         if not texts:
-            return np.zeros((0, dim or size), dtype=np.float32)
+            return np.zeros((0, dim or 0), dtype=np.float32)
         prompt = next((self.model.prompts[name] for name in prompts if self.model.prompts.get(name)), "")
         vectors_NK: np.ndarray | None = None
         for batch in padded_batches(self._lengths([prompt + text for text in texts]), self.settings.batch_tokens):
@@ -87,7 +126,7 @@ class Teacher:
             if progress is not None:
                 progress(len(batch))
         assert vectors_NK is not None
-        return matryoshka_cut_array(vectors_NK, dim or vectors_NK.shape[1])
+        return matryoshka_cut_array(vectors_NK, checked_dim(dim, vectors_NK.shape[1]))
 
     def _lengths(self, texts: list[str]) -> list[int]:
         """Token counts after truncation."""
@@ -95,6 +134,14 @@ class Teacher:
             texts, truncation=True, max_length=self.model.max_seq_length, padding=False, return_attention_mask=False
         )
         return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _needs_padding(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"{source}: its tokenizer has no pad token, which batches of texts need; name one of its tokens as "
+            "pad_token in tokenizer_config.json"
+        )
 
 
 def padded_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

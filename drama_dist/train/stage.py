@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.encoder.contract import check_dims
+from drama_dist.encoder.failures import named_by
+from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, read_records
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.runner import Run
+from drama_dist.settings import Settings
 from drama_dist.train.loop import train_encoder
 
 
@@ -19,6 +23,15 @@ def inputs(run: Run, system: str) -> dict[str, str]:
     """The fingerprint of a model to start from that is not this run's own."""
     start = run.settings.train.start
     return {} if start is None else {"start": run.once(model_fingerprint, start)}
+
+
+def check(settings: Settings, system: str) -> None:
+    """Raise SettingsError if train.start cannot be trained, or has fewer components than encoder.dims asks for."""
+    start = settings.train.start
+    if start is not None:
+        with named_by("train.start", start):
+            config = check_llama(start)
+        check_dims(settings.encoder, config.hidden_size, f"train.start={start}")
 
 
 @interrupts.deferred()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.sources.prompts import Message, write_query_messages
 from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.settings import AugmentSettings
 
@@ -76,6 +77,85 @@ def test_an_llm_without_a_chat_template_is_refused(llm: Path, tmp_path: Path) ->
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"no chat template, .* or augment.synthetic_queries=0"):
         LanguageModel(str(tmp_path), AugmentSettings()).answer([conversation("x")], 1)
+
+
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+)
+SILENT = "{% for m in messages if m['role'] != 'system' %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+
+
+def writer(llm: Path, folder: Path, template: str) -> LanguageModel:
+    shutil.copytree(llm, folder)
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return LanguageModel(str(folder), AugmentSettings(max_new_tokens=8))
+
+
+@pytest.mark.parametrize("template", [GEMMA, SILENT])
+def test_without_a_system_role_the_instruction_opens_the_first_message(
+    template: str, llm: Path, tmp_path: Path
+) -> None:
+    model = writer(llm, tmp_path / "model", template)
+    model.check()
+    messages = write_query_messages("A passage.")
+    text = model.tokenizer.decode(model._token_ids(messages))
+    assert text.startswith(f"<s>user {messages[0]['content']}\n\nPassage: Sourdough rises")
+    assert text.count(messages[0]["content"]) == 1 and "system" not in text.split("Passage:")[0].removeprefix("<s>")
+    assert len(model.answer([messages], seed=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "its chat template cannot be used: access to attribute"),
+        ("{{ raise_exception('never') }}", "its chat template cannot be used: .*never"),
+        ("{% for m in %}", "its chat template cannot be used"),
+        ("{{ 1 / 0 }}", "its chat template cannot be used: .*division"),
+        ("{{ messages[0]['content'][99999]['x'] }}", "its chat template cannot be used"),
+        ("<s>hello</s>", "its chat template leaves out what the user says"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_said_in_one_sentence(
+    template: str, message: str, llm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model: {message}") as failure:
+        writer(llm, tmp_path / "model", template).check()
+    assert len(str(failure.value).splitlines()) == 1
+
+
+def test_where_no_message_can_be_left_open_nothing_is_added(llm: Path, tmp_path: Path) -> None:
+    closing = "{% for m in messages %}<s>{{ m['content'] | replace('Query', '') }}{% endfor %}"
+    model = writer(llm, tmp_path / "model", closing)
+    model.check()
+    assert model.answer([[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]], seed=1) == [""]
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path, llm: Path) -> None:
+    shutil.copytree(llm, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}', "utf-8")
+    with pytest.raises(ValueError, match=r"model: model type 'vit', which writes no text$"):
+        LanguageModel(str(tmp_path / "model"), AugmentSettings()).check()
+
+
+def test_cutting_leaves_no_limit_behind(llm: Path) -> None:
+    model = LanguageModel(str(llm), AugmentSettings())
+    before = model.tokenizer.backend_tokenizer.to_str()
+    model.cut("flour yeast oven dough " * 20, 5)
+    assert model.tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_a_token_for_images_is_left_out_of_texts(llm: Path, tmp_path: Path) -> None:
+    model = writer(llm, tmp_path / "model", GEMMA)
+    rows = len(model.tokenizer)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    again = LanguageModel(str(tmp_path / "model"), AugmentSettings(max_new_tokens=2))
+    again.check()
+    assert again.tokenizer.get_vocab()["<image>"] == rows
+    cut = again.cut("flour <image>yeast", 50)
+    assert cut == "flour yeast" and len(again.answer([write_query_messages(cut)], seed=1)) == 1
 
 
 def test_cutting_keeps_the_beginning(llm: Path) -> None:

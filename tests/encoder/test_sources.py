@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.contract import read_contract
+from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.sources import model_fingerprint, resolve
 from drama_dist.settings import SettingsError
 
@@ -41,8 +42,36 @@ def test_a_file_inside_an_installed_package_is_found() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"", "cannot be read as a GGUF file"),
+        (b"x" * 5000, "cannot be read as a GGUF file"),
+    ],
+)
+def test_a_gguf_file_that_is_none_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model.gguf: {message}") as failure:
+        resolve(str(tmp_path / "model.gguf"))
+    assert len(str(failure.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["models/typo", "some/mo--del", "a b/c"])
+def test_a_path_that_is_taken_for_a_hub_name_is_refused_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a second attempt"))
+    for use in (load, check_llama):
+        with pytest.raises(FileNotFoundError, match=rf"^{name}: no such folder, and not available from the hub \("):
+            use(name)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("package:no.such/model", "the Python package 'no.such' is not installed"),
+        ("package:/model", "the Python package '' is not installed"),
         ("package:no_such_package/model", "the Python package 'no_such_package' is not installed"),
         ("package:numpy/no_such_model", "expected a model folder or a .gguf file"),
         ("/no/such/folder", "expected a model folder or a .gguf file at /no/such/folder"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from drama_dist.encoder import attention
 from drama_dist.prune.extractor import Selection, select, shrink
@@ -26,6 +27,49 @@ def model(llm: Path) -> LlamaForCausalLM:
     for norm in norms_in_order(model):
         norm.weight.data.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.fixture(params=list(itertools.product([False, True], repeat=3)), ids=str)
+def biased(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    """Models with and without biases of attention and MLP, with tied and untied embeddings."""
+    attention_bias, mlp_bias, tied = request.param
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        attn_implementation=attention.NAME,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("shape", [SHAPE, PruneSettings(layers=2, hidden=48, heads=6, mlp=96)], ids=["part", "whole"])
+def test_biases_stay(biased: LlamaForCausalLM, shape: PruneSettings) -> None:
+    selection = select(measure_importance(biased, [row.tolist() for row in IDS]), shape)
+    small = shrink(biased, selection).eval()
+    small.config._attn_implementation = "eager"
+    expected = masked(biased, selection)
+    with torch.no_grad():
+        torch.testing.assert_close(small(IDS).logits, expected(IDS).logits, rtol=1e-5, atol=1e-5)
+        if shape is not SHAPE:
+            biased.config._attn_implementation = "eager"
+            torch.testing.assert_close(small(IDS).logits, biased(IDS).logits, rtol=1e-5, atol=1e-5)
+        biases = [weight for name, weight in small.named_parameters() if name.endswith("bias")]
+        for bias in biases:
+            assert bias.abs().sum() > 0
+            bias.zero_()
+        if biases:  # without them the comparison fails
+            assert (small(IDS).logits - expected(IDS).logits).abs().max() > 1e-2
 
 
 @pytest.fixture
@@ -49,6 +93,9 @@ def masked(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
         neurons[selection.mlp[index]] = False
         layer.self_attn.o_proj.weight[:, heads.repeat_interleave(full.config.head_dim)] = 0
         layer.self_attn.o_proj.weight[gone] = 0
+        for product in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            if product.bias is not None:
+                product.bias[gone] = 0
         layer.mlp.down_proj.weight[:, neurons] = 0
         layer.mlp.down_proj.weight[gone] = 0
     full.model.layers = torch.nn.ModuleList(full.model.layers[layer_index] for layer_index in selection.layers)

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.export.stage import write_sentence_transformers
 from drama_dist.prune import healing
 from drama_dist.run.runner import make
 from drama_dist.settings import PruneSettings, Settings
+from tests.conftest import save_llama
 
 SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
 
@@ -75,3 +79,24 @@ def test_the_random_twin_has_the_same_shape_and_other_weights(small_settings: Ca
     assert torch.equal(twin.state_dict()[first], again.state_dict()[first])
     assert not torch.equal(twin.state_dict()[first], other.state_dict()[first])
     assert not torch.equal(twin.state_dict()[first], pruned.state_dict()[first])
+
+
+def test_an_llm_with_biases_becomes_an_encoder_of_the_same_vectors(
+    small_settings: Callable[..., Settings], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+    biased = save_llama(tmp_path / "biased", tokenizer, **shape, attention_bias=True, mlp_bias=True)
+    model = LlamaForCausalLM.from_pretrained(biased)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(biased)
+    whole = ("prune.layers=4", "prune.hidden=48", "prune.heads=6", "prune.mlp=96", "prune.heal_steps=0")
+    settings = small_settings(f"llm={biased}", *whole)
+    texts = ["The river has water.", "dough"]
+    expected = load(biased, contract=settings.encoder).encode_passages(texts)
+    pruned = load(make(settings, "prune"))
+    np.testing.assert_allclose(pruned.encode_passages(texts), expected, atol=1e-2)  # the LLM is read in auto's dtype
+    write_sentence_transformers(pruned, tmp_path / "export")
+    exported = SentenceTransformer(str(tmp_path / "export"), device="cpu")
+    np.testing.assert_allclose(exported.encode_document(texts), pruned.encode_passages(texts), atol=1e-5)

@@ -22,7 +22,7 @@ SYSTEMS = "evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]"
 
 def test_what_the_table_names_is_there() -> None:
     for stage in STAGES:
-        named = [stage.work, stage.inputs, stage.sections]
+        named = [stage.work, stage.inputs, stage.check, stage.sections]
         assert all(callable(function_named(name)) for name in named if isinstance(name, str)), stage.name
 
 

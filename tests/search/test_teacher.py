@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from drama_dist.encoder.sources import resolve
 from drama_dist.search.teacher import Teacher, padded_batches
 from drama_dist.settings import TeacherSettings
 
@@ -59,6 +67,63 @@ def test_a_cut_is_normalised_and_a_prompt_of_the_model_is_used(
 
 def test_no_texts_give_no_vectors(teacher: Teacher) -> None:
     assert teacher.encode_queries([]).shape == (0, 384)
+
+
+def test_only_lists_of_texts_and_dims_in_range_are_taken(teacher: Teacher) -> None:
+    for encode in (teacher.encode_queries, teacher.encode_passages):
+        with pytest.raises(TypeError, match=r"found one str; pass \[text\]"):
+            encode("how do I invert a matrix")
+        for texts in (["x"], []):
+            with pytest.raises(ValueError, match="dim=0: these vectors have 384 components"):
+                encode(texts, dim=0)
+        np.testing.assert_array_equal(encode(np.array(TEXTS[2:])), encode(TEXTS[2:]))
+
+
+def test_threads_that_share_a_teacher_get_the_vectors_of_one(teacher: Teacher) -> None:
+    calls = [lambda: teacher.encode_queries(TEXTS), lambda: teacher.encode_passages(TEXTS[1:3])]
+    expected = [call() for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for number, vectors in enumerate(pool.map(lambda number: calls[number % 2](), range(24))):
+            np.testing.assert_allclose(vectors, expected[number % 2], atol=1e-5)
+
+
+def copied(folder: Path) -> Path:
+    shutil.copytree(resolve(TeacherSettings().model), folder)
+    return folder
+
+
+def fewer_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: v for name, v in tensors.items() if "layer.3.attention" not in name}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (fewer_weights, r"the weights lack .*layer.3.attention.* and \d+ more, which would be random"),
+        (lambda folder: (folder / "modules.json").write_text("[{}]"), "/modules.json: expected a list of modules"),
+        (lambda folder: (folder / "modules.json").write_text("["), "/modules.json: not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "its config.json cannot be read"),
+        (lambda folder: (folder / "1_Pooling" / "config.json").write_text("["), "cannot be loaded as a sentence-trans"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "not a whole safetensors file"),
+    ],
+)
+def test_a_teacher_that_cannot_be_used_is_said_in_one_sentence(
+    spoil: Callable[[Path], object], message: str, teacher: Teacher, tmp_path: Path
+) -> None:
+    folder = copied(tmp_path / "teacher")
+    spoil(folder)
+    with pytest.raises(ValueError, match=rf"^{folder}.*{message}") as failure:
+        Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"])
+    assert len(str(failure.value).splitlines()) == 1
+
+
+def test_a_teacher_without_a_pad_token_is_refused(llm: Path, tmp_path: Path) -> None:
+    shutil.copytree(llm, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"pad_token": None}), "utf-8")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/teacher: its tokenizer has no pad token, which"):
+        Teacher(TeacherSettings(model=str(tmp_path / "teacher"))).check()
 
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:

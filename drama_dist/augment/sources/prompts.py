@@ -55,6 +55,14 @@ def write_query_messages(passage: str) -> list[Message]:
     return [*messages, _passage_message(passage)]
 
 
+def without_system(messages: list[Message]) -> list[Message]:
+    """The conversation for an LLM that has no system role: the instruction opens the first message of the user."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, first, *others = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *others]
+
+
 def read_query(answer: str, passage: str) -> str:
     """The query in an answer; raises UnusableAnswer with the reason if there is none."""
     match = _QUERY_LINE.search(answer)

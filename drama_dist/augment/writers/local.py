@@ -8,30 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.sources.prompts import Message, without_system, write_query_messages
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
-from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.failures import told_as
+from drama_dist.encoder.pretrained import check_weights, load_weights, read_config, read_tokenizer, vocabulary_size
+from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.settings import AugmentSettings
 
 
 class LanguageModel:
     """An instruction-tuned LLM, loaded on first use, in the precision that suits the device.
 
-    Answers are a function of the batch of conversations, the seed and the settings.
+    Answers are a function of the batch of conversations, the seed and the settings. One thread at a time may ask.
     """
 
     def __init__(self, name: str, settings: AugmentSettings, trust_remote_code: bool = False):
         self.name, self.settings, self.trust_remote_code = name, settings, trust_remote_code
 
+    def check(self) -> None:
+        """Check everything but the values of the weights; raises ValueError or FileNotFoundError where it cannot write.
+
+        The chat template is tried on conversations like those to come.
+        """
+        one, other = (self._token_ids(write_query_messages(text)) for text in ("Bread is baked.", "Rivers flow."))
+        if one == other:
+            raise ValueError(f"{self.name}: its chat template leaves out what the user says; use another LLM")
+        self._pad  # noqa: B018
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None)
+        if Path(self._source).is_dir() and isinstance(kind, type) and not self.trust_remote_code:
+            check_weights(kind, Path(self._source), self._config)
+
+    @cached_property
+    def _source(self) -> str:
+        return reachable(resolve(self.name))
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        config = read_config(self._source, self.trust_remote_code)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
+            raise ValueError(f"{self.name}: model type {config.model_type!r}, which writes no text")
+        return config
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.name), trust_remote_code=self.trust_remote_code)
+        tokenizer = read_tokenizer(self._source, self._config, self.trust_remote_code, every_token=False)
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"{self.name}: has no chat template, so it cannot write queries; set augment.writer to an "
@@ -41,26 +73,27 @@ class LanguageModel:
 
     @cached_property
     def model(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(self.name),
-            dtype=dtype_of(AUTO),
-            use_safetensors=True,
-            trust_remote_code=self.trust_remote_code,
+        model = load_weights(
+            AutoModelForCausalLM, self._source, trust_remote_code=self.trust_remote_code, dtype=dtype_of(AUTO)
         )
         return model.to(ranks.device()).eval()
 
     def cut(self, text: str, tokens: int) -> str:
-        """The first `tokens` tokens of a text."""
-        ids = self.tokenizer(text, truncation=True, max_length=tokens, add_special_tokens=False)["input_ids"]
-        return str(self.tokenizer.decode(ids))
+        """The first `tokens` tokens of a text, without those that the model has no embedding for."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # truncation would be state
+        rows = vocabulary_size(self._config)
+        return str(self.tokenizer.decode([id for id in ids[:tokens] if rows is None or id < rows]))
 
     @torch.no_grad()
     def answer(self, conversations: Sequence[list[Message]], seed: int) -> list[str]:
         """One sampled answer per conversation; their common prefix is computed once.
 
-        If a conversation ends with an assistant message, the answer continues it; only the new text is returned.
-        Raises ValueError if the LLM has no chat template.
+        If a conversation ends with an assistant message, the answer continues it; only the new text is returned, which
+        is empty where the LLM's chat template cannot leave a message open.
+        Raises ValueError if the LLM has no chat template, or one that cannot be used.
         """
+        if conversations[0][-1]["role"] == "assistant" and not self._continues:
+            return [""] * len(conversations)
         ids = [self._token_ids(messages) for messages in conversations]
         shared = _common_prefix(ids)
         tokens_BT, mask_BT = self._pad_between(ids, shared)
@@ -83,15 +116,37 @@ class LanguageModel:
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
-        unfinished = messages[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=True
-        )["input_ids"]
+        conversation = messages if self._has_system_role else without_system(messages)
+        with told_as(f"{self.name}: its chat template cannot be used"):
+            return list(_rendered(self.tokenizer, conversation))
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        """Whether the chat template takes a system message, and does not leave it out."""
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+        tokenizer = self.tokenizer
+        try:
+            return "Be brief." in _rendered(tokenizer, messages, tokenize=False)
+        except Exception:  # templates are programs, and may raise anything
+            return False
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether the chat template can leave the last message open."""
+        messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Task: x\nQuery:"}]
+        tokenizer = self.tokenizer
+        try:
+            return bool(_rendered(tokenizer, messages))
+        except Exception:
+            return False
 
     @property
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        if pad is None:
+            raise ValueError(f"{self.name}: its tokenizer has neither a pad nor an EOS token, which batches need")
+        return int(pad)
 
     def _pad_between(self, ids: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, B × T, padded after the shared prefix so that all rows end together."""
@@ -104,6 +159,19 @@ class LanguageModel:
             tokens_BT[row, begin:] = torch.tensor(tokens[shared:])
             mask_BT[row, shared:begin] = 0
         return tokens_BT.to(self.model.device), mask_BT.to(self.model.device)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tokenize: bool = True) -> Any:
+    """A conversation as the chat template writes it: its token ids, or its text."""
+    unfinished = messages[-1]["role"] == "assistant"
+    written = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=not unfinished,
+        continue_final_message=unfinished,
+        tokenize=tokenize,
+        return_dict=True,
+    )
+    return written["input_ids"] if tokenize else written
 
 
 def _common_prefix(ids: list[list[int]]) -> int:

@@ -1,0 +1,36 @@
+"""Checks of a model before a long stage needs it: everything but the values of its weights.
+
+Covers Llama-type models. The teacher and the writer check theirs, with the same parts, which are in pretrained.py and
+model_files.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from drama_dist.encoder.contract import read_contract, wire_tokenizer
+from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.sources import reachable, resolve
+
+
+def check_llama(name: str, trust_remote_code: bool = False, with_head: bool = False) -> LlamaConfig:
+    """Check a Llama-type model and return its configuration.
+
+    with_head: its language-model head is needed, too. Raises ValueError or FileNotFoundError where it cannot be used.
+    """
+    source = reachable(resolve(name))
+    config = read_llama_config(source, trust_remote_code)
+    wire_tokenizer(read_tokenizer(source, config, trust_remote_code))
+    if Path(source).is_dir():
+        check_weights(LlamaForCausalLM if with_head else LlamaModel, Path(source), config)
+    return config
+
+
+def check_encoder(name: str) -> None:
+    """Check a Llama-type encoder and the contract in its folder; raises ValueError or FileNotFoundError."""
+    config = check_llama(name)
+    source = Path(resolve(name))
+    if source.is_dir():
+        read_contract(source, config.hidden_size)
