@@ -1,5 +1,7 @@
-"""Reciprocal rank fusion: one ranking out of several (Cormack, Clarke and Büttcher, SIGIR 2009).
+"""Fusion: one ranking out of several, by ranks or by scores.
 
+Reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009) and the convex mix of scores that are normalised query
+by query (Bruch, Gai and Ingber 2023, arXiv 2210.11934, section 3).
 Shapes: Q queries, k hits of a ranking (each may have its own k), M hits of all rankings, D depth.
 """
 
@@ -20,20 +22,54 @@ def reciprocal_rank_fusion(
     passages, the rest has position -1 and score 0. Raises ValueError where there is no ranking, the
     rankings have different numbers of queries, or one names a passage twice for a query.
     """
+    _check(rankings)
+    weights_M = np.concatenate([1.0 / (rrf_k + np.arange(1, ranking.shape[1] + 1)) for ranking in rankings])
+    return _best_sums(rankings, np.broadcast_to(weights_M, (len(rankings[0]), len(weights_M))), depth)
+
+
+def convex_mix(
+    rankings: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fuse rankings: a passage's score is the sum of weight · normalised score over those that have it.
+
+    rankings: scores (Q, k) and positions (Q, k), with position -1 and score 0 where a query has fewer hits. A query's
+    scores are normalised to 1 for the best and 0 for the least of them, which is what a passage that is not among the
+    hits gets too: ask for more hits than are wanted of the mix. Returns and raises as `reciprocal_rank_fusion` does.
+    """
+    _check([positions for _, positions in rankings])
+    shares = [weight * _normalised(*ranking) for weight, ranking in zip(weights, rankings, strict=True)]
+    return _best_sums([positions for _, positions in rankings], np.concatenate(shares, axis=1), depth)
+
+
+def _normalised(scores_Qk: np.ndarray, positions_Qk: np.ndarray) -> np.ndarray:
+    if not scores_Qk.size:
+        return np.zeros(scores_Qk.shape)
+    scores_Qk = scores_Qk.astype(np.float64)
+    last_Q1 = scores_Qk.min(1, keepdims=True)  # 0 where there are fewer hits than asked for, as without any word
+    spread_Q1 = scores_Qk.max(1, keepdims=True) - last_Q1
+    shares_Qk = np.divide(scores_Qk - last_Q1, spread_Q1, out=np.ones_like(scores_Qk), where=spread_Q1 > 0)
+    return np.where(positions_Qk >= 0, shares_Qk, 0.0)
+
+
+def _check(rankings: Sequence[np.ndarray]) -> None:
     if not rankings or len({len(ranking) for ranking in rankings}) != 1:
         counts = [len(ranking) for ranking in rankings]
         raise ValueError(f"cannot fuse rankings of {counts} queries: expected equal numbers, at least one ranking")
     for ranking in rankings:
         _refuse_repeats(ranking)
+
+
+def _best_sums(rankings: Sequence[np.ndarray], weights_QM: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` passages with the highest sums of the weights of their hits; see `reciprocal_rank_fusion`."""
     positions_QM = np.concatenate(rankings, axis=1).astype(np.int64, copy=False)
-    weights_M = np.concatenate([1.0 / (rrf_k + np.arange(1, ranking.shape[1] + 1)) for ranking in rankings])
     order_QM = np.argsort(positions_QM, axis=1, kind="stable")
     positions_QM = np.take_along_axis(positions_QM, order_QM, 1)
+    weights_QM = np.take_along_axis(weights_QM, order_QM, 1)
     begins_QM = np.ones(positions_QM.shape, dtype=bool)
     begins_QM[:, 1:] = positions_QM[:, 1:] != positions_QM[:, :-1]
     scores_QM = np.full(positions_QM.shape, -np.inf)
     # Rounded, so that the same ranks in another order of rankings are a tie.
-    scores_QM[begins_QM] = np.add.reduceat(weights_M[order_QM].ravel(), np.flatnonzero(begins_QM)).round(12)
+    scores_QM[begins_QM] = np.add.reduceat(weights_QM.ravel(), np.flatnonzero(begins_QM)).round(12)
     scores_QM[positions_QM < 0] = -np.inf
     best_QD = np.argsort(-scores_QM, axis=1, kind="stable")[:, :depth]
     scores_QD = np.take_along_axis(scores_QM, best_QD, 1)

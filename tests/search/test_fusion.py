@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion against a dictionary."""
+"""Fusion against dictionaries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from drama_dist.search.fusion import reciprocal_rank_fusion
+from drama_dist.search.fusion import convex_mix, reciprocal_rank_fusion
 
 
 def plain(rankings: list[np.ndarray], row: int, depth: int, rrf_k: int) -> list[tuple[int, Fraction]]:
@@ -52,3 +52,43 @@ def test_what_cannot_be_fused_is_refused() -> None:
         reciprocal_rank_fusion([], 1, 60)
     with pytest.raises(ValueError, match="passage 4 twice for query 1"):
         reciprocal_rank_fusion([np.array([[1, 2, 3], [4, 2, 4]])], 1, 60)
+
+
+def plain_mix(
+    rankings: list[tuple[np.ndarray, np.ndarray]], weights: list[float], row: int, depth: int
+) -> list[tuple[int, float]]:
+    mixed: dict[int, float] = defaultdict(float)
+    for (scores, positions), weight in zip(rankings, weights, strict=True):
+        best, last = max(scores[row].tolist()), min(scores[row].tolist())
+        for score, position in zip(scores[row].tolist(), positions[row].tolist(), strict=True):
+            if position >= 0:
+                mixed[position] += weight * ((score - last) / (best - last) if best > last else 1.0)
+    return sorted(mixed.items(), key=lambda item: (-round(item[1], 12), item[0]))[:depth]
+
+
+@pytest.mark.parametrize("depth", [1, 10, 60])
+def test_the_mix_equals_a_dictionarys(depth: int) -> None:
+    random = np.random.default_rng(5)
+    positions = [np.stack([random.permutation(40)[:k] for _ in range(25)]) for k in (20, 12)]
+    scores = [-np.sort(-random.normal(size=ranking.shape)).astype(np.float32) for ranking in positions]
+    scores[1] = np.abs(scores[1])
+    positions[1][:, 7:], scores[1][:, 7:] = -1, 0
+    positions[1][3], scores[1][3] = -1, 0  # no hit at all
+    rankings = list(zip(scores, positions, strict=True))
+    mixed, found = convex_mix(rankings, [0.6, 0.4], depth)
+    for row in range(25):
+        expected = plain_mix(rankings, [0.6, 0.4], row, depth)
+        assert [p for p in found[row].tolist() if p >= 0] == [position for position, _ in expected]
+        np.testing.assert_allclose(mixed[row, : len(expected)], [score for _, score in expected], rtol=1e-9)
+
+
+def test_the_scale_of_scores_does_not_matter_to_the_mix_and_their_distances_do() -> None:
+    dense = np.array([[0.9, 0.8, 0.1]]), np.array([[1, 2, 3]])
+    lexical = np.array([[20.0, 5.0, 0.0]]), np.array([[2, 4, -1]])
+    scores, positions = convex_mix([dense, lexical], [0.5, 0.5], 4)
+    assert positions[0].tolist() == [2, 1, 4, 3]
+    np.testing.assert_allclose(scores[0], [0.5 * 0.875 + 0.5, 0.5, 0.125, 0], atol=1e-12)
+    larger = convex_mix([(100 * dense[0] + 7, dense[1]), lexical], [0.5, 0.5], 4)
+    np.testing.assert_allclose(larger[0], scores)
+    with pytest.raises(ValueError, match="passage 1 twice for query 0"):
+        convex_mix([(dense[0], np.array([[1, 1, 2]]))], [1.0], 3)
