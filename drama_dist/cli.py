@@ -119,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("run", type=Path, help="the run's folder, for example runs/quickstart")
     search.add_argument("query", type=_unicode, help="what to search for")
     search.add_argument("-k", type=_count, default=5, help="how many passages to show (default 5)")
+    search.add_argument(
+        "--hybrid",
+        nargs="?",
+        type=_fraction,
+        const=0.5,
+        metavar="WEIGHT",
+        help="mix the scores with BM25's; WEIGHT, 0 to 1, is the share of the vectors (default 0.5)",
+    )
     search.add_argument("--dim", type=_count, help="cut vectors to this many components (default: all)")
     plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
     plan.add_argument("--ranks", type=_count, default=1, help="number of training processes (default 1)")
@@ -138,6 +146,16 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text[:20]) < 2**31:
         raise argparse.ArgumentTypeError(f"{text[:20]!r}: must be a whole number, 1 or more")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}: must be a number from 0 to 1")
+    return share
 
 
 def _unicode(text: str) -> str:
@@ -189,12 +207,20 @@ def _search(options: argparse.Namespace) -> None:
     from drama_dist.corpus.collection import open_collection
     from drama_dist.encoder.backbone import load
     from drama_dist.search.dense import search_folder
+    from drama_dist.search.fusion import convex_mix
+    from drama_dist.search.lexical import LexicalIndex
+    from drama_dist.search.systems import MIX_DEPTH
 
     encoder = load(_finished(options.run, "train"), dtype="float32")
     encoded = _finished(options.run, f"encode/{CORPUS}/drama")
     corpus = open_collection(_finished(options.run, "corpus"))
     query = encoder.encode_queries([options.query], options.dim)
-    scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, options.k)
+    k = options.k if options.hybrid is None else max(options.k, MIX_DEPTH)
+    scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, k)
+    if options.hybrid is not None:
+        lexical = LexicalIndex(_finished(options.run, f"encode/{CORPUS}/bm25")).search([options.query], k)
+        weights = [options.hybrid, 1 - options.hybrid]
+        scores, positions = convex_mix([(scores, positions), lexical], weights, options.k)
     for rank, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
         if position < 0:
             break  # the index finds no more

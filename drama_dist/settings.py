@@ -23,6 +23,7 @@ from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 PACKAGES_CORPUS = "installed-packages"
 SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
+MIX = "+"  # drama+bm25: a mix of two systems' scores
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -53,9 +54,15 @@ def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
         raise ValueError("must be auto, or GiB: a number, 0 or more") from None
 
 
+def mixed(name: str) -> tuple[str, ...]:
+    """The two systems of a mix; empty for what is none."""
+    parts = tuple(name.split(MIX))
+    return parts if len(parts) == 2 and len({*parts} & {*SYSTEMS}) == 2 else ()
+
+
 def _known_system(name: str) -> str:
-    if name not in SYSTEMS and name.removeprefix(OTHER_MODEL) in ("", name):
-        raise ValueError(f"must be {', '.join(SYSTEMS)} or {OTHER_MODEL}NAME")
+    if name not in SYSTEMS and not mixed(name) and name.removeprefix(OTHER_MODEL) in ("", name):
+        raise ValueError(f"must be {', '.join(SYSTEMS)}, two of these as drama{MIX}bm25, or {OTHER_MODEL}NAME")
     return name
 
 
@@ -268,16 +275,25 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    # Also random-init, llm-unpruned, and model:NAME for any Llama-type encoder (folder, hub name, ...).
+    # Also random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
     depth: Rank = 100
+    mix_weight: Fraction = 0.5  # of the first system of a mix; the second has the rest
 
     @property
     def labels(self) -> dict[str, str]:
         """What each system is called in folders and tables, and the system: model:NAME by the last part of its name."""
         return _labels(self.systems, SYSTEMS)
+
+    @property
+    def encoded_labels(self) -> dict[str, str]:
+        """The same of those whose encodings are read: a mix reads those of its two systems."""
+        parts = [
+            pair for label, name in self.labels.items() for pair in [(p, p) for p in mixed(name)] or [(label, name)]
+        ]
+        return dict(parts)
 
     @property
     def collection_labels(self) -> dict[str, str]:

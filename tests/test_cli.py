@@ -72,6 +72,8 @@ def test_an_override_may_stand_after_an_option_and_the_last_one_counts(
         (["-k", "²"], "argument -k: '²': must be"),
         (["-k", "9" * 5000], "argument -k: '99999999999999999999': must be"),
         (["--dim", "0"], "argument --dim: '0': must be"),
+        (["--hybrid", "1.5"], "argument --hybrid: '1.5': must be a number from 0 to 1"),
+        (["--hybrid", "nan"], "argument --hybrid: 'nan': must be a number from 0 to 1"),
         (["caf\udce9"], r"argument query: 'caf\udce9': is not UTF-8 text"),
     ],
 )
@@ -110,5 +112,9 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[::2]] == ["1.", "2.", "3."]
+    assert main(["search", settings.run, "the river delta", "-k", "2", "--hybrid", "0"]) == 0
+    assert all("river" in line for line in capsys.readouterr().out.splitlines()[::2])
+    assert main(["search", settings.run, "the river", "--hybrid"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 10
     assert main(["search", settings.run, "the river", "--dim", "99"]) == 2
     assert "dim=99: these vectors have 32 components" in capsys.readouterr().err

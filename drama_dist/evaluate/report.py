@@ -26,7 +26,7 @@ from drama_dist.run.files import write_text
 from drama_dist.run.graph import CORPUS, TRAINING, in_order
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.search.systems import system_called
+from drama_dist.search.systems import meaning_and_colour
 from drama_dist.settings import Settings, as_dict
 
 _HEADINGS = {"system": "system", "dim": "dim", "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
@@ -73,7 +73,7 @@ def write_report(run: Path, settings: Settings) -> Path:
             }
             for name, rows in results.items()
         ],
-        meaning={label: system_called(label, settings).meaning for label in settings.evaluate.labels},
+        meaning={label: meaning_and_colour(label, settings)[0] for label in settings.evaluate.labels},
         cost=_training_cost(_metrics(run / "train")),
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
         counts=_json(run / "augment" / "counts.json") or {},
@@ -119,7 +119,7 @@ def _results(run: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
 
 
 def _colours(settings: Settings) -> dict[str, str]:
-    return {label: system_called(label, settings).colour for label in settings.evaluate.labels}
+    return {label: meaning_and_colour(label, settings)[1] for label in settings.evaluate.labels}
 
 
 def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:

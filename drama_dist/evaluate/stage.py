@@ -7,6 +7,7 @@ judged queries has no results.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
@@ -16,20 +17,23 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.search.systems import system_called
+from drama_dist.search.systems import rankings
 
 
 def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
     """Do the stage."""
     settings, stored = run.settings, open_collection(run.path(stored_collection(collection)))
+
+    def encoded(system: str) -> Path:
+        return run.path(f"encode/{collection}/{system}")
+
     if not stored.queries:
         say(f"{folder.name}: the collection has no judged queries, so there is nothing to compare the systems by")
     if ranks.rank() == 0:
         queries = [query.text for query in stored.queries]
         rows = []
         for label in settings.evaluate.labels if queries else ():
-            encoded = run.path(f"encode/{collection}/{label}")
-            for ranking in system_called(label, settings).rank(settings, encoded, queries, settings.evaluate.depth):
+            for ranking in rankings(label, settings, encoded, queries, settings.evaluate.depth):
                 rows.append(score(label, ranking, stored, folder.folder).as_row())
         write_text(folder.folder / "results.json", json.dumps(rows, indent=2) + "\n")
     folder.finish(queries=len(stored.queries))

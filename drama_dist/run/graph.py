@@ -72,7 +72,10 @@ def _of_index(settings: Settings, collection: str, system: str) -> list[str]:
 
 
 def _of_evaluation(settings: Settings, collection: str) -> list[str]:
-    return [stored_collection(collection), *(f"encode/{collection}/{label}" for label in settings.evaluate.labels)]
+    return [
+        stored_collection(collection),
+        *(f"encode/{collection}/{label}" for label in settings.evaluate.encoded_labels),
+    ]
 
 
 def _of_augmentation(settings: Settings) -> list[str]:
@@ -176,7 +179,7 @@ STAGES = (
         verb="evaluate",
         help="compare the systems on the test queries",
         work="drama_dist.evaluate.stage:evaluate",
-        sections=("evaluate.systems", "evaluate.depth", "encoder"),
+        sections=("evaluate.systems", "evaluate.depth", "evaluate.mix_weight", "encoder"),
         needs=_of_evaluation,
     ),
     Stage(
@@ -272,10 +275,11 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
     Raises SettingsError if the settings have no such collection or system.
     """
     collection = _label(collection, {CORPUS: CORPUS, **settings.evaluate.collection_labels}, "evaluate.collections")
-    system = _label(system, {**{name: name for name in SYSTEMS}, **settings.evaluate.labels}, "evaluate.systems")
+    encoded = settings.evaluate.encoded_labels
+    system = _label(system, {**{name: name for name in SYSTEMS}, **encoded}, "evaluate.systems")
     if verb == "run":
-        trained = [stage for name, stage in TRAINING.items() if name in settings.evaluate.systems]
-        served = [*_encoding(settings, CORPUS, "drama"), "export"] if "drama" in settings.evaluate.systems else []
+        trained = [stage for name, stage in TRAINING.items() if name in encoded]
+        served = [*_encoding(settings, CORPUS, "drama"), "export"] if "drama" in encoded else []
         return [*trained, *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)

@@ -1,14 +1,15 @@
 """Systems: everything that encodes texts or ranks passages, in one table.
 
 Covers each system's name and meaning, the settings and the model it depends on, and how it is loaded, encodes a
-collection and ranks passages. Does not cover which systems are trained (run/graph.py), or scoring (evaluate/).
+collection and ranks passages; and mixes of two systems, which have no encodings of their own. Does not cover which
+systems are trained (run/graph.py), or scoring (evaluate/).
 Shapes: Q queries, K components, k hits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
+from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.shards import EmbeddingShards, TextEncoder, write_shards
 from drama_dist.search.teacher import Teacher
-from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, recorded
+from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed, recorded
+
+MIX_DEPTH = 1000  # hits of each system that a mix looks at
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,40 @@ def system_called(label: str, settings: Settings) -> System:
     raise SettingsError(
         f"system {label!r}: expected {', '.join(SYSTEMS)}, or a model of evaluate.systems: {settings.evaluate.systems}"
     )
+
+
+def rankings(
+    label: str, settings: Settings, encoded: Callable[[str], Path], queries: Sequence[str], depth: int
+) -> Iterator[Ranking]:
+    """Rank an encoded collection by the system or mix with this label. encoded: where a system's encoding lies.
+
+    A mix takes its systems at their largest dims, and the scores of the MIX_DEPTH best of each. Raises SettingsError as
+    `system_called` does.
+    """
+    parts = _parts(label, settings)
+    if not parts:
+        yield from system_called(label, settings).rank(settings, encoded(label), queries, depth)
+        return
+    first, second = (
+        next(SYSTEMS[part].rank(settings, encoded(part), queries, max(depth, MIX_DEPTH))) for part in parts
+    )
+    weight = settings.evaluate.mix_weight
+    scored = [(ranking.scores_Qk, ranking.positions_Qk) for ranking in (first, second)]
+    yield Ranking(first.dim or second.dim, *convex_mix(scored, [weight, 1 - weight], depth))
+
+
+def meaning_and_colour(label: str, settings: Settings) -> tuple[str, str]:
+    """What the report says of a system or mix, and draws it in."""
+    parts, weight = _parts(label, settings), settings.evaluate.mix_weight
+    if not parts:
+        system = system_called(label, settings)
+        return system.meaning, system.colour
+    meaning = f"{weight:g} of the score of {parts[0]}, {1 - weight:g} of that of {parts[1]}, each from 0 to 1"
+    return meaning, "#b0413e" if "drama" in parts else "#8a6d5c"
+
+
+def _parts(label: str, settings: Settings) -> tuple[str, ...]:
+    return mixed(settings.evaluate.labels.get(label, label))
 
 
 def _of_vectors(encode: EncodeSettings) -> dict[str, Any]:

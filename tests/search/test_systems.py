@@ -10,9 +10,9 @@ import pytest
 
 from drama_dist import settings as settings_module
 from drama_dist.run.progress import Progress
-from drama_dist.run.runner import make
+from drama_dist.run.runner import Run, make
 from drama_dist.search.shards import TextEncoder
-from drama_dist.search.systems import SYSTEMS, OtherModel, TrainedSystem, system_called
+from drama_dist.search.systems import SYSTEMS, OtherModel, TrainedSystem, rankings, system_called
 from drama_dist.settings import Settings, SettingsError
 
 
@@ -84,3 +84,36 @@ def test_vectors_do_not_depend_on_what_does_not_make_them(small_settings: Callab
     for name in ("drama", "teacher"):
         assert SYSTEMS[name].sections(before) == SYSTEMS[name].sections(after)
         assert SYSTEMS[name].sections(before) != SYSTEMS[name].sections(small_settings("encode.shard_passages=5"))
+
+
+def test_a_mix_ranks_by_the_scores_of_both_and_encodes_nothing(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings("evaluate.systems=[llm-unpruned+bm25,drama]", "evaluate.mix_weight=0.3")
+    assert list(settings.evaluate.encoded_labels) == ["llm-unpruned", "bm25", "drama"]
+    run = Run(settings)
+    names = ["encode/corpus/llm-unpruned", "encode/corpus/bm25"]
+    run.make(*names)
+    texts = ["the river delta", "knead the dough"]
+
+    def encoded(system: str) -> Path:
+        return run.path(f"encode/corpus/{system}")
+
+    (mix,) = rankings("llm-unpruned+bm25", settings, encoded, texts, 7)
+    (dense,) = rankings("llm-unpruned", settings, encoded, texts, 64)
+    (lexical,) = rankings("bm25", settings, encoded, texts, 64)
+    assert mix.dim == dense.dim == 48 and mix.positions_Qk.shape == (2, 7)
+    for row in range(2):
+        total = np.zeros(64)
+        for ranking, weight in ((dense, 0.3), (lexical, 0.7)):
+            scores = ranking.scores_Qk[row].astype(float)
+            shares = weight * (scores - scores.min()) / np.ptp(scores)
+            there = ranking.positions_Qk[row] >= 0
+            total[ranking.positions_Qk[row][there]] += shares[there]
+        assert mix.positions_Qk[row].tolist() == np.argsort(-total.round(12), kind="stable")[:7].tolist()
+    with pytest.raises(SettingsError, match="no-such"):
+        make(small_settings("evaluate.systems=[drama+no-such]"), "evaluate")
+
+
+@pytest.mark.parametrize("name", ["drama+drama", "drama+", "+bm25", "drama+bm25+teacher", "drama+model:x"])
+def test_what_cannot_be_mixed_is_refused(name: str, small_settings: Callable[..., Settings]) -> None:
+    with pytest.raises(SettingsError, match=r"must be .* two of these as drama\+bm25"):
+        small_settings(f"evaluate.systems=[{name}]")
