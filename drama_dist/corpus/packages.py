@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import platform
 import re
 import textwrap
 from collections.abc import Iterator
@@ -45,9 +46,17 @@ def package_passages(packages: list[str], language: str) -> list[Passage]:
 
 
 def package_versions(packages: list[str]) -> dict[str, str]:
-    """Installed version of each package, which this corpus depends on."""
+    """Installed version of each package, which this corpus depends on; Python's own for a part of Python.
+
+    Raises ValueError for a missing package.
+    """
     distributions = importlib.metadata.packages_distributions()
-    return {name: importlib.metadata.version(distributions.get(name, [name])[0]) for name in packages}
+    versions = {}
+    for name in packages:
+        _root(name)
+        found = distributions.get(name.partition(".")[0])
+        versions[name] = importlib.metadata.version(found[0]) if found else platform.python_version()
+    return versions
 
 
 def name_words(id: str) -> set[str]:
@@ -75,9 +84,12 @@ def clean(doc: str) -> str:
 
 
 def _root(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a part of a package that is not there, and of what is no name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"corpus.packages: {package!r} is not an installed Python package")
+        raise ValueError(f"corpus.packages: {package!r} is not an installed Python package; give its import name")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drama_dist.corpus.packages import clean, name_words, package_passages, package_versions
@@ -77,3 +80,11 @@ def test_versions_are_those_of_the_distributions() -> None:
     import numpy
 
     assert package_versions(["numpy"]) == {"numpy": numpy.__version__}
+
+
+def test_versions_are_of_the_distribution_or_of_python_and_a_missing_package_is_named(package: str) -> None:
+    versions = package_versions(["numpy", "json", package])
+    assert versions == {"numpy": np.__version__, "json": platform.python_version(), package: platform.python_version()}
+    for name in ("no_such_package", "numpy.no_such", "no_such.part", "not a name", "."):
+        with pytest.raises(ValueError, match=rf"corpus.packages: {re.escape(repr(name))} is not an installed"):
+            package_versions([name])

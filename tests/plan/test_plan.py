@@ -109,7 +109,9 @@ def test_the_command_prints_all_parts_and_names_unknown_devices(
     assert all(word in out for word in (*words, "expected", "fits: "))
     assert main(["plan", str(file), "--device", "abacus"]) == 2
     assert "device 'abacus': expected one of cpu, h100-80g" in capsys.readouterr().err
-    assert main(["plan", str(file), "--ranks", "0"]) == 2
+    with pytest.raises(SystemExit):
+        main(["plan", str(file), "--ranks", "0"])
+    assert "argument --ranks: '0': must be a whole number, 1 or more" in capsys.readouterr().err
     assert main(["plan", str(file), "--head", "64"]) == 2
     assert "--vocabulary and --head go together" in capsys.readouterr().err
     assert main(["plan", str(file), "--ranks", "13"]) == 2
