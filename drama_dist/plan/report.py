@@ -17,11 +17,13 @@ from pydantic import ValidationError
 from transformers import AutoConfig, LlamaConfig
 
 from drama_dist.distributed.precision import AUTO
+from drama_dist.encoder.failures import named_by, told_as
+from drama_dist.encoder.pretrained import read_llama_config
 from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
-from drama_dist.settings import Settings
+from drama_dist.settings import Settings, SettingsError
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
 # 31,842 different tokens of four passes in 5.7 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
@@ -53,8 +55,11 @@ def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) ->
 def read_shape(settings: Settings) -> LlamaConfig:
     """The encoder's shape: of train.start, or of the LLM pruned as the prune section says."""
     if settings.train.start:
-        return _read_config(settings.train.start)
-    config = _read_config(settings.llm)
+        return _read_config("train.start", settings.train.start)
+    try:
+        config = _read_config("llm", settings.llm)
+    except SettingsError as error:
+        raise SettingsError(f"{error}; to plan without it, say --vocabulary and --head instead") from error
     return pruned_shape(settings, config.vocab_size, config.head_dim)
 
 
@@ -218,13 +223,11 @@ def _quantiles(histogram: Sequence[int], edges: Sequence[float], count: int) -> 
     return [max(1, round(length)) for length in lengths]
 
 
-def _read_config(name: str) -> LlamaConfig:
-    source = Path(reachable(str(locate(name))))
-    gguf = {"gguf_file": source.name} if source.is_file() else {}
-    try:
-        config = AutoConfig.from_pretrained(str(source.parent if gguf else source), trust_remote_code=False, **gguf)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name}: its configuration cannot be read; say --vocabulary and --head instead") from error
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"{name}: model type {config.model_type!r}; the encoder takes Llama-type models")
-    return config
+def _read_config(setting: str, name: str) -> LlamaConfig:
+    """Of a GGUF file, too, which need not be converted for that; raises SettingsError."""
+    with named_by(setting, name):
+        source = Path(reachable(str(locate(name))))
+        if not source.is_file():
+            return read_llama_config(str(source))
+        with told_as("its configuration cannot be read"):
+            return AutoConfig.from_pretrained(str(source.parent), trust_remote_code=False, gguf_file=source.name)
