@@ -42,7 +42,7 @@ def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[
     assert (shape.hidden_size, shape.num_hidden_layers, *heads) == (32, 2, 4, 4, 8)
     assert read_shape(small_settings(f"train.start={llm}")).hidden_size == 48
     (Path(settings.run) / "no").mkdir(parents=True)
-    with pytest.raises(ValueError, match="^llm=.* say --vocabulary and --head instead"):
+    with pytest.raises(ValueError, match=r"^llm=.* say --vocabulary and --head instead"):
         read_shape(replace(settings, llm=str(Path(settings.run) / "no")))
 
 
