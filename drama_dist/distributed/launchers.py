@@ -1,7 +1,7 @@
 """What launchers tell a process of its place among the others: rank, world size, and both on its machine.
 
-Covers the variables of torchrun, the DeepSpeed launcher, Open MPI, MPICH and slurm. Does not cover how ranks find each
-other (ranks.py).
+Covers the variables of torchrun, the DeepSpeed launcher, Open MPI, MVAPICH, MPICH and slurm. Does not cover how ranks
+find each other (ranks.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ OPEN_MPI = Launcher(
     "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", ("OMPI_COMM_WORLD_LOCAL_SIZE",)
 )
 MPICH = Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",))  # and Intel MPI
+MVAPICH = Launcher(
+    "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", ("MV2_COMM_WORLD_LOCAL_SIZE",)
+)
 SLURM = Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",))
-_LAUNCHERS = (TORCHRUN, OPEN_MPI, MPICH, SLURM)  # inner ones first: srun may start each of the others
+MPI = (OPEN_MPI, MVAPICH, MPICH)
+_LAUNCHERS = (TORCHRUN, *MPI, SLURM)  # inner ones first: srun may start each of the others
+_OF_TORCHRUN = "TORCHELASTIC_RUN_ID"  # it sets this one, too
 
 VARIABLES = tuple(name for launcher in _LAUNCHERS for name in launcher.variables)
 
@@ -51,10 +56,11 @@ class Place:
 def place() -> Place:
     """This process's place.
 
-    The first launcher that tells both rank and world size is believed, and one before it must not contradict it. Where
-    none tells both, rank 0 or size 1 is a single process: slurm gives rank 0 to a batch script. Raises ValueError,
-    naming variables and values, where anything else is told: the process would take itself for another, or for the
-    only one.
+    The first launcher that tells both rank and world size is believed, and one before it must not contradict it. A size
+    of 1 is believed beside a larger one only of torchrun: others' variables stay in a shell, and whatever starts ranks
+    from there passes them on. Where none tells both, rank 0 or size 1 is a single process: slurm gives rank 0 to a
+    batch script. Raises ValueError, naming variables and values, where anything else is told: the process would take
+    itself for another, or for the only one.
     """
     told = {launcher: (_number(launcher.rank), _number(launcher.size)) for launcher in _LAUNCHERS}
     whole = [launcher for launcher in _LAUNCHERS if None not in told[launcher]]
@@ -62,6 +68,9 @@ def place() -> Place:
     for launcher in _LAUNCHERS[: _LAUNCHERS.index(whole[0])] if whole else _LAUNCHERS:
         if told[launcher][0] not in (None, rank) or told[launcher][1] not in (None, size):
             raise ValueError(_contradiction(launcher, whole[:1]))
+    larger = [launcher for launcher in whole if (told[launcher][1] or 0) > 1]
+    if size == 1 and larger and not (whole[0] is TORCHRUN and os.environ.get(_OF_TORCHRUN)):
+        raise ValueError(_contradiction(whole[0], larger[:1]))
     if rank >= size:
         raise ValueError(f"{said(whole[0])}: a rank must be less than the world size; check how ranks are started")
     return _with_local(Place(rank, size, launchers=tuple(each for each in whole if told[each] == (rank, size))))

@@ -85,7 +85,7 @@ def _rendezvous() -> None:
         _rendezvous_by_mpi()
     elif launchers.SLURM in place.launchers:
         _rendezvous_in_slurm()
-    elif launchers.MPICH in place.launchers:
+    elif not set(launchers.MPI).isdisjoint(place.launchers):
         _rendezvous_by_mpi()
     else:
         raise ValueError("MASTER_PORT is not set: start several ranks with deepspeed, torchrun, srun or mpirun")

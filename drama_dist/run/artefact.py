@@ -1,8 +1,8 @@
 """Finished artefacts: what provenance.json records of one, and whether its files are still those that were written.
 
 The record names every file with its size and SHA-256, and has a checksum of its own. A file is read again only where
-its size or times are not those of the last check, which are noted in RUN/.checked. Artefacts of versions that recorded
-no files are taken as they are. Does not cover work in progress (folder.py).
+its size or times are not those of the last check, which are noted in RUN/.checked. Does not cover work in progress
+(folder.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROVENANCE = "provenance.json"
 SHARDS = "shard-*.npy"  # the only files that are read because they lie in a folder, and not by their names
 _CHECKED = ".checked"  # a folder in the run
 _FILES, _SEAL = "files", "sha256"
-_ALWAYS_THERE = ("fingerprint", "inputs", "seconds")
+_ALWAYS_THERE = ("fingerprint", "inputs", "seconds", _FILES, _SEAL)
 
 State = list[int]  # of a file: size in bytes, times of change of its contents and of its entry in nanoseconds
 
@@ -44,12 +44,13 @@ class FilesOfArtefact:
             name.as_posix(): {"bytes": self.states[name][0], "sha256": sha256} for name, sha256 in self.hashes.items()
         }
         record = {**facts, _FILES: files}
-        write_text(folder / PROVENANCE, json.dumps({**record, _SEAL: _checksum(record)}, indent=2) + "\n")
+        self._seal = _checksum(record)
+        write_text(folder / PROVENANCE, json.dumps({**record, _SEAL: self._seal}, indent=2) + "\n")
 
     def note_check(self, run: Path, name: str) -> None:
-        """Note that the files are as recorded, once the artefact has its final name."""
-        seal = json.loads((run / name / PROVENANCE).read_text("utf-8"))[_SEAL]
-        _write_note(run, name, {"of": seal, "files": {file.as_posix(): state for file, state in self.states.items()}})
+        """Note that the files are as recorded, once they are, and the artefact has its final name."""
+        files = {file.as_posix(): state for file, state in self.states.items()}
+        _write_note(run, name, {"of": self._seal, "files": files})
 
 
 def verify(run: Path | str, name: str) -> None:
@@ -60,8 +61,6 @@ def verify(run: Path | str, name: str) -> None:
     run = Path(run)
     folder = run / name
     record = read_provenance(folder)
-    if _FILES not in record:
-        return
     last, states = _read_note(run, name), {}
     known = last["files"] if last.get("of") == record[_SEAL] else {}
     for file, written in record[_FILES].items():
@@ -80,14 +79,13 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise _damaged(path, "missing") from None
+        raise damaged(path, "missing") from None
     except (ValueError, RecursionError):
-        raise _damaged(path, "not JSON") from None
+        raise damaged(path, "not JSON") from None
     if not isinstance(record, dict) or not all(name in record for name in _ALWAYS_THERE):
-        raise _damaged(path, "not the record of an artefact")
-    sealed = {name: value for name, value in record.items() if name != _SEAL}
-    if (_FILES in record or _SEAL in record) and record.get(_SEAL) != _checksum(sealed):
-        raise _damaged(path, "its contents differ from what was written")
+        raise damaged(path, "not the record of an artefact, or that of an earlier version")
+    if record[_SEAL] != _checksum({name: value for name, value in record.items() if name != _SEAL}):
+        raise damaged(path, "its contents differ from what was written")
     return record
 
 
@@ -112,19 +110,19 @@ def _verified(folder: Path, name: str, written: dict[str, Any], known: State | N
     try:
         state = _state(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise _damaged(path, "missing", folder) from None
+        raise damaged(path, "missing", folder) from None
     if state != known:
         if state[0] != written["bytes"]:
-            raise _damaged(path, f"it has {state[0]} bytes, and {written['bytes']} were written", folder)
+            raise damaged(path, f"it has {state[0]} bytes, and {written['bytes']} were written", folder)
         if hash_file(path) != written["sha256"]:
-            raise _damaged(path, "its contents differ from what was written", folder)
+            raise damaged(path, "its contents differ from what was written", folder)
     return state
 
 
-def _damaged(path: Path, what: str, folder: Path | None = None) -> Damaged:
-    return Damaged(
-        f"{path}: damaged ({what}); delete the folder {folder or path.parent} and run the same command again"
-    )
+def damaged(path: Path, what: str, folder: Path | None = None) -> Damaged:
+    """The error that names a damaged file. folder: the artefact's; None: the one that the file lies in."""
+    again = "make it again with `drama run` and the run's settings"
+    return Damaged(f"{path}: damaged ({what}); delete the folder {folder or path.parent} and {again}")
 
 
 def _state(path: Path) -> State:

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from drama_dist.distributed import ranks
-from drama_dist.run.artefact import PROVENANCE, SHARDS, Damaged, FilesOfArtefact, verify
+from drama_dist.run.artefact import PROVENANCE, SHARDS, FilesOfArtefact, damaged, verify
 from drama_dist.run.files import combined_hash, hash_file, hash_files, sync, write_text
 from drama_dist.run.locks import StageLock
 from drama_dist.run.progress import say
@@ -100,7 +100,8 @@ class StageFolder:
         if ranks.rank() == 0:
             for left in (PROVENANCE, f"{PROVENANCE}.tmp"):  # by an attempt that was killed right here
                 (self.folder / left).unlink(missing_ok=True)
-            files = FilesOfArtefact(self.folder, _files_without_checkpoints(self.folder))
+            kept = _without_checkpoints(self.folder)
+            files = FilesOfArtefact(self.folder, [path for path in kept if path.is_file()])
             made = {name: each for name, each in files.hashes.items() if _RECORDS_OF_THE_RUN.isdisjoint(name.parts)}
             record = {
                 "stage": self.name,
@@ -116,7 +117,7 @@ class StageFolder:
                 **facts,
             }
             files.write_record(self.folder, record)
-            for path in (self.folder, *self.folder.rglob("*")):
+            for path in (self.folder, *kept):
                 sync(path)
             self.folder.rename(self.final)
             sync(self.final.parent)  # only what is on the disk may replace the checkpoints
@@ -202,10 +203,7 @@ def _is_finished(stage: StageFolder, wanted: dict[str, Any] | None = None) -> bo
     verify(stage.run, stage.name)
     differences = _differences(stage.final, wanted or stage.record)
     if differences is None:
-        raise Damaged(
-            f"{stage.final / _SETTINGS}: damaged (not what a stage writes); delete the folder {stage.final} and run "
-            "the same command again"
-        )
+        raise damaged(stage.final / _SETTINGS, "not what a stage writes")
     if differences:
         raise _other(
             stage.final, differences, f"use another run (run=runs/NAME), or delete {stage.final} and every later stage"
@@ -267,9 +265,9 @@ def _say_once(message: str) -> None:
     say(message)
 
 
-def _files_without_checkpoints(folder: Path) -> list[Path]:
-    paths = [path for path in folder.rglob("*") if CHECKPOINTS not in path.relative_to(folder).parts]
-    return [path for path in paths if path.is_file()]
+def _without_checkpoints(folder: Path) -> list[Path]:
+    """Everything in the folder, also in folders in it, but the checkpoints."""
+    return [path for path in folder.rglob("*") if CHECKPOINTS not in path.relative_to(folder).parts]
 
 
 def _differences(folder: Path, wanted: dict[str, Any]) -> list[str] | None:

@@ -64,7 +64,6 @@ class Run:
     def _open_and_work(self, artefact: Artefact, share: Share) -> Path:
         stage, parameters = artefact.stage, artefact.parameters
         if not stage.foldered:
-            self._record_settings()
             function_named(stage.work)(self, **parameters)
             return self.folder
         inputs = {needed: fingerprint_of_artefact(self._made[needed]) for needed in artefact.needs(self.settings)}
@@ -79,7 +78,7 @@ class Run:
         return folder.folder
 
     def _record_settings(self) -> None:
-        """Write RUN/settings.yaml: of the last start that did some work, so that a refused one leaves it alone."""
+        """Write RUN/settings.yaml: of the last start that made something: others leave it as it is."""
         if ranks.rank() == 0:
             write_settings(self.settings, self.folder / "settings.yaml")
 

@@ -13,16 +13,13 @@ from drama_dist.cli import main
 from drama_dist.distributed import launchers, ranks
 from drama_dist.distributed.launchers import place
 
-FAMILIES = [
-    (each.rank, each.size, each.local_rank)
-    for each in (launchers.TORCHRUN, launchers.OPEN_MPI, launchers.MPICH, launchers.SLURM)
-]
+FAMILIES = [(each.rank, each.size, each.local_rank) for each in (launchers.TORCHRUN, *launchers.MPI, launchers.SLURM)]
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
-    for name in launchers.VARIABLES:
+    for name in (*launchers.VARIABLES, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -60,6 +57,9 @@ def told(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[in
         {"RANK": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8"},
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"},
+        {"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"},
     ],
     ids=str,
 )
@@ -92,6 +92,20 @@ def test_what_cannot_be_is_refused_with_variables_and_values(
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
             (5, 8, 1, None),
         ),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "TORCHELASTIC_RUN_ID": "7",
+                "SLURM_PROCID": "2",
+                "SLURM_STEP_NUM_TASKS": "4",
+            },
+            (0, 1, None, None),
+        ),
+        (
+            {"PMI_RANK": "0", "PMI_SIZE": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            (1, 2, None, None),
+        ),
         ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0"}, (3, 4, None, None)),
         ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, (3, 4, 1, 2)),
         (
@@ -112,6 +126,8 @@ def test_what_cannot_be_is_refused_with_variables_and_values(
         "a size by hand in a step",
         "both by hand in a step",
         "torchrun in a step",
+        "a torchrun of its own in each task",
+        "mpirun in an interactive step",
         "mpirun in a batch script",
         "mpiexec",
         "a step with more tasks than the job's default",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drama_dist.run import folder
 from drama_dist.run.artefact import seconds_of
 from drama_dist.run.folder import OtherSettings, StageFolder, fingerprint, open_stage, refuse_what_is_there
 from drama_dist.run.locks import InUse
@@ -236,3 +238,31 @@ def test_a_provenance_from_elsewhere_is_not_believed(tmp_path: Path) -> None:
         (folder / "provenance.json").write_text('{"fingerprint": "same", "by": "somebody"}', "utf-8")
         folders.append(fingerprint(folder))
     assert folders[0] != folders[1]
+
+
+def test_everything_is_on_the_disk_before_the_rename_and_the_rename_before_checkpoints_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = open_stage(tmp_path, "train", {}, {})
+    for name in ("model.bin", "table/rows", "checkpoints/step-0000002/weights"):
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / name).write_bytes(b"x")
+    done: list[str] = []
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(f"rename {path.name}")
+        return rename(path, target)
+
+    def removed(path: Path, **options: bool) -> None:
+        done.append(f"remove {path.name}")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(folder, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(folder.shutil, "rmtree", removed)
+    stage.finish()
+    *before, rename_, parent, remove = done
+    assert (rename_, parent, remove) == ("rename train.partial", f"sync {tmp_path.name}", "remove checkpoints")
+    names = ["train.partial", "settings.yaml", "model.bin", "table", "rows"]  # write_text syncs provenance.json
+    assert sorted(before) == sorted(f"sync {name}" for name in names)
