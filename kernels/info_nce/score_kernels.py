@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from drama_dist.kernels.info_nce import tiles
+from drama_dist.kernels.info_nce import rows as statistics
 
-MASKED = tl.constexpr(tiles.MASKED)
+MASKED = tl.constexpr(statistics.MASKED)
 
 
 @triton.jit
