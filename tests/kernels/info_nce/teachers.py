@@ -1,4 +1,4 @@
-"""Teachers for the soft targets: odd in every size, dense and sparse, with rows that are empty and rows that are full."""
+"""Teachers for the soft targets: odd in every size, dense and sparse, with empty rows and full ones."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_teach(backend: str) -> Non
     assert float(other.loss.detach()) > 0.1 and min(float(each.abs().max()) for each in gradients) > 0.01
 
 
-@every_backend
+@uninterpreted
 def test_sparse_logits_are_those_of_a_dense_teacher(backend: str) -> None:
     """One passage's logits shifted by a column are noticed; int64 columns are those of int32."""
     queries, passages, *_ = inputs(9, 7, torch.float32, device_of(backend))
@@ -197,7 +197,7 @@ def test_huge_values_have_the_loss_of_ordinary_ones(backend: str, power: int) ->
     assert_close(outcome(backend, queries, passages, scores, **GIVEN)[0], ordinary, 1e-6)
 
 
-@every_backend
+@uninterpreted
 @pytest.mark.parametrize("where", ["passages", "teacher", "sparse"])
 def test_what_is_not_a_number_shows_in_the_loss(backend: str, where: str) -> None:
     queries, passages, *_ = (side.detach() for side in inputs(3, 40, torch.float32, device_of(backend)))
