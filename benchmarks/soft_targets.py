@@ -111,7 +111,7 @@ def measure(size: int, options: argparse.Namespace) -> dict[str, Any]:
 
 LEGEND = f"""Seconds (median; fastest to slowest) and extra peak MB, on CPUs alone in a process; dims
 {"/".join(map(str, DIMS))}, a teacher of {COMPONENTS} components, with sparse {ENTRIES} entries a query. over
-InfoNCE: soft targets over InfoNCE alone, without sparse logits and with them; over dense: over what one writes in PyTorch."""
+InfoNCE: soft targets over InfoNCE alone, without sparse logits and with them; over dense: over plain PyTorch."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
