@@ -33,6 +33,7 @@ define benchmarks
 	@test -d runs/quickstart/export || { echo "no runs/quickstart/export: run make quickstart first"; exit 1; }
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/loss.py --device $(1)
+	$(BIN)/python benchmarks/soft_targets.py --device $(1)
 	$(BIN)/python benchmarks/step.py --device $(1) --data $(DATA)
 	$(BIN)/python benchmarks/encode.py --device $(1) --data $(DATA)
 	$(BIN)/python benchmarks/lengths.py --device $(1) --data $(DATA)

@@ -30,10 +30,13 @@ WRITTEN = {"bf16": 2, "fp16": 2, "fp32": 4}  # of a gradient
 
 def least_milliseconds(variant: Variant, target: str) -> float | None:
     """Of one launch over all scores, by memory; None for the norms' kernels, which see vectors only."""
-    if target not in BANDWIDTHS or variant.kernel not in ("rows", "gradients"):
+    constants = dict(variant.constants)
+    if target not in BANDWIDTHS or "M" not in constants:
         return None
-    each = READ + (WRITTEN[variant.precision] if variant.kernel == "gradients" else 0)
-    return 1e3 * each * dict(variant.constants)["M"] * ROWS * COLUMNS / BANDWIDTHS[target][1]
+    teacher = variant.kernel == "soft rows" or constants.get("HAS_TEACHER", False)
+    written = WRITTEN[variant.precision] if variant.kernel == "gradients" else 0
+    bytes_of_pair = (READ + written) * constants["M"] + READ * teacher
+    return 1e3 * bytes_of_pair * ROWS * COLUMNS / BANDWIDTHS[target][1]
 
 
 def compile_all() -> list[tuple[str, Variant, Compiled]]:

@@ -1,10 +1,6 @@
 """InfoNCE as a term of the objective: the only place where the contrastive loss is called, shared over ranks.
 
-Two partitions with equal results. Passages gathered: every rank has all passages and scores them for its own queries'
-rows; the passages' gradients are summed back to their ranks. Queries gathered: every rank has all queries and scores
-its own passages' columns; the rows' log-sum-exps are merged (as in vocabulary-parallel cross-entropy, Shoeybi et al.
-2019, section 3), and the queries' gradients are summed back. Gradients are those of the global batch's loss, whatever
-the ranks. The loss itself is in kernels/.
+How ranks share it is in partition.py, the loss itself in kernels/.
 Shapes: M dims, R rows of a chunk; the others as in term.py.
 """
 
@@ -15,22 +11,18 @@ from functools import cached_property, partial
 import torch
 
 from drama_dist.distributed import ranks
-from drama_dist.kernels import ColumnPart, InfoNCE, info_nce, select_backend
+from drama_dist.kernels import ColumnPart, InfoNCE, info_nce
 from drama_dist.settings import EncoderSettings, TrainSettings
-from drama_dist.train.term import EmbeddedBatch, TermResult
+from drama_dist.train.partition import Share, agreed_backend, prefers_queries, share_of
+from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
 
 
 def gathers_queries(
     queries: int, passages: int, components: int, encoder: EncoderSettings, train: TrainSettings
 ) -> bool:
-    """Whether several ranks gather the queries of a global batch of so many queries and passages, not the passages.
-
-    train.loss_partition="auto" takes what moves fewer bytes.
-    """
-    if train.loss_partition != "auto":
-        return train.loss_partition == "queries"
-    dims = len(encoder.dims)
-    return queries * (components + 1 + 3 * dims) < passages * components
+    """Whether several ranks gather the queries of a global batch of so many queries and passages, not the passages."""
+    merged = 1 + 3 * len(encoder.dims)
+    return prefers_queries(queries * (components + merged), passages * components, train)
 
 
 class InfoNCETerm:
@@ -50,67 +42,42 @@ class InfoNCETerm:
     def __call__(self, batch: EmbeddedBatch) -> TermResult:
         relevance, components = batch.relevance, batch.queries_BK.shape[1]
         counts = len(relevance.positives_B), len(relevance.passage_ids_N)
-        if ranks.world_size() > 1 and gathers_queries(*counts, components, self.encoder, self.train):
-            return self._with_queries_gathered(batch)
-        return self._with_passages_gathered(batch)
+        gather_queries = ranks.world_size() > 1 and gathers_queries(*counts, components, self.encoder, self.train)
+        share = share_of(batch.queries_BK, batch.passages_NK, gather_queries)
+        result = self._of_columns(share, relevance) if gather_queries else self._of_rows(share, relevance)
+        query_gradient_BK, passage_gradient_NK = share.gradients(result.loss)
+        means = share.mean(torch.cat([torch.stack([result.loss.detach(), result.accuracy]), result.per_dim]))
+        margins_B = result.margins if gather_queries else ranks.gather_rows(result.margins, "figures")
+        return self._result(query_gradient_BK, passage_gradient_NK, means, margins_B, result)
 
     @cached_property
     def _agreed_backend(self) -> str:
-        """The backend of parts, which ranks merge chunk by chunk: each backend has its own chunks, so all take one.
+        return agreed_backend()
 
-        Eager where a rank has no other. Every rank must ask for it.
-        """
-        name = select_backend(ranks.device(), torch.float32).name
-        return "eager" if any(ranks.on_every_rank(int(name == "eager"))) else name
-
-    def _with_passages_gathered(self, batch: EmbeddedBatch) -> TermResult:
-        relevance, excluded_ids_BE = batch.relevance, batch.relevance.excluded_ids_BE
-        counts = ranks.on_every_rank(len(batch.queries_BK))
-        rows = _slice_of_this_rank(counts)
-        queries_BK = batch.queries_BK.detach().requires_grad_()
-        passages_NK = ranks.gather_rows(batch.passages_NK.detach(), "passages").requires_grad_()
-        result = self._info_nce(
-            queries_BK,
-            passages_NK,
-            relevance.positives_B[rows],
+    def _of_rows(self, share: Share, relevance: Relevance) -> InfoNCE:
+        """This rank's queries against all passages."""
+        excluded_ids_BE = relevance.excluded_ids_BE
+        return self._info_nce(
+            share.queries_BK,
+            share.passages_NK,
+            relevance.positives_B[share.rows],
             passage_ids=relevance.passage_ids_N,
-            excluded_ids=None if excluded_ids_BE is None else excluded_ids_BE[rows],
-        )
-        share = len(queries_BK) / sum(counts)
-        query_gradient_BK, passage_gradient_NK = torch.autograd.grad(result.loss * share, (queries_BK, passages_NK))
-        figures = torch.cat([torch.stack([result.loss.detach(), result.accuracy]), result.per_dim])
-        return self._result(
-            query_gradient_BK,
-            ranks.sum_to_owner(passage_gradient_NK, len(batch.passages_NK), "passage gradients"),
-            ranks.sum_over_ranks(figures * share).tolist(),
-            ranks.gather_rows(result.margins, "figures"),
-            result,
+            excluded_ids=None if excluded_ids_BE is None else excluded_ids_BE[share.rows],
         )
 
-    def _with_queries_gathered(self, batch: EmbeddedBatch) -> TermResult:
-        relevance = batch.relevance
-        counts = ranks.on_every_rank(len(batch.passages_NK))
-        columns = _slice_of_this_rank(counts)
-        queries_BK = ranks.gather_rows(batch.queries_BK.detach(), "queries").requires_grad_()
-        passages_NK = batch.passages_NK.detach().requires_grad_()
-        positives_B = relevance.positives_B
+    def _of_columns(self, share: Share, relevance: Relevance) -> InfoNCE:
+        """All queries against this rank's passages."""
+        positives_B, columns = relevance.positives_B, share.columns
         here_B = (positives_B >= columns.start) & (positives_B < columns.stop)
-        result = self._info_nce(
-            queries_BK,
-            passages_NK,
+        assert share.most_columns is not None
+        return self._info_nce(
+            share.queries_BK,
+            share.passages_NK,
             torch.where(here_B, positives_B - columns.start, -1),
             passage_ids=relevance.passage_ids_N[columns],
             excluded_ids=relevance.excluded_ids_BE,
-            part=ColumnPart(relevance.passage_ids_N[positives_B], max(counts), _merge),
+            part=ColumnPart(relevance.passage_ids_N[positives_B], share.most_columns, _merge),
             backend=self._agreed_backend,
-        )
-        query_gradient_BK, passage_gradient_NK = torch.autograd.grad(result.loss, (queries_BK, passages_NK))
-        return self._result(
-            ranks.sum_to_owner(query_gradient_BK, len(batch.queries_BK), "query gradients"),
-            passage_gradient_NK,
-            [float(result.loss.detach()), float(result.accuracy), *result.per_dim.tolist()],
-            result.margins,
-            result,
         )
 
     def _result(
@@ -141,9 +108,3 @@ def _merge(
     most_MR = largest[:dims].clamp_min(torch.finfo(largest.dtype).min)  # −inf − −inf is no number
     sums = ranks.sum_over_ranks(torch.cat([positive_MR, (negatives_MR - most_MR).exp()]), kind)
     return sums[:dims], most_MR + sums[dims:].log(), largest[-1]
-
-
-def _slice_of_this_rank(counts: list[int]) -> slice:
-    """Its rows among all ranks' rows, of which each rank has so many."""
-    begin = sum(counts[: ranks.rank()])
-    return slice(begin, begin + counts[ranks.rank()])

@@ -2,8 +2,8 @@
 
 A term is an object with the one method of `Term`, in a file of its own beside this one; `objective_terms` in
 objective.py lists those that the settings ask for. A term sees embeddings and what every rank knows of the batch, and
-no texts, tokens or weights. What a new one needs to know of a batch (a teacher's vectors, say) becomes a field of
-EmbeddedBatch, which step.py fills.
+no texts, tokens or weights. What a new one needs to know of a batch becomes a field of EmbeddedBatch, which step.py
+fills.
 Shapes: B queries and N passages of a rank, or of all ranks where it says so; K components; E excluded ids of a query.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from drama_dist.kernels import TeacherScores
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,18 @@ class Relevance:
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """queries_BK, passages_NK: this rank's embeddings, float32, without graph, not normalised."""
+    """queries_BK, passages_NK: this rank's embeddings, float32, without graph, not normalised.
+
+    teacher: on the embeddings' device, the vectors of this rank's queries and passages, and the sparse logits of its
+    queries for all ranks' passages. Of this rank, because a vector is then read from storage once, by one rank, and
+    terms gather one side of them: W ranks that each read the whole batch's would move W (B + N) vectors, this
+    B + W N or W B + N.
+    """
 
     queries_BK: torch.Tensor
     passages_NK: torch.Tensor
     relevance: Relevance
+    teacher: TeacherScores | None = None
 
 
 @dataclass(frozen=True)

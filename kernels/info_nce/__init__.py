@@ -1,1 +1,1 @@
-"""InfoNCE over nested dims: the public function (loss.py), its autograd function, and the backends behind it."""
+"""Losses over nested dims: the public functions (loss.py, soft_targets.py), their autograd function, and backends."""

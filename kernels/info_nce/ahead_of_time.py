@@ -83,12 +83,22 @@ def variants() -> list[Variant]:
 def _score_variants() -> Iterator[Variant]:
     """Products are float32, whatever the inputs; the gradients' operands are float32 too, but for bfloat16 inputs."""
     for dims, ids, excluded in _OPTIONS:
-        options = {"M": dims, "HAS_IDS": ids, "HAS_EXCLUDED": excluded}
+        options = {"HAS_IDS": ids, "HAS_EXCLUDED": excluded}
         along, down = cuda.tile_shapes(dims, excluded)
-        for kernel, tile, precisions in (("rows", along, ("fp32",)), ("gradients", down, ("bf16", "fp32"))):
-            blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
-            for precision in precisions:
-                yield Variant(kernel, precision, tuple({**options, **blocks}.items()), tile["num_warps"])
+        yield _variant("rows", "fp32", dims, options, along)
+        for precision in ("bf16", "fp32"):
+            yield _variant("gradients", precision, dims, {"HAS_TEACHER": False, **options}, down)
+    for dims in (3, 5, 1):
+        along, down = cuda.tile_shapes(dims, excluded=False)
+        yield _variant("soft rows", "fp32", dims, {}, along)
+        for precision in ("bf16", "fp32"):
+            options = {"HAS_TEACHER": True, "HAS_IDS": False, "HAS_EXCLUDED": False}
+            yield _variant("gradients", precision, dims, options, down)
+
+
+def _variant(kernel: str, precision: str, dims: int, options: dict[str, bool], tile: dict[str, int]) -> Variant:
+    blocks = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
+    return Variant(kernel, precision, tuple({"M": dims, **options, **blocks}.items()), tile["num_warps"])
 
 
 def _norm_variants() -> Iterator[Variant]:
@@ -120,6 +130,7 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
 def _kernels() -> dict[str, Any]:
     return {
         "rows": score_kernels.rows_kernel,
+        "soft rows": score_kernels.soft_rows_kernel,
         "gradients": score_kernels.gradients_kernel,
         "norms": norm_kernels.norms_kernel,
         "finish": norm_kernels.finish_kernel,

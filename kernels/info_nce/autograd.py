@@ -1,4 +1,4 @@
-"""The autograd function of every backend: what is done with a chunk's scores, and in which order.
+"""The autograd function of every loss and backend: what is done with a chunk's scores, and in which order.
 
 Scores of every Matryoshka dim are snapshots of one product, and the gradients are computed in the forward pass, since
 the upstream gradient is a scalar. The backend's tiles do the arithmetic on chunks of rows (see Tiles): what is held
@@ -9,21 +9,46 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch.nn.functional import softplus
 
-from drama_dist.kernels.info_nce.backends import Backend
+from drama_dist.kernels.info_nce.backends import NAMES, Backend, named_backend
 from drama_dist.kernels.info_nce.problem import Problem
-from drama_dist.kernels.info_nce.tiles import MASKED, Tiles
+from drama_dist.kernels.info_nce.tiles import Tiles
 
-_EXACT = 50.0  # softplus(x) is x beyond it; PyTorch's own 20 errs by 2e-9
 _LARGE = 2.0**30  # squares of larger values, summed and inverted, leave float32's range
+Outputs = tuple[torch.Tensor, ...]
+P = TypeVar("P", bound=Problem)
 
 
-class InfoNCEFunction(torch.autograd.Function):
-    """Forward returns (loss, per-dim losses, margins, masked pairs); only the loss has a gradient, of first order."""
+def nested_loss(
+    queries_BK: torch.Tensor,
+    passages_NK: torch.Tensor,
+    temperature: float,
+    problem: P,
+    backend: str,
+    reference: Callable[[torch.Tensor, torch.Tensor, float, P], Outputs],
+) -> Outputs:
+    """(loss, per-dim losses, figures of the rows ...) of a loss by a backend's name; reference: that loss's oracle.
+
+    Raises ValueError where the backend does not fit.
+    """
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(NAMES)}")
+    if backend == "reference" and problem.part is not None:
+        raise ValueError("backend='reference' takes no part: it needs all columns")
+    with torch.autocast(queries_BK.device.type, enabled=False):
+        if backend == "reference":
+            return reference(queries_BK, passages_NK, temperature, problem)
+        chosen = named_backend(backend, queries_BK.device, queries_BK.dtype)
+        outputs: Outputs = NestedLoss.apply(queries_BK, passages_NK, temperature, problem, chosen)
+        return outputs
+
+
+class NestedLoss(torch.autograd.Function):
+    """Forward returns what `nested_loss` does; only the loss has a gradient, of first order."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -33,12 +58,13 @@ class InfoNCEFunction(torch.autograd.Function):
         temperature: float,
         problem: Problem,
         backend: Backend,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Outputs:
         queries, query_powers = _in_range(queries_BK.detach())
         passages, passage_powers = _in_range(passages_NK.detach())
         tiles = backend.tiles(queries, passages, temperature, problem)
-        learns = any(context.needs_input_grad)
-        chunks = backend.chunks(len(queries), problem.most_columns(len(passages)), problem.dims)
+        context.loss, learns = problem.loss, any(context.needs_input_grad)
+        most_columns = problem.most_columns(len(passages))
+        chunks = backend.chunks(len(queries), most_columns, problem.dims, problem.teacher_components)
         outputs = _over_chunks(tiles, chunks, problem, learns)
         if learns:
             query_gradient, passage_gradient = tiles.gradients()
@@ -53,31 +79,26 @@ class InfoNCEFunction(torch.autograd.Function):
     def backward(context: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "info_nce has no second-order gradients: leave out create_graph, or say backend='reference'"
+                f"{context.loss} has no second-order gradients: leave out create_graph, or say backend='reference'"
             )
         query_gradient, passage_gradient = context.saved_tensors
         return upstream * query_gradient, upstream * passage_gradient, None, None, None
 
 
-def _over_chunks(
-    tiles: Tiles, chunks: list[slice], problem: Problem, learns: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _over_chunks(tiles: Tiles, chunks: list[slice], problem: Problem, learns: bool) -> Outputs:
     """The function's outputs; where there is something to learn, the tiles take up the gradients."""
-    losses, margins, masked = [], [], []
-    for rows in chunks:
-        scores = tiles.scores(rows)
-        positive_MR, negatives_MR, best_R = scores.positive_MR, scores.negatives_MR, scores.best_negative_R
+    losses, figures = [], []
+    for chunk in chunks:
+        rows = tiles.scores(chunk)
         if problem.part is not None:
-            positive_MR, negatives_MR, best_R = problem.part.merge(positive_MR, negatives_MR, best_R)
+            rows = rows.merged(problem.part.merge)
         if learns:
-            shift_MR = torch.logaddexp(negatives_MR, positive_MR)
-            tiles.add_gradients(shift_MR, torch.sigmoid(negatives_MR - positive_MR))
-        losses.append(softplus(negatives_MR - positive_MR, threshold=_EXACT).sum(1))
-        margins.append(torch.where(best_R > MASKED / 10, positive_MR[-1] - best_R, torch.nan))
-        masked.append(scores.masked_pairs)
-    per_dim_M = torch.stack(losses).sum(0) / len(problem.positives_B)
+            tiles.add_gradients(*rows.shifts())
+        losses.append(rows.losses_MR().sum(1))
+        figures.append(rows.figures())
+    per_dim_M = torch.stack(losses).sum(0) / chunks[-1].stop
     loss = (per_dim_M * per_dim_M.new_tensor(problem.weights)).sum()
-    return loss, per_dim_M, torch.cat(margins), torch.stack(masked).sum()
+    return loss, per_dim_M, *(torch.cat(of_chunks) for of_chunks in zip(*figures, strict=True))
 
 
 def _in_range(vectors_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""Which implementation of the loss runs where: decided here for the loss, the plan and the doctor.
+"""Which implementation of the losses runs where: decided here for the losses, the plan and the doctor.
 
 There are four: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
 precision), `cpu` (C++ compiled for this CPU) and `cuda` (Triton kernels between cuBLAS' products).
@@ -21,26 +21,29 @@ from drama_dist.kernels.info_nce.tiles import Tiles
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the loss that goes through the queries in chunks of rows.
+    """An implementation of the losses that goes through the queries in chunks of rows.
 
-    rows, columns: B queries and N passages (of the largest part, where parts have some each); dims in any order.
+    rows, columns: B queries and N passages (of the largest part, where parts have some each); dims in any order;
+    teacher: components of a teacher's vectors for soft targets, None for InfoNCE.
     """
 
     name: str
     tiles: type[Tiles]
 
-    def chunks(self, rows: int, columns: int, dims: Sequence[int]) -> list[slice]:
+    def chunks(self, rows: int, columns: int, dims: Sequence[int], teacher: int | None = None) -> list[slice]:
         """The chunks, in order."""
-        return list(self.tiles.chunking.slices(rows, columns, len(dims)))
+        return list(self.tiles.chunking.slices(rows, columns, len(dims) + (teacher is not None)))
 
-    def held_bytes(self, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    def held_bytes(self, rows: int, columns: int, dims: Sequence[int], threads: int, teacher: int | None = None) -> int:
         """What a call holds at most beside its float32 inputs, with the mask of passage ids; threads: PyTorch's.
+
+        A teacher's sparse logits come on top, with at most 40 bytes for each entry.
 
         The scores of one chunk are the part that grows with rows × columns, up to a limit: 64 MiB (eager), 128 MiB
         (cpu) or 1 GiB (cuda), or a backend's least chunk where many columns exceed it. A matrix of scores that is
         smaller is one chunk.
         """
-        return self.tiles.held_bytes(rows, columns, tuple(sorted(dims)), threads)
+        return self.tiles.held_bytes(rows, columns, tuple(sorted(dims)), threads, teacher)
 
 
 @cache

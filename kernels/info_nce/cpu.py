@@ -2,7 +2,7 @@
 
 Covers the library's operands, their layout, and threads. bfloat16 operands where the inputs are bfloat16, float32 else;
 sums are float32 always. For a given number of threads the result is the same to the bit.
-Shapes: B queries, N passages, K components, M dims, R rows of a chunk; Kp and Np padded.
+Shapes: B queries, N passages, K components, M dims, R rows of a chunk, T components of a teacher; Kp and Np padded.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import pad
 
-from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.problem import Contrast, Distillation, Problem
+from drama_dist.kernels.info_nce.rows import MASKED, ContrastRows, Rows, TeacherRows
 from drama_dist.kernels.info_nce.tiles import (
     Chunking,
-    ChunkScores,
     add_norm_terms,
     block_ends,
     inverse_norms,
@@ -32,7 +32,7 @@ from drama_dist.kernels.native import library, suffix
 
 _STRIP = 64
 _DEPTH_STEP = 32  # the largest of any build
-_INTEGERS = ("rows", "padded_rows", "columns", "components", "dims")
+_INTEGERS = ("rows", "padded_rows", "columns", "components", "dims", "teacher_components")
 _ORDER = (  # as in tiles.cpp
     *_INTEGERS,
     "ends",
@@ -58,6 +58,18 @@ _ORDER = (  # as in tiles.cpp
     "suffix",
     "upstream",
     "upstream_packed",
+    "teacher_queries",
+    "teacher_passages",
+    "sparse_starts",
+    "sparse_columns",
+    "sparse_values",
+    "teacher_logits",
+    "teacher_weights",
+    "teacher_maxima",
+    "teacher_sums",
+    "teacher_terms",
+    "expected",
+    "teacher_shifts",
 )
 Operands = dict[str, torch.Tensor | int]
 
@@ -78,15 +90,17 @@ class CPUTiles:
     chunking: ClassVar[Chunking] = Chunking(score_bytes=1 << 27, most_rows=576, row_step=96)
 
     @classmethod
-    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int, teacher: int | None = None) -> int:
         """See Backend."""
-        tile = 2 * _STRIP
+        tile, planes = 2 * _STRIP, len(dims) + (teacher is not None)
         padded, width = -(-columns // tile) * tile, block_ends(dims, _STRIP)[-1]
-        chunk = -(-cls.chunking.largest(rows, columns, len(dims)) // _DEPTH_STEP) * _DEPTH_STEP
+        chunk = -(-cls.chunking.largest(rows, columns, planes) // _DEPTH_STEP) * _DEPTH_STEP
+        of_teacher = 2 * padded * teacher + threads * chunk * tile if teacher is not None else 0  # padded, packed
         passages = (4 if columns % tile else 3) * padded * width  # padded, in both layouts, and products
         of_columns = 2 * len(dims) * padded  # norms and terms
         scratch = threads * chunk * (width + 3 * tile) + chunk * width
-        return 4 * (passages + of_columns + len(dims) * chunk * padded + scratch + rows * width) + 2 * chunk * columns
+        floats = passages + of_columns + of_teacher + planes * chunk * padded + scratch + rows * width
+        return 4 * floats + 2 * chunk * columns
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
         both = {queries_BK.dtype, passages_NK.dtype}
@@ -102,7 +116,7 @@ class CPUTiles:
         self._queries = pad_blocks(queries_BK.to(self._dtype), problem.dims, _STRIP)
         self._column_terms_MN = torch.zeros(0)
         self._passage_products = torch.zeros(0)
-        self._operands = self._of_all_chunks()
+        self._operands = self._of_all_chunks() | self._of_teacher()
         self._chunk: Operands = {}
         self._rows = slice(0)
         self._query_gradient = torch.empty_like(queries_BK)
@@ -135,37 +149,73 @@ class CPUTiles:
             "passage_products": self._passage_products,
         }
 
-    def scores(self, rows: slice) -> ChunkScores:
-        masked_RN = self._problem.masked(rows)
+    def _of_teacher(self) -> Operands:
+        """Of all chunks; nothing without a teacher."""
+        if not isinstance(self._problem, Distillation):
+            return {}
+        teacher = self._problem.teacher
+        passages = pad(teacher.passages_NT, (0, 0, 0, -self._columns % self._tile))
+        operands: Operands = {"teacher_components": passages.shape[1], "teacher_passages": _strips(passages, 1)}
+        if teacher.sparse is not None:
+            operands["sparse_columns"] = teacher.sparse.columns.to(torch.int32).contiguous()
+            operands["sparse_values"] = teacher.sparse.values.contiguous()
+        return operands
+
+    def scores(self, rows: slice) -> Rows:
         self._rows = rows
-        dims, count = len(self._problem.dims), rows.stop - rows.start
+        problem = self._problem
+        dims, count = len(problem.dims), rows.stop - rows.start
         padded = -(-count // self._depth_step) * self._depth_step
-        tiles = -(-self._columns // self._tile)
-        if self._scores.numel() < dims * tiles * count * self._tile:
-            self._scores = torch.empty(dims * tiles * count * self._tile)
-        positive_MR = torch.zeros(dims, count)
+        plane = -(-self._columns // self._tile) * count * self._tile
+        planes = dims + isinstance(problem, Distillation)
+        if self._scores.numel() < planes * plane:
+            self._scores = torch.empty(planes * plane)
         self._chunk = {
             "rows": count,
             "padded_rows": padded,
             "queries": self._queries[rows],
             "queries_transposed": pad(self._queries[rows].T, (0, padded - count)).contiguous(),
             "query_norms": self._scaled_norms_MB[:, rows].contiguous(),
-            "positives": self._problem.positives_B[rows].contiguous(),
             "scores": self._scores,
-            "positive_scores": positive_MR,
         }
-        if masked_RN is not None:
-            self._chunk["masked"] = masked_RN.contiguous()
         maxima = torch.full((self._threads, dims, count), -torch.inf)
         sums = torch.zeros_like(maxima)
         suffix = torch.empty(self._threads, count, self._tile)
-        self._run("scores", {"maxima": maxima, "sums": sums, "suffix": suffix})
-        masked_pairs = torch.zeros((), dtype=torch.int64) if masked_RN is None else masked_RN.sum()
-        return ChunkScores(positive_MR, (maxima + sums.log()).logsumexp(0), maxima[:, -1].amax(0), masked_pairs)
+        of_threads = {"maxima": maxima, "sums": sums, "suffix": suffix}
+        if isinstance(problem, Distillation):
+            return self._soft_target_scores(problem, rows, self._scores[dims * plane :], of_threads)
+        assert isinstance(problem, Contrast)
+        return self._info_nce_scores(problem, rows, of_threads)
 
-    def add_gradients(self, shift_MR: torch.Tensor, missed_MR: torch.Tensor) -> None:
+    def _info_nce_scores(self, problem: Contrast, rows: slice, of_threads: dict[str, torch.Tensor]) -> ContrastRows:
+        masked_RN = problem.masked(rows)
+        positive_MR = torch.zeros(of_threads["sums"].shape[1:])
+        self._chunk |= {"positives": problem.positives_B[rows].contiguous(), "positive_scores": positive_MR}
+        if masked_RN is not None:
+            self._chunk["masked"] = masked_RN.contiguous()
+        self._run("scores", of_threads)
+        masked_pairs = torch.zeros((), dtype=torch.int64) if masked_RN is None else masked_RN.sum()
+        best_R = of_threads["maxima"][:, -1].amax(0)
+        return ContrastRows(positive_MR, _logsumexp(of_threads), best_R, masked_pairs)
+
+    def _soft_target_scores(
+        self, problem: Distillation, rows: slice, logits: torch.Tensor, of_threads: dict[str, torch.Tensor]
+    ) -> TeacherRows:
+        teacher, sums = problem.teacher, of_threads["sums"]
+        self._chunk |= {"teacher_queries": teacher.queries_BT[rows].contiguous(), "teacher_logits": logits}
+        if teacher.sparse is not None:
+            self._chunk["sparse_starts"] = teacher.sparse.starts[rows.start : rows.stop + 1].contiguous()
+        names = ("teacher_maxima", "teacher_sums", "teacher_terms")
+        maxima, weights, terms = (torch.full_like(sums[:, 0], value) for value in (MASKED, 0, 0))
+        expected = torch.zeros_like(sums)
+        scratch = {"teacher_weights": torch.empty_like(of_threads["suffix"]), "expected": expected}
+        self._run("scores", of_threads | scratch | dict(zip(names, (maxima, weights, terms), strict=True)))
+        return TeacherRows.of_parts(_logsumexp(of_threads), maxima, weights, terms, expected)
+
+    def add_gradients(self, shift_MR: torch.Tensor, other: torch.Tensor) -> None:
         count, padded = shift_MR.shape[1], int(self._chunk["padded_rows"])
-        self._chunk |= {"shifts": shift_MR.contiguous(), "missed": missed_MR.contiguous()}
+        taken = "teacher_shifts" if isinstance(self._problem, Distillation) else "missed"
+        self._chunk |= {"shifts": shift_MR.contiguous(), taken: other.contiguous()}
         products = torch.zeros(self._threads, count, self._ends[-1])
         row_terms = torch.zeros(self._threads, *shift_MR.shape)
         of_threads = {
@@ -208,6 +258,11 @@ class CPUTiles:
             function(ctypes.byref(chunk), ctypes.c_int64(begin), ctypes.c_int64(end))
 
         list(_pool(self._threads).map(share, range(self._threads)))
+
+
+def _logsumexp(of_threads: dict[str, torch.Tensor]) -> torch.Tensor:
+    """M × R, from each thread's maxima and sums."""
+    return (of_threads["maxima"] + of_threads["sums"].log()).logsumexp(0)
 
 
 def _constant(name: str) -> int:

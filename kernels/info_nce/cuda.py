@@ -15,8 +15,9 @@ import torch
 import triton
 
 from drama_dist.kernels.info_nce import norm_kernels, score_kernels
-from drama_dist.kernels.info_nce.problem import Problem
-from drama_dist.kernels.info_nce.tiles import FLOOR, Chunking, ChunkScores
+from drama_dist.kernels.info_nce.problem import Contrast, Distillation, Problem
+from drama_dist.kernels.info_nce.rows import ContrastRows, Rows, TeacherRows
+from drama_dist.kernels.info_nce.tiles import FLOOR, Chunking
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ALIGNMENT = 16  # of a product's rows, in elements
@@ -43,17 +44,17 @@ class CUDATiles:
     chunking: ClassVar[Chunking] = Chunking(score_bytes=1 << 30, most_rows=16384, row_step=128)
 
     @classmethod
-    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int, teacher: int | None = None) -> int:
         """See Backend: a chunk's products, its sums by share, gradients; any threads."""
-        count = len(dims)
-        chunk = cls.chunking.largest(rows, columns, count)
+        count, planes = len(dims), len(dims) + (teacher is not None)
+        chunk = cls.chunking.largest(rows, columns, planes)
         along, down = tile_shapes(count, excluded=False)
-        products = count * chunk * (columns + _ALIGNMENT)
+        products = planes * chunk * (columns + _ALIGNMENT)
         # Each share's maxima and sums, and what is made of them; later, in their place, the norms' terms.
         shares = _shares(columns, triton.cdiv(chunk, along["BLOCK_R"]), along["BLOCK_C"])[0]
         blocks = triton.cdiv(columns, down["BLOCK_C"])
         row_shares = _shares(chunk, blocks, down["BLOCK_R"])[0]
-        sums = 4 * shares * count * chunk
+        sums = (4 if teacher is None else 7) * shares * planes * chunk
         terms = blocks * count * chunk + row_shares * count * columns
         ids = 10 * (rows + columns)  # int64 while they are ranked
         of_vectors = (rows + columns) * (2 * max(dims) + 3 * count) + 8 * count * chunk
@@ -67,7 +68,8 @@ class CUDATiles:
         self._block_k = triton.next_power_of_2(max(block.stop - block.start for block in self._blocks))
         self._scaled_norms_MB = self._inverse_norms(self._inputs[0], 1 / temperature)
         self._passage_norms_MN = self._inverse_norms(self._inputs[1], 1.0)
-        self._ids = self._documents()
+        self._nothing = torch.empty(0, dtype=torch.int32, device=queries_BK.device)
+        self._ids = self._documents(problem) if isinstance(problem, Contrast) else {}
         self._row_terms_MB = torch.empty_like(self._scaled_norms_MB)
         self._column_terms_MN = torch.empty_like(self._passage_norms_MN)
         self._scales_M = self._passage_norms_MN.new_tensor(problem.weights)
@@ -78,35 +80,59 @@ class CUDATiles:
         self._products: tuple[torch.Tensor, ...] = ()  # none, where nothing is learned
         self._chunk: dict[str, Any] = {}
 
-    def scores(self, rows: slice) -> ChunkScores:
+    def scores(self, rows: slice) -> Rows:
         query, passage = self._inputs
-        count, dims = rows.stop - rows.start, len(self._problem.dims)
+        count, problem = rows.stop - rows.start, self._problem
         self._rows = rows
-        for scores_RN, block in zip(self._scores_MRN, self._blocks, strict=True):
+        for scores_RN, block in zip(self._scores_MRN, self._blocks, strict=False):  # a teacher's logits are behind
             _multiply(query[rows, block], passage[:, block].T, scores_RN[:count, : self._columns])
         self._chunk = self._arguments(rows)
         blocks = triton.cdiv(count, self._along["BLOCK_R"])
         splits, per_split = _shares(self._columns, blocks, self._along["BLOCK_C"])
-        maxima, sums = self._passage_norms_MN.new_empty(2, splits, dims, count)
-        positive_MR = maxima.new_empty(dims, count)
-        left_out = torch.empty(splits, count, dtype=torch.int32, device=maxima.device)
-        score_kernels.rows_kernel[(blocks, splits)](
+        maxima, sums = self._passage_norms_MN.new_empty(2, splits, len(problem.dims), count)
+        arguments = {
             **self._chunk,
-            maxima_ptr=maxima,
-            sums_ptr=sums,
-            scores_ptr=positive_MR,
-            left_out_ptr=left_out,
-            columns_per_split=per_split,
+            "maxima_ptr": maxima,
+            "sums_ptr": sums,
+            "columns_per_split": per_split,
             **self._along,
+        }
+        if isinstance(problem, Distillation):
+            return self._soft_target_scores(problem, rows, (blocks, splits), arguments)
+        return self._info_nce_scores(rows, (blocks, splits), arguments)
+
+    def _info_nce_scores(self, rows: slice, grid: tuple[int, int], arguments: dict[str, Any]) -> ContrastRows:
+        maxima = arguments["maxima_ptr"]
+        positive_MR = maxima.new_empty(maxima.shape[1:])
+        left_out = torch.empty(grid[1], maxima.shape[2], dtype=torch.int32, device=maxima.device)
+        score_kernels.rows_kernel[grid](
+            **arguments, **self._documents_of(rows), scores_ptr=positive_MR, left_out_ptr=left_out
         )
-        of_splits = maxima + sums.log()
-        negatives_MR = of_splits.logsumexp(0) if splits > 1 else of_splits[0]
         masked_pairs = left_out.sum()
         if "passages" in self._ids:  # the positives are among them
             masked_pairs = masked_pairs - (self._ids["positives"][rows] >= 0).sum()
-        return ChunkScores(positive_MR, negatives_MR, maxima[:, -1].amax(0), masked_pairs)
+        return ContrastRows(positive_MR, _logsumexp(arguments), maxima[:, -1].amax(0), masked_pairs)
 
-    def add_gradients(self, shift_MR: torch.Tensor, missed_MR: torch.Tensor) -> None:
+    def _soft_target_scores(
+        self, problem: Distillation, rows: slice, grid: tuple[int, int], arguments: dict[str, Any]
+    ) -> TeacherRows:
+        teacher, maxima = problem.teacher, arguments["maxima_ptr"]
+        logits_RN = self._scores_MRN[-1, : maxima.shape[2], : self._columns]
+        _multiply(teacher.queries_BT[rows], teacher.passages_NT.T, logits_RN)
+        if teacher.sparse is not None:
+            teacher.sparse.of_rows(rows).add_to(logits_RN)
+        highest, sums, terms = maxima.new_empty(3, len(maxima), maxima.shape[2])
+        expected = torch.empty_like(maxima)
+        score_kernels.soft_rows_kernel[grid](
+            **arguments,
+            teacher_maxima_ptr=highest,
+            teacher_sums_ptr=sums,
+            teacher_terms_ptr=terms,
+            expected_ptr=expected,
+        )
+        return TeacherRows.of_parts(_logsumexp(arguments), highest, sums, terms, expected)
+
+    def add_gradients(self, shift_MR: torch.Tensor, other: torch.Tensor) -> None:
         dims, count = shift_MR.shape
         if not self._products:
             self._upstream_MRN, self._products = self._gradient_buffers()
@@ -116,10 +142,12 @@ class CUDATiles:
         column_terms = shift_MR.new_empty(splits, dims, self._columns)
         score_kernels.gradients_kernel[(blocks, splits)](
             **self._chunk,
+            **self._documents_of(self._rows),
+            HAS_TEACHER=isinstance(self._problem, Distillation),
             upstream_ptr=self._upstream_MRN,
             scales_ptr=self._scales_M,
             shifts_ptr=shift_MR.contiguous(),
-            missed_ptr=missed_MR.contiguous(),
+            other_ptr=other.contiguous(),
             row_terms_ptr=row_terms,
             column_terms_ptr=column_terms,
             rows_per_split=per_split,
@@ -176,10 +204,10 @@ class CUDATiles:
             _multiply(upstream_RN.T, query[self._rows, block], of_passages, add=self._rows.start > 0)
 
     def _product_buffer(self) -> torch.Tensor:
-        """For a chunk's products: zeros after the last column."""
-        dims = len(self._blocks)
-        rows = self.chunking.largest(len(self._inputs[0]), self._problem.most_columns(self._columns), dims)
-        shape = dims, rows, self._columns + -self._columns % _ALIGNMENT
+        """For a chunk's products, and a teacher's logits behind them: zeros after the last column."""
+        planes = len(self._blocks) + isinstance(self._problem, Distillation)
+        rows = self.chunking.largest(len(self._inputs[0]), self._problem.most_columns(self._columns), planes)
+        shape = planes, rows, self._columns + -self._columns % _ALIGNMENT
         scores_MRN = torch.empty(shape, dtype=torch.float32, device=self._inputs[0].device)
         scores_MRN[..., self._columns :] = 0
         return scores_MRN
@@ -190,22 +218,19 @@ class CUDATiles:
         float16 would not hold dL/dA of a short vector, nor of a long one whose first components are small.
         """
         halved = self._inputs[0].dtype == torch.bfloat16
-        upstream = torch.empty_like(self._scores_MRN, dtype=torch.bfloat16) if halved else self._scores_MRN
+        products = self._scores_MRN[: len(self._blocks)]
+        upstream = torch.empty_like(products, dtype=torch.bfloat16) if halved else products
         return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
 
-    def _documents(self) -> dict[str, torch.Tensor]:
+    def _documents(self, problem: Contrast) -> dict[str, torch.Tensor]:
         """Positives and ids as int32, half the registers of int64: ids by their order. Without ids columns are ids."""
-        problem = self._problem
         positives, positive_ids = problem.positives_B.int(), problem.positive_ids()
         if problem.passage_ids_N is None or positive_ids is None:
             return {"positives": positives, "positive ids": positives}
         return {"positives": positives, **_ranked(problem.passage_ids_N, positive_ids, problem.excluded_ids_BE)}
 
     def _arguments(self, rows: slice) -> dict[str, Any]:
-        """What both kernels are told of a chunk."""
-        ids = self._ids
-        positive_ids = ids["positive ids"][rows]
-        excluded = ids["excluded"][rows] if "excluded" in ids else None
+        """What all kernels are told of a chunk."""
         return {
             "products_ptr": self._scores_MRN,
             "stride": self._scores_MRN.stride(1),
@@ -214,15 +239,29 @@ class CUDATiles:
             "columns": self._columns,
             "x_norms_ptr": self._scaled_norms_MB[:, rows].contiguous(),
             "y_norms_ptr": self._passage_norms_MN,
+            "M": len(self._blocks),
+        }
+
+    def _documents_of(self, rows: slice) -> dict[str, Any]:
+        """What InfoNCE's kernels are told of a chunk's documents; with a teacher there is nothing to say."""
+        ids = self._ids or {"positives": self._nothing, "positive ids": self._nothing}
+        positive_ids = ids["positive ids"][rows]
+        excluded = ids["excluded"][rows] if "excluded" in ids else None
+        return {
             "positives_ptr": ids["positives"][rows],
             "positive_ids_ptr": positive_ids,
             "passage_ids_ptr": ids.get("passages", positive_ids),
             "excluded_ptr": positive_ids if excluded is None else excluded,
             "excluded_count": 0 if excluded is None else excluded.shape[1],
-            "M": len(self._blocks),
             "HAS_IDS": "passages" in ids,
             "HAS_EXCLUDED": excluded is not None,
         }
+
+
+def _logsumexp(arguments: dict[str, Any]) -> torch.Tensor:
+    """M × R, from each share's maxima and sums."""
+    of_splits = arguments["maxima_ptr"] + arguments["sums_ptr"].log()
+    return of_splits.logsumexp(0) if len(of_splits) > 1 else of_splits[0]
 
 
 def _ranked(

@@ -6,20 +6,15 @@ scales by its share of the rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 
-from drama_dist.kernels.info_nce.autograd import InfoNCEFunction
-from drama_dist.kernels.info_nce.backends import NAMES, named_backend
-from drama_dist.kernels.info_nce.problem import ColumnPart, Problem
+from drama_dist.kernels.info_nce.arguments import check_sides, nested_dims
+from drama_dist.kernels.info_nce.autograd import nested_loss
+from drama_dist.kernels.info_nce.problem import ColumnPart, Contrast
 from drama_dist.kernels.info_nce.reference import info_nce_reference
-
-_LEAST_TEMPERATURE = 1e-6  # scores reach its inverse, and the steps of float32 are 1/16 there
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -69,64 +64,24 @@ def info_nce(
     Raises ValueError where shapes, dtypes, dims, weights, columns, ids, the temperature or the backend do not fit, and
     RuntimeError from a backward pass with create_graph.
     """
-    dims = list(dims) if dims else [queries.shape[1]]
-    weights = list(dim_weights) if dim_weights else [1 / len(dims)] * len(dims)
-    _check_vectors(queries, passages)
-    _check_dims(queries, dims, weights)
-    _check_temperature(temperature)
+    check_sides(queries, passages, temperature)
+    nested = nested_dims(dims, dim_weights, queries.shape[1])
     _check_columns(positives, len(queries), len(passages), least=-1 if part else 0)
     _check_ids(passage_ids, excluded_ids, part, len(queries), len(passages))
-    ascending, sorted_weights = zip(*sorted(zip(dims, weights, strict=True)), strict=True)
-    problem = Problem(positives, ascending, sorted_weights, passage_ids, excluded_ids, part)
-    with torch.autocast(queries.device.type, enabled=False):
-        loss, per_dim, margins, masked = _contrast(queries, passages, float(temperature), problem, backend)
+    problem = Contrast(
+        positives_B=positives,
+        dims=nested.dims,
+        weights=nested.weights,
+        passage_ids_N=passage_ids,
+        excluded_ids_BE=excluded_ids,
+        part=part,
+    )
+    loss, per_dim, margins, masked = nested_loss(
+        queries, passages, float(temperature), problem, backend, info_nce_reference
+    )
     has_negative = ~margins.isnan()
     accuracy = torch.where(has_negative, margins > 0, True).to(loss.dtype).mean()
-    in_given_order = per_dim[[ascending.index(dim) for dim in dims]]
-    return InfoNCE(loss, in_given_order, accuracy, margins, masked)
-
-
-def _contrast(
-    queries: torch.Tensor, passages: torch.Tensor, temperature: float, problem: Problem, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend not in NAMES:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(NAMES)}")
-    if backend != "reference":
-        chosen = named_backend(backend, queries.device, queries.dtype)
-        outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-        outputs = InfoNCEFunction.apply(queries, passages, temperature, problem, chosen)
-        return outputs
-    if problem.part is not None:
-        raise ValueError("backend='reference' takes no part: it needs all columns")
-    return info_nce_reference(queries, passages, temperature, problem)
-
-
-def _check_vectors(queries: torch.Tensor, passages: torch.Tensor) -> None:
-    if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1]:
-        raise ValueError(
-            f"expected queries B × K and passages N × K, got {tuple(queries.shape)}, {tuple(passages.shape)}"
-        )
-    if not len(queries) or not len(passages):
-        raise ValueError(f"expected queries and passages, got {len(queries)} and {len(passages)}")
-    if (queries.dtype, queries.device) != (passages.dtype, passages.device) or queries.dtype not in _DTYPES:
-        raise ValueError(
-            f"expected queries and passages of one floating dtype on one device, got {queries.dtype} on "
-            f"{queries.device} and {passages.dtype} on {passages.device}"
-        )
-
-
-def _check_dims(queries: torch.Tensor, dims: Sequence[int], weights: Sequence[float]) -> None:
-    if min(dims) < 1 or max(dims) > queries.shape[1] or len(set(dims)) != len(dims):
-        raise ValueError(f"dims={list(dims)}: expected different numbers from 1 to {queries.shape[1]}")
-    if len(weights) != len(dims):
-        raise ValueError(f"dim_weights={list(weights)}: expected one for each of dims={list(dims)}")
-
-
-def _check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, Real):
-        raise ValueError(f"temperature is a {type(temperature).__name__}: expected a number, it gets no gradient")
-    if not _LEAST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: expected a number from {_LEAST_TEMPERATURE:g} on")
+    return InfoNCE(loss, per_dim[nested.order], accuracy, margins, masked.sum())
 
 
 def _check_columns(positives: torch.Tensor, rows: int, columns: int, least: int) -> None:
@@ -146,6 +101,8 @@ def _check_ids(
 ) -> None:
     if excluded_ids is not None and passage_ids is None:
         raise ValueError("excluded_ids: expected passage_ids beside them")
+    if part is not None and part.positive_ids is None:
+        raise ValueError("part.positive_ids: expected the ids of all queries' positives, got None")
     shapes = {"passage_ids": (passage_ids, (columns,)), "part.positive_ids": (part and part.positive_ids, (rows,))}
     for name, (ids, shape) in shapes.items():
         if ids is not None and (ids.shape != shape or ids.dtype != torch.int64):

@@ -1,45 +1,76 @@
-"""What the loss is asked: positives, Matryoshka dims, weights and which columns count, for every backend.
+"""What a loss is asked, for every backend: Matryoshka dims and weights; which columns count, or what a teacher says.
 
-Shapes: B queries, N passages, M dims, R rows of a chunk, E excluded documents of a query.
+Shapes: B queries, N passages, M dims, R rows of a chunk, E excluded documents of a query, T components of a teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+from drama_dist.kernels.info_nce.teacher import TeacherScores
 
 
 @dataclass(frozen=True)
 class ColumnPart:
     """The passages of this call are a part of the columns; the others are somewhere else, with the same queries.
 
-    positive_ids: int64 (B), the ids of all queries' positives, wherever they are. most_columns: of the largest part,
-    so that all parts visit the same chunks of rows. merge: of a chunk's scores of positives (M × R, 0 where they are
-    elsewhere), logsumexps over negatives (M × R) and best negatives (R) gives the sum, the logsumexp and the maximum
-    over all parts; called once a chunk.
+    positive_ids: int64 (B), the ids of all queries' positives, wherever they are; None for soft targets. most_columns:
+    of the largest part, so that all parts visit the same chunks of rows. merge: of the statistics of a chunk's rows
+    over this part it gives those over all parts (see `ContrastRows.merged` and `TeacherRows.merged`); called once a
+    chunk.
     """
 
-    positive_ids: torch.Tensor
+    positive_ids: torch.Tensor | None
     most_columns: int
-    merge: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    merge: Callable[..., tuple[torch.Tensor, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One call of the loss. dims ascend, weights go with them; see `info_nce` for the rest."""
+    """One call of a loss. dims ascend, weights go with them."""
 
-    positives_B: torch.Tensor
+    loss: ClassVar[str]  # the public function's name
+
     dims: tuple[int, ...]
     weights: tuple[float, ...]
-    passage_ids_N: torch.Tensor | None = None
-    excluded_ids_BE: torch.Tensor | None = None
     part: ColumnPart | None = None
+
+    @property
+    def teacher_components(self) -> int | None:
+        """Of a teacher's vectors; None without a teacher."""
+        return None
 
     def most_columns(self, columns: int) -> int:
         """Of the largest part of the columns; the call's own `columns`, where these are all."""
         return columns if self.part is None else self.part.most_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Problem):
+    """One call of `soft_targets`."""
+
+    loss: ClassVar[str] = "soft_targets"
+
+    teacher: TeacherScores
+
+    @property
+    def teacher_components(self) -> int | None:
+        return self.teacher.queries_BT.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Problem):
+    """One call of `info_nce`; see there."""
+
+    loss: ClassVar[str] = "info_nce"
+
+    positives_B: torch.Tensor
+    passage_ids_N: torch.Tensor | None = None
+    excluded_ids_BE: torch.Tensor | None = None
 
     def positives_here(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows of a chunk, columns) of the positives that are among the passages."""

@@ -1,14 +1,16 @@
-"""The oracle: InfoNCE for every Matryoshka dim, one dim after another, in plain operations and float64.
+"""The oracle: each loss for every Matryoshka dim, one dim after another, in plain operations and float64.
 
 Every backend is tested against it. Not meant for training: it holds several B × N matrices for each dim.
-Shapes: B queries, N passages, K components.
+Shapes: B queries, N passages, K components, M dims.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
-from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.problem import Contrast, Distillation
 from drama_dist.kernels.info_nce.tiles import FLOOR
 
 
@@ -16,7 +18,7 @@ def info_nce_reference(
     queries_BK: torch.Tensor,
     passages_NK: torch.Tensor,
     temperature: float,
-    problem: Problem,
+    problem: Contrast,
     precision: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (loss, per-dim losses M, margins B, masked pairs), the loss differentiable any number of times.
@@ -29,15 +31,43 @@ def info_nce_reference(
     at_positive = problem.positives_B.unsqueeze(1)
     not_negative_BN = masked_BN.scatter(1, at_positive, True)
     losses, margins = [], queries_BK.new_zeros(0)
-    for dim in problem.dims:
-        query, passage = (_unit(side[:, :dim].to(precision)) for side in (queries_BK, passages_NK))
-        score_BN = query @ passage.T / temperature
+    for score_BN in _scores(queries_BK, passages_NK, temperature, problem.dims, precision):
         positive_B = score_BN.gather(1, at_positive)[:, 0]
         losses.append((score_BN.masked_fill(masked_BN, -torch.inf).logsumexp(1) - positive_B).mean())
         margins = positive_B - score_BN.masked_fill(not_negative_BN, -torch.inf).amax(1)
-    per_dim = torch.stack(losses)
     margins = margins.detach().masked_fill(margins.isinf(), torch.nan)
-    return (per_dim * per_dim.new_tensor(problem.weights)).sum(), per_dim.detach(), margins, masked_BN.sum()
+    return *_weighted(losses, problem.weights), margins, masked_BN.sum()
+
+
+def soft_targets_reference(
+    queries_BK: torch.Tensor,
+    passages_NK: torch.Tensor,
+    temperature: float,
+    problem: Distillation,
+    precision: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (loss, per-dim losses M, the targets' entropies B), as above."""
+    log_target_BN = problem.teacher.logits(slice(0, len(queries_BK)), precision).log_softmax(1)
+    target_BN = log_target_BN.exp()
+    losses = []
+    for score_BN in _scores(queries_BK, passages_NK, temperature, problem.dims, precision):
+        losses.append((target_BN * (log_target_BN - score_BN.log_softmax(1))).sum(1).mean())
+    return *_weighted(losses, problem.weights), -(target_BN * log_target_BN).sum(1)
+
+
+def _scores(
+    queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, dims: Sequence[int], precision: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """B × N, of one dim after another."""
+    for dim in dims:
+        query, passage = (_unit(side[:, :dim].to(precision)) for side in (queries_BK, passages_NK))
+        yield query @ passage.T / temperature
+
+
+def _weighted(losses: Sequence[torch.Tensor], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and the losses without graph, M."""
+    per_dim = torch.stack(list(losses))
+    return (per_dim * per_dim.new_tensor(weights)).sum(), per_dim.detach()
 
 
 def _unit(vectors_RK: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Triton: what the loss does between the matrix products of a chunk of rows, every Matryoshka dim in one pass.
+"""Triton: what the losses do between the matrix products of a chunk of rows, every Matryoshka dim in one pass.
 
 The products themselves are the library's (cuBLAS), one for each dim's own block of components, in
 float32; these kernels add the blocks up in registers, so that each is read once and no sum of them is
-ever in memory. One kernel reduces over the negatives of each row, and one turns the products into the
-gradients' operands.
+ever in memory. One kernel reduces over each row, over its negatives (InfoNCE) or over all columns beside a
+teacher's logits (soft targets), and one turns the products into the gradients' operands.
 
 Legend: R rows of the chunk (queries), C columns (passages), M dims, all row vectors of the chunk alone.
 A product's row is `stride` long, a multiple of 16 with zeros after the last column, so that loads
-along it need no mask; products of the next dim are `dim_stride` further.
+along it need no mask; products of the next dim, and after the last the teacher's logits, are `dim_stride` further.
 """
 
 # mypy: disable-error-code="assignment"
@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from drama_dist.kernels.info_nce import tiles
+from drama_dist.kernels.info_nce import rows as statistics
 
-MASKED = tl.constexpr(tiles.MASKED)
+MASKED = tl.constexpr(statistics.MASKED)
 
 
 @triton.jit
@@ -146,8 +146,92 @@ def rows_kernel(
 
 
 @triton.jit
+def soft_rows_kernel(
+    products_ptr,  # M + 1 x R x stride: the last are the teacher's logits
+    stride,
+    dim_stride,
+    rows,
+    columns,
+    x_norms_ptr,  # M x R
+    y_norms_ptr,  # M x C
+    maxima_ptr,  # splits x M x R
+    sums_ptr,  # splits x M x R
+    teacher_maxima_ptr,  # splits x R
+    teacher_sums_ptr,  # splits x R
+    teacher_terms_ptr,  # splits x R
+    expected_ptr,  # splits x M x R
+    columns_per_split,
+    M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write each row's maximum and sum in a share of the columns, of the scores and of the teacher's logits; and, with
+    x = logit − maximum, the sums of e^x · x and of e^x · score.
+    """
+    rows_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_R = rows_R < rows
+    split = tl.program_id(1)
+    most = ()
+    total = ()
+    expected = ()
+    for _ in tl.static_range(M):
+        most = most + (tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32),)
+        total = total + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)
+        expected = expected + (tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),)
+    highest_RC = tl.full((BLOCK_R, BLOCK_C), MASKED, dtype=tl.float32)
+    sum_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    terms_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    begin = split * columns_per_split
+    end = tl.minimum(begin + columns_per_split, columns)
+    for column in range(begin, end, BLOCK_C):
+        columns_C = column + tl.arange(0, BLOCK_C)
+        inside_C = (columns_C < end)[None, :]
+        at_RC = rows_R.to(tl.int64)[:, None] * stride + columns_C[None, :]
+        readable_RC = inside_R[:, None] & (columns_C < stride)[None, :]
+        logits_ptr = products_ptr + M * tl.cast(dim_stride, tl.int64)
+        logit_RC = tl.where(inside_C, tl.load(logits_ptr + at_RC, mask=readable_RC, other=0.0), MASKED)
+        change_RC = logit_RC - highest_RC
+        small_RC = tl.exp(-tl.abs(change_RC))
+        kept_RC = tl.where(change_RC > 0, small_RC, 1.0)  # of what was summed up, which was relative to a lower maximum
+        weight_RC = tl.where(change_RC > 0, 1.0, small_RC)
+        rise_RC = tl.maximum(change_RC, 0.0)
+        terms_RC = kept_RC * (terms_RC - rise_RC * sum_RC) + weight_RC * tl.minimum(change_RC, 0.0)
+        sum_RC = kept_RC * sum_RC + weight_RC
+        highest_RC = tl.maximum(highest_RC, logit_RC)
+        product_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+        next_most = ()
+        next_total = ()
+        next_expected = ()
+        for d in tl.static_range(M):
+            product_RC += tl.load(products_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, mask=readable_RC, other=0.0)
+            x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
+            y_norm_C = tl.load(y_norms_ptr + d * columns + columns_C, mask=columns_C < columns, other=0.0)
+            score_RC = product_RC * (x_norm_R[:, None] * y_norm_C[None, :])
+            taken = take_up(most[d], total[d], tl.where(inside_C, score_RC, MASKED))
+            next_most = next_most + (taken[0],)
+            next_total = next_total + (taken[1],)
+            next_expected = next_expected + (kept_RC * expected[d] + weight_RC * score_RC,)
+        most = next_most
+        total = next_total
+        expected = next_expected
+    highest_R = tl.max(highest_RC, 1)
+    below_RC = highest_RC - highest_R[:, None]
+    share_RC = tl.exp(below_RC)
+    to_R = split.to(tl.int64) * rows + rows_R
+    tl.store(teacher_maxima_ptr + to_R, highest_R, mask=inside_R)
+    tl.store(teacher_sums_ptr + to_R, tl.sum(share_RC * sum_RC, 1), mask=inside_R)
+    tl.store(teacher_terms_ptr + to_R, tl.sum(share_RC * (terms_RC + below_RC * sum_RC), 1), mask=inside_R)
+    for d in tl.static_range(M):
+        most_R = tl.max(most[d], 1)
+        to_R = (split * M + d).to(tl.int64) * rows + rows_R
+        tl.store(maxima_ptr + to_R, most_R, mask=inside_R)
+        tl.store(sums_ptr + to_R, tl.sum(total[d] * tl.exp(most[d] - most_R[:, None]), 1), mask=inside_R)
+        tl.store(expected_ptr + to_R, tl.sum(share_RC * expected[d], 1), mask=inside_R)
+
+
+@triton.jit
 def gradients_kernel(
-    products_ptr,  # M x R x stride
+    products_ptr,  # M x R x stride; with a teacher M + 1, the last are its logits
     upstream_ptr,  # M x R x stride: bfloat16 for bfloat16 inputs, else float32
     stride,
     dim_stride,
@@ -158,7 +242,7 @@ def gradients_kernel(
     positives_ptr,  # R
     scales_ptr,  # M
     shifts_ptr,  # M x R
-    missed_ptr,  # M x R
+    other_ptr,  # M x R: what a positive misses; with a teacher R: the logsumexp of its logits
     positive_ids_ptr,  # R
     passage_ids_ptr,  # C
     excluded_ptr,
@@ -167,6 +251,7 @@ def gradients_kernel(
     column_terms_ptr,  # splits x M x C
     rows_per_split,
     M: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -188,24 +273,31 @@ def gradients_kernel(
     for row in range(begin, end, BLOCK_R):
         rows_R = row + tl.arange(0, BLOCK_R)
         inside_R = rows_R < end
-        same_RC = same_document(
-            rows_R,
-            columns_C,
-            end,
-            columns,
-            positive_ids_ptr,
-            passage_ids_ptr,
-            excluded_ptr,
-            excluded_count,
-            HAS_IDS,
-            HAS_EXCLUDED,
-        )
-        # Norms of 0 keep what is outside out of all sums, but for e^(0 - shift), which may be infinite.
-        counts_RC = inside_R[:, None] & inside_C[None, :] & (same_RC == 0)
-        positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
-        is_positive_RC = positive_R[:, None] == columns_C[None, :]
         at_RC = rows_R.to(tl.int64)[:, None] * stride + columns_C[None, :]
         readable_RC = inside_R[:, None] & (columns_C < stride)[None, :]
+        # Norms of 0 keep what is outside out of all sums, but for e^(0 - shift), which may be infinite.
+        counts_RC = inside_R[:, None] & inside_C[None, :]
+        if HAS_TEACHER:
+            logits_ptr = products_ptr + M * tl.cast(dim_stride, tl.int64)
+            logit_RC = tl.load(logits_ptr + at_RC, mask=readable_RC, other=0.0)
+            logit_RC = tl.where(counts_RC, logit_RC, MASKED)
+            target_RC = tl.exp(logit_RC - tl.load(other_ptr + rows_R, mask=inside_R, other=0.0)[:, None])
+        else:
+            same_RC = same_document(
+                rows_R,
+                columns_C,
+                end,
+                columns,
+                positive_ids_ptr,
+                passage_ids_ptr,
+                excluded_ptr,
+                excluded_count,
+                HAS_IDS,
+                HAS_EXCLUDED,
+            )
+            counts_RC = counts_RC & (same_RC == 0)
+            positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
+            is_positive_RC = positive_R[:, None] == columns_C[None, :]
         product_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         upstreams = ()
         next_terms = ()
@@ -213,12 +305,16 @@ def gradients_kernel(
             product_RC += tl.load(products_ptr + d * tl.cast(dim_stride, tl.int64) + at_RC, mask=readable_RC, other=0.0)
             x_norm_R = tl.load(x_norms_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             shift_R = tl.load(shifts_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
-            missed_R = tl.load(missed_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
             norms_RC = x_norm_R[:, None] * y_norms[d][None, :]
             score_RC = product_RC * norms_RC
             negative_RC = tl.where(counts_RC, score_RC, MASKED)
             gradient_RC = tl.exp(negative_RC - shift_R[:, None])
-            gradient_RC = tl.load(scales_ptr + d) * tl.where(is_positive_RC, -missed_R[:, None], gradient_RC)
+            if HAS_TEACHER:
+                gradient_RC = gradient_RC - target_RC
+            else:
+                missed_R = tl.load(other_ptr + d * rows + rows_R, mask=inside_R, other=0.0)
+                gradient_RC = tl.where(is_positive_RC, -missed_R[:, None], gradient_RC)
+            gradient_RC = tl.load(scales_ptr + d) * gradient_RC
             terms_RC = gradient_RC * score_RC
             to_R = (block * M + d).to(tl.int64) * rows + rows_R
             tl.store(row_terms_ptr + to_R, tl.sum(terms_RC, 1), mask=inside_R)

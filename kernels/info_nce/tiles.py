@@ -1,4 +1,4 @@
-"""What a backend does for the loss: the arithmetic on one chunk of rows.
+"""What a backend does for a loss: the arithmetic on one chunk of rows.
 
 Covers the protocol, chunk sizes, norms and what they add to the gradients, and padding of components. The
 implementations are eager.py, cpu.py (with tiles.cpp) and cuda.py (with Triton kernels).
@@ -19,50 +19,38 @@ import torch
 from torch.nn.functional import pad
 
 from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.rows import Rows
 
-MASKED = -1e30  # finite: a masked score times a zero gradient must stay zero
 FLOOR = 1e-12  # of norms
 
 
 @dataclass(frozen=True)
 class Chunking:
     """How many rows a backend takes at a time: up to `most_rows`, in steps of `row_step`, as many as `score_bytes`
-    holds float32 scores of all dims for.
+    holds float32 planes of scores for: one for each dim, and one for the teacher's logits where there is one.
     """
 
     score_bytes: int
     most_rows: int
     row_step: int
 
-    def slices(self, rows: int, columns: int, dims: int) -> Iterator[slice]:
+    def slices(self, rows: int, columns: int, planes: int) -> Iterator[slice]:
         """Slices of rows that cover all; columns: of the largest part."""
-        fitting = min(self.most_rows, self.score_bytes // (4 * dims * columns)) // self.row_step * self.row_step
+        fitting = min(self.most_rows, self.score_bytes // (4 * planes * columns)) // self.row_step * self.row_step
         size = max(self.row_step, fitting)
         for begin in range(0, rows, size):
             yield slice(begin, min(rows, begin + size))
 
-    def largest(self, rows: int, columns: int, dims: int) -> int:
+    def largest(self, rows: int, columns: int, planes: int) -> int:
         """Rows of the largest chunk, the first."""
-        return next(self.slices(rows, columns, dims)).stop
-
-
-@dataclass(frozen=True)
-class ChunkScores:
-    """positive_MR: scores of the positives, 0 where they are elsewhere; negatives_MR: logsumexp over the negatives;
-    best_negative_R: the best negative's score at the largest dim.
-
-    A row without negatives has the last two near MASKED or at −inf. masked_pairs: how many (row, column) pairs were
-    left out, a scalar.
-    """
-
-    positive_MR: torch.Tensor
-    negatives_MR: torch.Tensor
-    best_negative_R: torch.Tensor
-    masked_pairs: torch.Tensor
+        return next(self.slices(rows, columns, planes)).stop
 
 
 class Tiles(Protocol):
-    """One loss call's running state; chunks are visited in order, `scores` before `add_gradients`."""
+    """One loss call's running state; chunks are visited in order, `scores` before `add_gradients`.
+
+    The problem says which loss, and thereby which statistics of rows.
+    """
 
     chunking: ClassVar[Chunking]
 
@@ -71,18 +59,19 @@ class Tiles(Protocol):
     ) -> None: ...
 
     @classmethod
-    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int) -> int:
+    def held_bytes(cls, rows: int, columns: int, dims: Sequence[int], threads: int, teacher: int | None = None) -> int:
         """See Backend."""
         ...
 
-    def scores(self, rows: slice) -> ChunkScores:
-        """Scores of a chunk, kept until the next call."""
+    def scores(self, rows: slice) -> Rows:
+        """Statistics of a chunk; its scores are kept until the next call."""
         ...
 
-    def add_gradients(self, shift_MR: torch.Tensor, missed_MR: torch.Tensor) -> None:
-        """Add the gradients of the chunk in hand.
+    def add_gradients(self, shift_MR: torch.Tensor, other: torch.Tensor) -> None:
+        """Add the gradients of the chunk in hand; the arguments are what `Rows.shifts` gives, merged over all parts.
 
-        G = weight / B · exp(S − shift) for a negative, and −weight / B · missed for the positive.
+        For InfoNCE, G = weight / B · exp(S − shift) for a negative, and −weight / B · other for the positive, other
+        being M × R; for soft targets, weight / B · (exp(S − shift) − exp(the teacher's logit − other)), other being R.
         """
         ...
 

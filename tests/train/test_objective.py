@@ -11,7 +11,7 @@ from drama_dist.distributed import ranks
 from drama_dist.kernels import Backend
 from drama_dist.kernels.info_nce.cpu import CPUTiles
 from drama_dist.settings import EncoderSettings, TrainSettings
-from drama_dist.train import info_nce_term
+from drama_dist.train import partition
 from drama_dist.train.info_nce_term import InfoNCETerm
 from drama_dist.train.objective import Objective, objective_terms
 from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
@@ -56,7 +56,7 @@ def test_two_terms_figures_of_one_name_are_an_error() -> None:
 def test_ranks_that_merge_chunks_agree_on_a_backend(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every chunk is a collective, and backends have different chunks; this rank merges with one that has `other`."""
     monkeypatch.setattr(ranks, "on_every_rank", lambda value: [value, int(other == "eager")])
-    monkeypatch.setattr(info_nce_term, "select_backend", lambda device, dtype: Backend("cpu", CPUTiles))
+    monkeypatch.setattr(partition, "select_backend", lambda device, dtype: Backend("cpu", CPUTiles))
     assert InfoNCETerm(EncoderSettings(dims=[8, 4]), TrainSettings())._agreed_backend == other
 
 

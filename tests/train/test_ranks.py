@@ -115,13 +115,20 @@ def two_ranks(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def start_ranks(count: int, model: Path, out: Path, names: list[str], extra: dict[str, str] | None = None) -> None:
-    program = Path(__file__).parent / "rank_steps.py"
+def start_ranks(
+    count: int,
+    model: Path,
+    out: Path,
+    names: list[str],
+    extra: dict[str, str] | None = None,
+    program: str = "rank_steps.py",
+) -> None:
+    """Run a program of this folder on so many ranks."""
     port = str(_free_port())
     running, logs = [], []
     for rank in range(count):
         variables = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        command = [sys.executable, str(program), str(model), str(out), *names]
+        command = [sys.executable, str(Path(__file__).parent / program), str(model), str(out), *names]
         environment = os.environ | {name: str(value) for name, value in variables.items()} | (extra or {})
         logs.append(out / f"log-{rank}")
         with open(logs[-1], "w", encoding="utf-8") as log:

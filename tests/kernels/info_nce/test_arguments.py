@@ -42,6 +42,7 @@ IDS = torch.arange(5)
             {"part": ColumnPart(torch.zeros(1, dtype=torch.int64), 5, lambda *scores: scores)},
             "expected 2 int64 part.positive_ids",
         ),
+        ({"part": ColumnPart(None, 5, lambda *scores: scores)}, "part.positive_ids: expected the ids of all queries'"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -133,10 +133,13 @@ def test_no_more_is_held_than_it_says(name: str, rows: int, columns: int) -> Non
     assert backend.chunks(rows, columns, (96, 32))[0].stop * columns * 4 * 2 < said
 
 
-def test_memory_grows_with_columns_and_not_with_rows() -> None:
+@pytest.mark.parametrize("teacher", [None, 19])
+def test_memory_grows_with_columns_and_not_with_rows(teacher: int | None) -> None:
     for backend in (select_backend(CPU, torch.float64), select_backend(CPU, torch.float32)):
-        base = backend.held_bytes(4096, 4096, DIMS, 1)
-        assert backend.held_bytes(4096, 16384, DIMS, 1) > 1.5 * base > backend.held_bytes(16384, 4096, DIMS, 1)
+        base, wide, tall = (
+            backend.held_bytes(*shape, DIMS, 1, teacher) for shape in ((4096, 4096), (4096, 16384), (16384, 4096))
+        )
+        assert wide > 1.5 * base > tall
 
 
 def _loss(queries: torch.Tensor, passages: torch.Tensor) -> float:

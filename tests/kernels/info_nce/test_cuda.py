@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import teachers
 import torch
 from cases import DIMS, OPTIONS, assert_gradients_close, device_of, inputs, ours_and_truth, outcome
 
@@ -38,6 +39,14 @@ def test_several_chunks_equal_the_reference(option: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(ours.per_dim.double(), truth.per_dim, rtol=2e-6, atol=2e-6)
     assert_gradients_close(gradients, exact, dtype)
+
+
+@pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("kind", ["both", pytest.param("sparse", marks=pytest.mark.slow)])
+def test_several_chunks_of_soft_targets_equal_the_reference(kind: str) -> None:
+    (ours, gradients), (truth, exact) = teachers.ours_and_truth("cuda", (33, 70), torch.float32, kind)
+    teachers.assert_close(ours, truth, 2e-6)
+    assert_gradients_close(gradients, exact, torch.float32)
 
 
 def test_vectors_that_lie_across_memory() -> None:

@@ -19,7 +19,7 @@ from cases import (
 from torch.nn.functional import normalize
 
 from drama_dist.kernels import info_nce
-from drama_dist.kernels.info_nce.problem import Problem
+from drama_dist.kernels.info_nce.problem import Contrast
 from drama_dist.kernels.info_nce.reference import info_nce_reference
 
 SHAPES = [(1, 1), (1, 5), (7, 9), (33, 70)]
@@ -62,7 +62,7 @@ def test_float32_errs_no_more_than_plain_pytorch(backend: str) -> None:
     for shape in ((33, 70), (29, 66), (35, 40), (20, 64)):
         queries, passages, positives, _ = inputs(*shape, torch.float32, device_of(backend))
         (ours, gradients), (truth, exact) = ours_and_truth(backend, shape, torch.float32, "plain", 0.02)
-        problem = Problem(positives, tuple(DIMS[::-1]), tuple(WEIGHTS[::-1]))
+        problem = Contrast(positives_B=positives, dims=tuple(DIMS[::-1]), weights=tuple(WEIGHTS[::-1]))
         plain, *_ = info_nce_reference(queries, passages, 0.02, problem, torch.float32)
         theirs = torch.autograd.grad(2.5 * plain, (queries, passages))
         losses = [side.detach() for side in (ours.loss, plain, truth.loss)]
