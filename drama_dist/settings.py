@@ -210,6 +210,12 @@ class TrainSettings:
     steps: Count = 1000
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
+    # The objective is a sum of terms: InfoNCE, and the divergence from the mix of the teacher's scores and BM25's.
+    info_nce_weight: Amount = 1.0
+    soft_target_weight: Amount = 0.0
+    soft_target_temperature: Temperature = 0.05  # of the student's scores
+    teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
+    teacher_share: Fraction = 0.7  # of the teacher in the mix; the rest is BM25's
     learning_rate: LearningRate = 3e-4
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
@@ -240,6 +246,8 @@ class TrainSettings:
                 f"train.batch_size={self.batch_size} with train.hard_negatives={self.hard_negatives}: a batch needs "
                 "two passages to tell apart"
             )
+        if not self.info_nce_weight and not self.soft_target_weight:
+            raise SettingsError("train.info_nce_weight=0, train.soft_target_weight=0: nothing to learn from")
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
         if self.learning_rate * self.weight_decay >= 1:

@@ -39,11 +39,15 @@ class PassageTable:
         """Open a table that `write` made."""
         return cls(open_dataset(folder))
 
+    @classmethod
+    def in_memory(cls, passages: Iterable[Passage]) -> PassageTable:
+        """A table of these passages that lies on no disk."""
+        return cls(_dataset(passages))
+
     @staticmethod
     def write(folder: Path, passages: Iterable[Passage]) -> None:
         """Store passages in the given order."""
-        rows = [vars(passage) for passage in passages]
-        Dataset.from_list(rows, features=_FEATURES).save_to_disk(str(folder))
+        _dataset(passages).save_to_disk(str(folder))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -75,6 +79,10 @@ class PassageTable:
         """The contents of all passages in order; memory holds a few of them at a time."""
         for start in range(0, len(self), _TEXTS_AT_ONCE):
             yield from self.contents(range(start, min(start + _TEXTS_AT_ONCE, len(self))))
+
+
+def _dataset(passages: Iterable[Passage]) -> Dataset:
+    return Dataset.from_list([vars(passage) for passage in passages], features=_FEATURES)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,14 @@ class Stage:
 
 
 def _of_training(settings: Settings, **_: str) -> list[str]:
-    return ["corpus", "augment", *([] if settings.train.start else ["prune"])]
+    return ["corpus", "augment", *([] if settings.train.start else ["prune"]), *_of_soft_targets(settings)]
+
+
+def _of_soft_targets(settings: Settings) -> list[str]:
+    if not settings.train.soft_target_weight:
+        return []
+    systems = ["teacher", *(["bm25"] if settings.train.teacher_share < 1 else [])]
+    return ["targets", *(f"encode/{CORPUS}/{system}" for system in systems)]
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
@@ -128,6 +135,16 @@ STAGES = (
         inputs="drama_dist.augment.stage:inputs",
         check="drama_dist.augment.stage:check",
         array=lambda settings: settings.augment.synthetic_queries > 0,  # they take most of the time
+        processes="node",
+    ),
+    Stage(
+        name="targets",
+        verb="targets",
+        help="encode the training queries with the teacher",
+        work="drama_dist.train.targets:encode_queries",
+        sections="drama_dist.train.targets:sections",
+        needs=lambda settings: ["augment"],
+        inputs="drama_dist.train.targets:inputs",
         processes="node",
     ),
     Stage(

@@ -18,6 +18,7 @@ import numpy as np
 import regex
 import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
+from scipy.sparse import csc_matrix, csr_matrix
 
 from drama_dist.run.files import sync, write_text
 from drama_dist.search.ranking import top_positions
@@ -93,6 +94,19 @@ class LexicalIndex:
             top = top[scores_N[top] > 0]
             scores_Qk[row, : len(top)], positions_Qk[row, : len(top)] = scores_N[top], top
         return scores_Qk, positions_Qk
+
+    def sparse_scores(self, texts: Sequence[str], positions: Sequence[int]) -> csr_matrix:
+        """The scores of some passages for each query, (Q, n) float32; nothing is stored where no word is shared."""
+        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
+        ids = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
+        used, columns = np.unique(ids, return_inverse=True)
+        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
+        counts_QU = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(used)))
+        parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
+        scores_NU = csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))[:, used]
+        scores_Qn = (counts_QU @ scores_NU.tocsr()[np.asarray(positions, dtype=np.int64)].T).tocsr()
+        scores_Qn.sort_indices()
+        return scores_Qn
 
     def _scores(self, tokens: list[str]) -> np.ndarray:
         ids = self._bm25.get_tokens_ids(tokens)

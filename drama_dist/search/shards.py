@@ -87,13 +87,18 @@ class EmbeddingShards:
     def sample(self, count: int, seed: int) -> np.ndarray:
         """`count` vectors drawn without replacement, in the order of the corpus; all where there are no more."""
         chance = np.random.default_rng(seed)
-        positions = np.sort(chance.choice(len(self), min(count, len(self)), replace=False, shuffle=False))
-        sample_nK = np.empty((len(positions), self.dim), dtype=np.float32)
-        cuts = np.searchsorted(positions, self._shard_rows * np.arange(1, len(self._paths)))
-        for path, drawn, rows_nK in zip(self._paths, np.split(positions, cuts), np.split(sample_nK, cuts), strict=True):
-            if len(drawn):
-                rows_nK[:] = _map_shard(path)[drawn % self._shard_rows]
-        return sample_nK
+        return self.rows(np.sort(chance.choice(len(self), min(count, len(self)), replace=False, shuffle=False)))
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The vectors at some positions, in their order, float32 (n, K)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        order = np.argsort(positions, kind="stable")
+        rows_nK = np.empty((len(positions), self.dim), dtype=np.float32)
+        cuts = np.searchsorted(positions[order], self._shard_rows * np.arange(1, len(self._paths)))
+        for path, places in zip(self._paths, np.split(order, cuts), strict=True):
+            if len(places):
+                rows_nK[places] = _map_shard(path)[positions[places] % self._shard_rows]
+        return rows_nK
 
     def _read(self, first: int, out_nK: np.ndarray) -> None:
         """Fill `out_nK` from position `first` on. Files are read, not mapped: a map's pages count as memory held."""

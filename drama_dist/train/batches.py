@@ -24,22 +24,29 @@ class Batch:
     """B queries, and N different passages by id.
 
     positives: for each query the column in `passages` of the positive that was drawn for it. other_positives: the ids
-    of those that were not; where they stand in the batch, they are no negatives of this query.
+    of those that were not; where they stand in the batch, they are no negatives of this query. examples: where each
+    query stands among the examples.
     """
 
     queries: list[str]
     passages: list[str]
     positives: list[int]
     other_positives: list[tuple[str, ...]]
+    examples: list[int]
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """The texts of a global batch, the same on every rank, and which passage answers which query."""
+    """The texts of a global batch, the same on every rank, and which passage answers which query.
+
+    examples: where each query stands among the examples. positions: where each passage stands in the table.
+    """
 
     queries: list[str]
     passages: list[str]
     relevance: Relevance
+    examples: list[int]
+    positions: list[int]
 
 
 def check_batch_size(examples: Sequence[Example], batch_size: int, world_size: int) -> None:
@@ -69,8 +76,7 @@ def batches(
     """
     drawn_batches = itertools.islice(_drawn_batches(examples, batch_size, seed), first_step, None)
     for step, drawn in enumerate(drawn_batches, first_step):
-        members = [(examples[index], positive) for index, positive in drawn]
-        yield _batch(members, hard_negatives, random.Random(f"{seed} negatives {step}"))
+        yield _batch(examples, drawn, hard_negatives, random.Random(f"{seed} negatives {step}"))
 
 
 def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
@@ -79,7 +85,8 @@ def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
     Raises ValueError where the table lacks a passage.
     """
     others = list(dict.fromkeys(itertools.chain(*batch.other_positives)))
-    contents = table.contents([table.position(passage) for passage in [*batch.passages, *others]])
+    positions = [table.position(passage) for passage in [*batch.passages, *others]]
+    contents = table.contents(positions)
     passages = contents[: len(batch.passages)]
     text_of_other = dict(zip(others, contents[len(batch.passages) :], strict=True))
     id_of_text: dict[str, int] = {}
@@ -89,7 +96,7 @@ def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
         for ids in batch.other_positives
     ]
     relevance = Relevance(torch.tensor(batch.positives), torch.tensor(passage_ids), _padded(excluded_ids))
-    return TextBatch(batch.queries, passages, relevance)
+    return TextBatch(batch.queries, passages, relevance, batch.examples, positions[: len(passages)])
 
 
 def _drawn_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[tuple[int, str]]]:
@@ -123,7 +130,10 @@ def _epochs(examples: Sequence[Example], seed: int) -> Iterator[tuple[int, str]]
             yield index, generator.choice(examples[index].positives)
 
 
-def _batch(members: list[tuple[Example, str]], hard_negatives: float, generator: random.Random) -> Batch:
+def _batch(
+    examples: Sequence[Example], drawn: Sequence[tuple[int, str]], hard_negatives: float, generator: random.Random
+) -> Batch:
+    members = [(examples[index], positive) for index, positive in drawn]
     columns: dict[str, int] = {}
     positives = []
     for example, positive in members:
@@ -134,7 +144,8 @@ def _batch(members: list[tuple[Example, str]], hard_negatives: float, generator:
         for negative in generator.sample(example.negatives, min(wanted, len(example.negatives))):
             columns.setdefault(negative, len(columns))
     others = [tuple(id for id in example.positives if id != positive) for example, positive in members]
-    return Batch([example.query for example, _ in members], list(columns), positives, others)
+    queries = [example.query for example, _ in members]
+    return Batch(queries, list(columns), positives, others, [index for index, _ in drawn])
 
 
 def _padded(rows: list[list[int]]) -> torch.Tensor | None:

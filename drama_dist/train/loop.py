@@ -23,13 +23,19 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
 from drama_dist.train.batches import batches, check_batch_size, texts_of
 from drama_dist.train.step import TrainingStep
+from drama_dist.train.targets import Targets
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.term import joined
 from drama_dist.train.token_lengths import token_lengths
 
 
 def train_encoder(
-    settings: Settings, folder: StageFolder, start: Encoder, examples: Sequence[Example], table: PassageTable
+    settings: Settings,
+    folder: StageFolder,
+    start: Encoder,
+    examples: Sequence[Example],
+    table: PassageTable,
+    targets: Targets | None = None,
 ) -> dict[str, Any]:
     """Train `start` in place and save it in the open folder; returns what provenance.json says of it.
 
@@ -38,7 +44,7 @@ def train_encoder(
     """
     train = settings.train
     check_batch_size(examples, train.batch_size, ranks.world_size())
-    step = TrainingStep(start, train)
+    step = TrainingStep(start, train, targets)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
     _run_steps(settings, folder, step, examples, table)

@@ -11,6 +11,7 @@ from functools import reduce
 
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.info_nce_term import InfoNCETerm
+from drama_dist.train.soft_target_term import SoftTargetTerm
 from drama_dist.train.term import EmbeddedBatch, Term, TermResult, joined
 
 WeightedTerm = tuple[float, Term]
@@ -18,7 +19,11 @@ WeightedTerm = tuple[float, Term]
 
 def objective_terms(encoder: EncoderSettings, train: TrainSettings) -> list[WeightedTerm]:
     """The terms of a training run, each with its weight in the sum."""
-    return [(1.0, InfoNCETerm(encoder, train))]
+    terms: list[WeightedTerm] = [
+        (train.info_nce_weight, InfoNCETerm(encoder, train)),
+        (train.soft_target_weight, SoftTargetTerm(encoder, train)),
+    ]
+    return [(weight, term) for weight, term in terms if weight]
 
 
 class Objective:

@@ -23,14 +23,17 @@ _KIND = "teacher"  # of traffic
 class SoftTargetTerm:
     """All ranks' queries' distributions over all ranks' passages against the teacher's, for every dim. See Term.
 
-    temperature: of the student's scores. Every rank's batch has a teacher, and sparse logits or none on all ranks.
+    Every rank's batch has a teacher, and sparse logits or none on all ranks.
     Figures: soft_per_dim, the mean divergence of each dim; teacher_entropy, the targets' mean entropy.
     """
 
-    def __init__(self, encoder: EncoderSettings, train: TrainSettings, temperature: float):
+    def __init__(self, encoder: EncoderSettings, train: TrainSettings):
         self.encoder, self.train = encoder, train
         self._soft_targets = partial(
-            soft_targets, temperature=temperature, dims=encoder.dims, dim_weights=train.dim_weights or None
+            soft_targets,
+            temperature=train.soft_target_temperature,
+            dims=encoder.dims,
+            dim_weights=train.dim_weights or None,
         )
 
     def __call__(self, batch: EmbeddedBatch) -> TermResult:

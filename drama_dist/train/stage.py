@@ -17,6 +17,7 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
 from drama_dist.train.loop import train_encoder
+from drama_dist.train.targets import open_targets
 
 
 def inputs(run: Run, system: str) -> dict[str, str]:
@@ -46,5 +47,6 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     if system == "random-init":
         start = random_twin(start, settings.seed)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
-    facts = train_encoder(settings, folder, start, examples, open_collection(run.path("corpus")).passages)
+    targets = open_targets(run) if settings.train.soft_target_weight else None
+    facts = train_encoder(settings, folder, start, examples, open_collection(run.path("corpus")).passages, targets)
     folder.finish(**facts)

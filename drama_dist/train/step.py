@@ -16,10 +16,12 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import agreed_dtype_name
 from drama_dist.encoder.backbone import Encoder
+from drama_dist.kernels import TeacherScores
 from drama_dist.settings import TrainSettings
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.targets import Targets
 from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
 
 
@@ -38,7 +40,9 @@ class StepResult:
 class TrainingStep:
     """An encoder under training, with its optimiser, gradient cache and objective; all ranks call it alike."""
 
-    def __init__(self, encoder: Encoder, settings: TrainSettings):
+    def __init__(self, encoder: Encoder, settings: TrainSettings, targets: Targets | None = None):
+        """targets: the teacher's, where the settings ask for them."""
+        self.targets = targets
         ranks.start()  # they agree on a dtype before there is an engine
         self.encoder, self.dtype = encoder, agreed_dtype_name(settings.dtype)
         self.engine = Engine(
@@ -63,7 +67,8 @@ class TrainingStep:
         queries = [batch.queries[row] for row in ranks.rank_slice(len(batch.queries))]
         passages = [batch.passages[column] for column in ranks.rank_slice(len(batch.passages))]
         tokens = self.encoder.tokenize_queries(queries), self.encoder.tokenize_passages(passages)
-        return self.of_tokens(*tokens, batch.relevance, learning_rate)
+        teacher = None if self.targets is None else self.targets.of(batch).to(self.encoder.device)
+        return self.of_tokens(*tokens, batch.relevance, learning_rate, teacher)
 
     def of_tokens(
         self,
@@ -71,13 +76,14 @@ class TrainingStep:
         passages: Sequence[list[int]],
         relevance: Relevance,
         learning_rate: float,
+        teacher: TeacherScores | None = None,
     ) -> StepResult:
-        """The same from the token ids of this rank's queries and passages."""
+        """The same from the token ids of this rank's queries and passages, and the teacher's scores of them."""
         encoded = self.cache.encode([*queries, *passages])
         embeddings_NK = encoded.embeddings_NK
         objective = self.objective(
             EmbeddedBatch(
-                embeddings_NK[: len(queries)], embeddings_NK[len(queries) :], relevance.to(self.encoder.device)
+                embeddings_NK[: len(queries)], embeddings_NK[len(queries) :], relevance.to(self.encoder.device), teacher
             )
         )
         self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))

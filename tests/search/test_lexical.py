@@ -138,3 +138,17 @@ def test_the_hash_seed_changes_nothing(tmp_path: Path) -> None:
         for seed in ("1", "2", "3")
     }
     assert len(answers) == 1 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_sparse_scores_are_those_of_the_search(tmp_path: Path) -> None:
+    index = build_lexical_index(TEXTS, "en", tmp_path)
+    queries = ["invert a matrix matrix", "zebra", "", "table norm of the disk"]
+    scores, found = index.search(queries, 4)
+    whole = np.zeros((4, 4), dtype=np.float32)
+    for row in range(4):
+        there = found[row] >= 0
+        whole[row, found[row][there]] = scores[row][there]
+    for positions in ([0, 1, 2, 3], [3, 1], [2]):
+        sparse = index.sparse_scores(queries, positions)
+        np.testing.assert_allclose(sparse.toarray(), whole[:, positions], rtol=1e-6)
+        assert sparse.nnz == np.count_nonzero(whole[:, positions]) and sparse.has_sorted_indices

@@ -273,3 +273,12 @@ def test_a_sample_has_no_row_twice_keeps_the_order_and_is_the_seeds(tmp_path: Pa
     assert set(drawn) != set(shards.sample(30, seed=2)[:, 0])
     for count in (93, 1000):
         np.testing.assert_array_equal(shards.sample(count, seed=1)[:, 2], np.arange(93))
+
+
+def test_rows_are_those_at_the_positions_in_their_order(passages: PassageTable, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    shards = write_shards(tmp_path / "shards", passages, LetterCounts(), 4)
+    assert shards is not None
+    whole = LetterCounts().encode_passages(texts_of(10))
+    for positions in ([9, 0, 4, 4, 3], [], [8], list(range(10))):
+        np.testing.assert_array_equal(shards.rows(positions), whole[positions].reshape(-1, 8))

@@ -58,7 +58,8 @@ def batch_of(step: int) -> TextBatch:
     first: dict[str, int] = {}
     ids = [first.setdefault(passage, column) for column, passage in enumerate(passages)]
     relevance = Relevance(torch.tensor(positives), torch.tensor(ids))
-    return TextBatch([sentence(8, generator) for _ in range(QUERIES)], passages, relevance)
+    queries = [sentence(8, generator) for _ in range(QUERIES)]
+    return TextBatch(queries, passages, relevance, list(range(QUERIES)), list(range(len(passages))))
 
 
 def passages_of_examples() -> list[Passage]:

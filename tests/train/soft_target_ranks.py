@@ -61,10 +61,10 @@ def batch_of_this_rank(kind: str) -> EmbeddedBatch:
 def run(name: str) -> dict[str, object]:
     """Loss, figures, all ranks' gradients, and the bytes that rank 0 sent for them."""
     partition, kind = name.split("-")
-    settings = TrainSettings(loss_partition=partition, dim_weights=DIM_WEIGHTS)  # type: ignore[arg-type]
+    settings = TrainSettings(loss_partition=partition, dim_weights=DIM_WEIGHTS, soft_target_temperature=TEMPERATURE)  # type: ignore[arg-type]
     batch = batch_of_this_rank(kind)
     ranks.take_traffic()
-    result = SoftTargetTerm(EncoderSettings(dims=DIMS), settings, TEMPERATURE)(batch)
+    result = SoftTargetTerm(EncoderSettings(dims=DIMS), settings)(batch)
     sent = ranks.take_traffic()
     gradients = [ranks.gather_rows(each, "test") for each in (result.query_gradient_BK, result.passage_gradient_NK)]
     return {"loss": result.loss, "figures": result.figures, "gradients": gradients, "sent": sent}

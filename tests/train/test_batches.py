@@ -108,12 +108,13 @@ def test_every_positive_is_drawn_and_no_two_queries_of_a_batch_have_the_same() -
 def test_texts_count_as_one_passage_under_any_id() -> None:
     texts = {"a": "one", "b": "two", "b2": "two", "c": "three", "d": "four"}
     table = PassageTable(Dataset.from_list([vars(Passage(id, text)) for id, text in texts.items()]))
-    batch = Batch(["q", "r", "s"], ["a", "b2", "c"], [0, 1, 2], [("b", "d"), (), ("d",)])
+    batch = Batch(["q", "r", "s"], ["a", "b2", "c"], [0, 1, 2], [("b", "d"), (), ("d",)], [5, 6, 7])
     looked_up = texts_of(batch, table)
     assert (looked_up.queries, looked_up.passages) == (["q", "r", "s"], ["one", "two", "three"])
+    assert looked_up.examples == [5, 6, 7] and looked_up.positions == [0, 2, 3]
     relevance = looked_up.relevance
     assert relevance.positives_B.tolist() == [0, 1, 2] and relevance.passage_ids_N.tolist() == [0, 1, 2]
     assert relevance.excluded_ids_BE is not None
     assert relevance.excluded_ids_BE.tolist() == [[1], [-1], [-1]]  # "b" has the text of "b2", "d" none here
-    twins = texts_of(Batch(["q"], ["b", "b2"], [0], [()]), table).relevance
+    twins = texts_of(Batch(["q"], ["b", "b2"], [0], [()], [0]), table).relevance
     assert twins.passage_ids_N.tolist() == [0, 0] and twins.excluded_ids_BE is None

@@ -124,13 +124,13 @@ def test_auto_moves_the_side_of_fewer_bytes(queries: int, passages: int, entries
     values = torch.zeros(6 * entries)
     sparse = SparseLogits(torch.zeros(1), values, values) if entries else None
     teacher = TeacherScores(torch.zeros(1, T), torch.zeros(1, T), sparse)
-    term = SoftTargetTerm(EncoderSettings(dims=DIMS), TrainSettings(), TEMPERATURE)
+    term = SoftTargetTerm(EncoderSettings(dims=DIMS), TrainSettings(soft_target_temperature=TEMPERATURE))
     assert term._gathers_queries(replace(batch, relevance=relevance), teacher) == gathers
 
 
 def test_a_batch_without_a_teacher_is_refused() -> None:
     batch = batch_of_this_rank("dense")
-    term = SoftTargetTerm(EncoderSettings(dims=DIMS), TrainSettings(), TEMPERATURE)
+    term = SoftTargetTerm(EncoderSettings(dims=DIMS), TrainSettings(soft_target_temperature=TEMPERATURE))
     with pytest.raises(ValueError, match="soft targets: the batch has no teacher's scores"):
         term(EmbeddedBatch(batch.queries_BK, batch.passages_NK, batch.relevance))
 

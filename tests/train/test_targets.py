@@ -1,0 +1,69 @@
+"""Targets of training: the teacher's vectors and BM25's scores of a batch, as a distribution over its passages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from drama_dist.corpus.collection import open_collection
+from drama_dist.records import Example, read_records
+from drama_dist.run.runner import Run
+from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.systems import SYSTEMS, DenseSystem
+from drama_dist.settings import Settings, SettingsError
+from drama_dist.train.batches import batches, texts_of
+from drama_dist.train.targets import open_targets
+
+CHANGES = ["augment.synthetic_queries=0", "prune.heal_steps=0", "evaluate.systems=[drama]", "train.steps=2"]
+
+
+def standardised(scores_BN: np.ndarray) -> np.ndarray:
+    return (scores_BN - scores_BN.mean(1, keepdims=True)) / scores_BN.std(1, keepdims=True)
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0, 0.0])
+def test_the_mix_of_a_batch_is_that_of_its_texts(share: float, small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(*CHANGES, f"train.teacher_share={share}", "train.teacher_temperature=0.5")
+    run = Run(settings)
+    names = ["targets", "encode/corpus/teacher", "encode/corpus/bm25", "augment", "corpus"]
+    run.make(*names)
+    targets = open_targets(run)
+    examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
+    table = open_collection(run.path("corpus")).passages
+    assert (targets.lexical is None) == (share == 1)
+    teacher = SYSTEMS["teacher"]
+    assert isinstance(teacher, DenseSystem)
+    encoder = teacher.load(settings)
+    _, second = islice(batches(examples, 9, 1.0, seed=3), 2)
+    batch = texts_of(second, table)
+    logits_BN = targets.of(batch).logits(slice(0, 9), torch.float64).numpy()
+    dense_BN = encoder.encode_queries(batch.queries) @ encoder.encode_passages(batch.passages).T
+    mix_BN = share * standardised(dense_BN.astype(np.float64))
+    if share < 1:
+        scores, positions = LexicalIndex(run.path("encode/corpus/bm25")).search(batch.queries, len(table))
+        all_BN = np.zeros((9, len(table)))
+        for row in range(9):
+            there = positions[row] >= 0
+            all_BN[row, positions[row][there]] = scores[row][there]
+        mix_BN = mix_BN + (1 - share) * standardised(all_BN[:, batch.positions])
+    expected_BN = mix_BN / 0.5
+    shifted = logits_BN - logits_BN.mean(1, keepdims=True)
+    np.testing.assert_allclose(shifted, expected_BN - expected_BN.mean(1, keepdims=True), atol=2e-4)
+    swapped = shifted[:, ::-1]
+    assert np.abs(swapped - expected_BN).max() > 0.1  # the columns matter
+
+
+def test_training_takes_them_where_the_settings_ask(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(*CHANGES, "train.info_nce_weight=0", "train.soft_target_weight=1", "train.steps=30")
+    run = Run(settings)
+    run.make("train")
+    lines = [json.loads(line) for line in (run.path("train") / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert "accuracy" not in lines[0] and set(lines[0]["soft_per_dim"]) == {"32", "16"}
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
+    with pytest.raises(SettingsError, match="nothing to learn from"):
+        small_settings("train.info_nce_weight=0")
