@@ -273,16 +273,7 @@ def gradients_kernel(
     for row in range(begin, end, BLOCK_R):
         rows_R = row + tl.arange(0, BLOCK_R)
         inside_R = rows_R < end
-        at_RC = rows_R.to(tl.int64)[:, None] * stride + columns_C[None, :]
-        readable_RC = inside_R[:, None] & (columns_C < stride)[None, :]
-        # Norms of 0 keep what is outside out of all sums, but for e^(0 - shift), which may be infinite.
-        counts_RC = inside_R[:, None] & inside_C[None, :]
-        if HAS_TEACHER:
-            logits_ptr = products_ptr + M * tl.cast(dim_stride, tl.int64)
-            logit_RC = tl.load(logits_ptr + at_RC, mask=readable_RC, other=0.0)
-            logit_RC = tl.where(counts_RC, logit_RC, MASKED)
-            target_RC = tl.exp(logit_RC - tl.load(other_ptr + rows_R, mask=inside_R, other=0.0)[:, None])
-        else:
+        if not HAS_TEACHER:
             same_RC = same_document(
                 rows_R,
                 columns_C,
@@ -295,9 +286,19 @@ def gradients_kernel(
                 HAS_IDS,
                 HAS_EXCLUDED,
             )
+        # Norms of 0 keep what is outside out of all sums, but for e^(0 - shift), which may be infinite.
+        counts_RC = inside_R[:, None] & inside_C[None, :]
+        if not HAS_TEACHER:
             counts_RC = counts_RC & (same_RC == 0)
             positive_R = tl.load(positives_ptr + rows_R, mask=inside_R, other=-1)
             is_positive_RC = positive_R[:, None] == columns_C[None, :]
+        at_RC = rows_R.to(tl.int64)[:, None] * stride + columns_C[None, :]
+        readable_RC = inside_R[:, None] & (columns_C < stride)[None, :]
+        if HAS_TEACHER:
+            logits_ptr = products_ptr + M * tl.cast(dim_stride, tl.int64)
+            logit_RC = tl.load(logits_ptr + at_RC, mask=readable_RC, other=0.0)
+            logit_RC = tl.where(counts_RC, logit_RC, MASKED)
+            target_RC = tl.exp(logit_RC - tl.load(other_ptr + rows_R, mask=inside_R, other=0.0)[:, None])
         product_RC = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         upstreams = ()
         next_terms = ()
