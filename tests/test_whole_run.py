@@ -135,10 +135,10 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
         assert (run / file).read_bytes() == (Path(whole.run) / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[..., Settings], tmp_path: Path) -> None:
     changes = ["train.zero_stage=2", "train.steps=6", "train.batch_size=13", "evaluate.systems=[drama]"]
-    if launcher == "torchrun":
+    if launcher == "deepspeed":
         changes += ["train.info_nce_weight=0.5", "train.soft_target_weight=2"]
     single = small_settings(f"run={tmp_path / 'one'}", *changes)
     two = small_settings(f"run={tmp_path / 'two'}", *changes)
