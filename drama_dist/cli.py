@@ -218,9 +218,9 @@ def _search(options: argparse.Namespace) -> None:
     k = options.k if options.hybrid is None else max(options.k, MIX_DEPTH)
     scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, k)
     if options.hybrid is not None:
-        lexical = LexicalIndex(_finished(options.run, f"encode/{CORPUS}/bm25")).search([options.query], k)
-        weights = [options.hybrid, 1 - options.hybrid]
-        scores, positions = convex_mix([(scores, positions), lexical], weights, options.k)
+        lexical = LexicalIndex(_finished(options.run, f"encode/{CORPUS}/bm25", "encode --system bm25"))
+        rankings = [(scores, positions, None), (*lexical.search([options.query], k), 0.0)]
+        scores, positions = convex_mix(rankings, [options.hybrid, 1 - options.hybrid], options.k)
     for rank, (score, position) in enumerate(zip(scores[0], positions[0], strict=True), 1):
         if position < 0:
             break  # the index finds no more
@@ -267,12 +267,12 @@ def _plan(options: argparse.Namespace) -> None:
     )
 
 
-def _finished(run: Path, stage: str) -> Path:
-    """The folder of a finished artefact; raises Damaged where it is not what was written."""
+def _finished(run: Path, stage: str, command: str = "run") -> Path:
+    """The folder of a finished artefact, which a command makes; raises Damaged where it is not what was written."""
     from drama_dist.run.artefact import verify
 
     if not is_finished(run, stage):
-        raise FileNotFoundError(f"{run / stage}: not found; finish the run first: drama run SETTINGS run={run}")
+        raise FileNotFoundError(f"{run / stage}: not found; make it first: drama {command} SETTINGS run={run}")
     verify(run, stage)
     return run / stage
 

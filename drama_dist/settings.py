@@ -71,8 +71,10 @@ def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name in names:
         path = Path(name.removeprefix(OTHER_MODEL))
-        label = name if name in reserved else path.name if path.name not in ("", "..") else path.resolve().name
-        if label in labels or (label in reserved and name not in reserved) or not label:
+        label = path.name if path.name not in ("", "..") else path.resolve().name
+        label = name if name in reserved or mixed(name) else label
+        taken = label in labels or ((label in reserved or mixed(label)) and label != name)
+        if taken or not label:
             label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
         labels[label] = name
     return labels

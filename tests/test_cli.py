@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
 ) -> None:
     settings = small_settings("train.steps=2")
     assert main(["search", settings.run, "the river"]) == 2
-    assert "finish the run first: drama run SETTINGS run=" in capsys.readouterr().err
+    assert "make it first: drama run SETTINGS run=" in capsys.readouterr().err
     make(settings, "encode")
     capsys.readouterr()
     assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
@@ -116,5 +117,8 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     assert all("river" in line for line in capsys.readouterr().out.splitlines()[::2])
     assert main(["search", settings.run, "the river", "--hybrid"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 10
+    shutil.rmtree(Path(settings.run) / "encode" / "corpus" / "bm25")
+    assert main(["search", settings.run, "the river", "--hybrid"]) == 2
+    assert "make it first: drama encode --system bm25 SETTINGS run=" in capsys.readouterr().err
     assert main(["search", settings.run, "the river", "--dim", "99"]) == 2
     assert "dim=99: these vectors have 32 components" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
@@ -18,6 +19,15 @@ from drama_dist.run.graph import stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import rankings
+from drama_dist.settings import Settings, mixed, recorded
+
+
+def sections(settings: Settings, collection: str) -> dict[str, Any]:
+    """The settings that the comparison depends on: the weight of mixes only where there is one."""
+    evaluation, encoder = settings.evaluate, recorded(settings.encoder)
+    depends = {"evaluate.systems": evaluation.systems, "evaluate.depth": evaluation.depth, "encoder": encoder}
+    mixes = any(map(mixed, evaluation.systems))
+    return depends | ({"evaluate.mix_weight": evaluation.mix_weight} if mixes else {})
 
 
 def evaluate(run: Run, folder: StageFolder, collection: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.run.artefact import PROVENANCE
-from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, recorded
+from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, mixed, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
 TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
@@ -196,7 +196,7 @@ STAGES = (
         verb="evaluate",
         help="compare the systems on the test queries",
         work="drama_dist.evaluate.stage:evaluate",
-        sections=("evaluate.systems", "evaluate.depth", "evaluate.mix_weight", "encoder"),
+        sections="drama_dist.evaluate.stage:sections",
         needs=_of_evaluation,
     ),
     Stage(
@@ -293,6 +293,8 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
     """
     collection = _label(collection, {CORPUS: CORPUS, **settings.evaluate.collection_labels}, "evaluate.collections")
     encoded = settings.evaluate.encoded_labels
+    if parts := mixed(system):
+        raise SettingsError(f"--system {system}: a mix has no encoding; name {' or '.join(parts)}")
     system = _label(system, {**{name: name for name in SYSTEMS}, **encoded}, "evaluate.systems")
     if verb == "run":
         trained = [stage for name, stage in TRAINING.items() if name in encoded]

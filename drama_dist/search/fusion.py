@@ -28,27 +28,28 @@ def reciprocal_rank_fusion(
 
 
 def convex_mix(
-    rankings: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], depth: int
+    rankings: Sequence[tuple[np.ndarray, np.ndarray, float | None]], weights: Sequence[float], depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fuse rankings: a passage's score is the sum of weight · normalised score over those that have it.
 
-    rankings: scores (Q, k) and positions (Q, k), with position -1 and score 0 where a query has fewer hits. A query's
-    scores are normalised to 1 for the best and 0 for the least of them, which is what a passage that is not among the
-    hits gets too: ask for more hits than are wanted of the mix. Returns and raises as `reciprocal_rank_fusion` does.
+    rankings: scores (Q, k), positions (Q, k) with -1 where a query has fewer hits, and the score of what is then no
+    hit, None where that is not known. A query's scores are normalised to 1 for the best hit and 0 for the least, or
+    for what is no hit; a passage that a ranking lacks gets 0 of it, so ask for more hits than are wanted of the mix.
+    Returns and raises as `reciprocal_rank_fusion` does.
     """
-    _check([positions for _, positions in rankings])
+    _check([positions for _, positions, _ in rankings])
     shares = [weight * _normalised(*ranking) for weight, ranking in zip(weights, rankings, strict=True)]
-    return _best_sums([positions for _, positions in rankings], np.concatenate(shares, axis=1), depth)
+    return _best_sums([positions for _, positions, _ in rankings], np.concatenate(shares, axis=1), depth)
 
 
-def _normalised(scores_Qk: np.ndarray, positions_Qk: np.ndarray) -> np.ndarray:
+def _normalised(scores_Qk: np.ndarray, positions_Qk: np.ndarray, missed: float | None) -> np.ndarray:
     if not scores_Qk.size:
         return np.zeros(scores_Qk.shape)
-    scores_Qk = scores_Qk.astype(np.float64)
-    last_Q1 = scores_Qk.min(1, keepdims=True)  # 0 where there are fewer hits than asked for, as without any word
-    spread_Q1 = scores_Qk.max(1, keepdims=True) - last_Q1
+    hits_Qk, scores_Qk = positions_Qk >= 0, scores_Qk.astype(np.float64)
+    last_Q1 = np.where(hits_Qk, scores_Qk, np.inf if missed is None else missed).min(1, keepdims=True)
+    spread_Q1 = np.where(hits_Qk, scores_Qk, -np.inf).max(1, keepdims=True) - last_Q1  # minus infinity without a hit
     shares_Qk = np.divide(scores_Qk - last_Q1, spread_Q1, out=np.ones_like(scores_Qk), where=spread_Q1 > 0)
-    return np.where(positions_Qk >= 0, shares_Qk, 0.0)
+    return np.where(hits_Qk, shares_Qk, 0.0)
 
 
 def _check(rankings: Sequence[np.ndarray]) -> None:

@@ -40,12 +40,14 @@ MIX_DEPTH = 1000  # hits of each system that a mix looks at
 class Ranking:
     """Hits of every query: scores Q × k float32 and positions Q × k int64, best first, padded with -1.
 
-    dim: number of vector components compared; None for a system without vectors.
+    dim: number of vector components compared; None for a system without vectors. missed: the score of a passage that
+    is no hit where a query has fewer than k; None where it is not known.
     """
 
     dim: int | None
     scores_Qk: np.ndarray
     positions_Qk: np.ndarray
+    missed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class LexicalSystem(System):
         folder.finish(passages=len(collection.passages))
 
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        yield Ranking(None, *LexicalIndex(encoded).search(queries, depth))
+        yield Ranking(None, *LexicalIndex(encoded).search(queries, depth), missed=0.0)
 
 
 SYSTEMS: dict[str, System] = {
@@ -227,8 +229,9 @@ def rankings(
         next(SYSTEMS[part].rank(settings, encoded(part), queries, max(depth, MIX_DEPTH))) for part in parts
     )
     weight = settings.evaluate.mix_weight
-    scored = [(ranking.scores_Qk, ranking.positions_Qk) for ranking in (first, second)]
-    yield Ranking(first.dim or second.dim, *convex_mix(scored, [weight, 1 - weight], depth))
+    scored = [(ranking.scores_Qk, ranking.positions_Qk, ranking.missed) for ranking in (first, second)]
+    scores_Qk, positions_Qk = convex_mix(scored, [weight, 1 - weight], depth)
+    yield Ranking(first.dim or second.dim, scores_Qk.astype(np.float32), positions_Qk)
 
 
 def meaning_and_colour(label: str, settings: Settings) -> tuple[str, str]:

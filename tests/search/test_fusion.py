@@ -55,14 +55,15 @@ def test_what_cannot_be_fused_is_refused() -> None:
 
 
 def plain_mix(
-    rankings: list[tuple[np.ndarray, np.ndarray]], weights: list[float], row: int, depth: int
+    rankings: list[tuple[np.ndarray, np.ndarray, float | None]], weights: list[float], row: int, depth: int
 ) -> list[tuple[int, float]]:
     mixed: dict[int, float] = defaultdict(float)
-    for (scores, positions), weight in zip(rankings, weights, strict=True):
-        best, last = max(scores[row].tolist()), min(scores[row].tolist())
-        for score, position in zip(scores[row].tolist(), positions[row].tolist(), strict=True):
-            if position >= 0:
-                mixed[position] += weight * ((score - last) / (best - last) if best > last else 1.0)
+    for (scores, positions, missed), weight in zip(rankings, weights, strict=True):
+        hits = [(s, p) for s, p in zip(scores[row].tolist(), positions[row].tolist(), strict=True) if p >= 0]
+        known = [score for score, _ in hits] + ([missed] if missed is not None and len(hits) < len(scores[row]) else [])
+        best, last = max((score for score, _ in hits), default=0), min(known, default=0)
+        for score, position in hits:
+            mixed[position] += weight * ((score - last) / (best - last) if best > last else 1.0)
     return sorted(mixed.items(), key=lambda item: (-round(item[1], 12), item[0]))[:depth]
 
 
@@ -74,7 +75,8 @@ def test_the_mix_equals_a_dictionarys(depth: int) -> None:
     scores[1] = np.abs(scores[1])
     positions[1][:, 7:], scores[1][:, 7:] = -1, 0
     positions[1][3], scores[1][3] = -1, 0  # no hit at all
-    rankings = list(zip(scores, positions, strict=True))
+    positions[0][5, 12:], scores[0][5, 12:] = -1, 0  # an index that found fewer: nothing is known of the rest
+    rankings = list(zip(scores, positions, (None, 0.0), strict=True))
     mixed, found = convex_mix(rankings, [0.6, 0.4], depth)
     for row in range(25):
         expected = plain_mix(rankings, [0.6, 0.4], row, depth)
@@ -83,12 +85,18 @@ def test_the_mix_equals_a_dictionarys(depth: int) -> None:
 
 
 def test_the_scale_of_scores_does_not_matter_to_the_mix_and_their_distances_do() -> None:
-    dense = np.array([[0.9, 0.8, 0.1]]), np.array([[1, 2, 3]])
-    lexical = np.array([[20.0, 5.0, 0.0]]), np.array([[2, 4, -1]])
+    dense = np.array([[0.9, 0.8, 0.1]]), np.array([[1, 2, 3]]), None
+    lexical = np.array([[20.0, 5.0, 0.0]]), np.array([[2, 4, -1]]), 0.0
     scores, positions = convex_mix([dense, lexical], [0.5, 0.5], 4)
     assert positions[0].tolist() == [2, 1, 4, 3]
     np.testing.assert_allclose(scores[0], [0.5 * 0.875 + 0.5, 0.5, 0.125, 0], atol=1e-12)
-    larger = convex_mix([(100 * dense[0] + 7, dense[1]), lexical], [0.5, 0.5], 4)
+    larger = convex_mix([(100 * dense[0] + 7, dense[1], None), lexical], [0.5, 0.5], 4)
     np.testing.assert_allclose(larger[0], scores)
     with pytest.raises(ValueError, match="passage 1 twice for query 0"):
-        convex_mix([(dense[0], np.array([[1, 1, 2]]))], [1.0], 3)
+        convex_mix([(dense[0], np.array([[1, 1, 2]]), None)], [1.0], 3)
+
+
+def test_the_best_hit_has_all_of_its_weight_also_where_an_index_found_few() -> None:
+    few = np.array([[-0.1, -0.3, 0.0]]), np.array([[5, 6, -1]]), None
+    scores, positions = convex_mix([few], [1.0], 2)
+    assert scores[0].tolist() == [1.0, 0.0] and positions[0].tolist() == [5, 6]

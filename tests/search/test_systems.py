@@ -75,6 +75,12 @@ def test_two_models_of_one_name_are_two_systems_and_an_unknown_one_is_refused(
         system_called("tacher", settings)
 
 
+@pytest.mark.parametrize("order", ["model:/x/drama+bm25,drama+bm25", "drama+bm25,model:/x/drama+bm25"])
+def test_a_model_that_is_called_like_a_mix_is_none(order: str, small_settings: Callable[..., Settings]) -> None:
+    labels = small_settings(f"evaluate.systems=[{order}]").evaluate.labels
+    assert labels["drama+bm25"] == "drama+bm25" and len(labels) == 2
+
+
 def test_every_system_that_the_settings_know_is_in_the_table() -> None:
     assert tuple(SYSTEMS) == settings_module.SYSTEMS
 
@@ -109,6 +115,10 @@ def test_a_mix_ranks_by_the_scores_of_both_and_encodes_nothing(small_settings: C
             there = ranking.positions_Qk[row] >= 0
             total[ranking.positions_Qk[row][there]] += shares[there]
         assert mix.positions_Qk[row].tolist() == np.argsort(-total.round(12), kind="stable")[:7].tolist()
+    with pytest.raises(
+        SettingsError, match=r"--system llm-unpruned\+bm25: a mix has no encoding; name llm-unpruned or"
+    ):
+        make(settings, "encode", system="llm-unpruned+bm25")
     with pytest.raises(SettingsError, match="no-such"):
         make(small_settings("evaluate.systems=[drama+no-such]"), "evaluate")
 
