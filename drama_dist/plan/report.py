@@ -89,6 +89,8 @@ def report(cost: StepCost) -> Iterator[str]:
         f"{1 - cost.kept_tokens / cost.tokens:.0%} of them encoded twice"
     )
     yield f"lengths     {cost.lengths_from}"
+    if cost.train.soft_target_weight:
+        yield "left out    soft targets: about the time and memory of the loss once more"
     yield from _memory_lines(cost)
     yield from _traffic_lines(cost)
     yield from _time_lines(cost)

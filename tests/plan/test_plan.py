@@ -106,7 +106,9 @@ def test_the_command_prints_all_parts_and_names_unknown_devices(
     assert main(["plan", str(file), "train.zero_stage=2", "--ranks", "2", "--device", "h100-80g"]) == 0
     out = capsys.readouterr().out
     words = ("weights", "gradients", "optimiser", "activations", "embeddings", "loss tiles", "update", "by DeepSpeed")
-    assert all(word in out for word in (*words, "expected", "fits: "))
+    assert all(word in out for word in (*words, "expected", "fits: ")) and "soft targets" not in out
+    assert main(["plan", str(file), "train.soft_target_weight=1", "--device", "h100-80g"]) == 0
+    assert "left out    soft targets" in capsys.readouterr().out
     assert main(["plan", str(file), "--device", "abacus"]) == 2
     assert "device 'abacus': expected one of cpu, h100-80g" in capsys.readouterr().err
     with pytest.raises(SystemExit):
