@@ -122,7 +122,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """Yield (line number from 1, object), or a BadRecord in place of an object that cannot be read.
 
-    file: UTF-8, with or without a byte order mark. path: what errors call it.
+    An object that names keys twice is a RepeatedKeys. file: UTF-8, with or without a byte order mark. path: what errors
+    call it.
     """
     for line, raw in enumerate(bounded_lines(file), 1):
         if raw.strip():
@@ -149,22 +150,21 @@ def parse_json(path: Path, line: int, read: Callable[[], Any], raw: object) -> A
         return BadRecord(path, line, "not JSON", raw, f"({error.msg})")
     except RecursionError:
         return BadRecord(path, line, "nested too deeply", raw)
-    except _NamedTwice as error:
-        return BadRecord(path, line, "a key is named twice", raw, f"({error})")
     except ValueError:
         return BadRecord(path, line, "a number of thousands of digits", raw)
 
 
-class _NamedTwice(ValueError):
-    """A JSON object has two values under one key."""
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that names some keys more than once, with the last value of each; repeated: those keys."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.repeated = frozenset(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise _NamedTwice(_BRIEF.repr(max(counts, key=lambda name: counts[name])))
-    return value
+    return value if len(value) == len(pairs) else RepeatedKeys(pairs)
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
