@@ -1,4 +1,7 @@
-"""Corpora under random damage: every record is stored or set aside with its line, and what is stored opens again."""
+"""Corpora under random damage: every record is stored or set aside with its line, and what is stored opens again.
+
+In CSV and in lists, damage may join lines to one record or make one several: there, all records that are whole are stored.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,15 @@ def write_csv(folder: Path, rng: random.Random) -> Path:
     bad = [damaged(rng.choice(good), rng) for _ in range(100)]
     (folder / "c.csv").write_bytes(b"id,text\n" + mixed(rng, good, bad))
     return folder / "c.csv"
+
+
+def write_array(folder: Path, rng: random.Random) -> Path:
+    """A list of one object a line, some of which are damaged within their braces."""
+    good = [json.dumps(row).encode() for row in ROWS]
+    bad = [b"{" + damaged(rng.choice(good)[1:-1], rng).replace(b"\n", b"") + b"}" for _ in range(100)]
+    lines = mixed(rng, good, bad).split(b"\n")
+    (folder / "c.json").write_bytes(b"[" + b",\n".join(lines) + b"]")
+    return folder / "c.json"
 
 
 def write_beir(folder: Path, rng: random.Random) -> Path:
