@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from drama_dist.run.files import put_in_place
 
 LONGEST_RECORD = 2**24  # bytes, more than the longest books have
 Record = TypeVar("Record")
+_INVALID = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 _VALUE_SHOWN = 200  # characters that are kept of a bad record's value
 _BRIEF = reprlib.Repr()  # does not go through all of a value: it may be long, or nested deeply
 _BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxstring, _BRIEF.maxother = 2, 8, 100, 100
@@ -138,6 +140,16 @@ def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
         mark = b""
         while len(raw) > LONGEST_RECORD and not raw.endswith(b"\n"):
             raw = file.readline(LONGEST_RECORD + 1) or b"\n"
+
+
+def invalid_utf8(path: Path, line: int, text: str) -> BadRecord | None:
+    """A BadRecord if a text, which was decoded with "surrogateescape", has bytes that are no UTF-8."""
+    found = _INVALID.search(text)
+    if not found:
+        return None
+    raw = text.encode("utf-8", "surrogateescape")
+    at = len(text[: found.start()].encode())
+    return BadRecord(path, line, "invalid UTF-8", raw, f"at byte {at}")
 
 
 def parse_json(path: Path, line: int, read: Callable[[], Any], raw: object) -> Any:

@@ -10,16 +10,16 @@ import codecs
 import csv
 import gzip
 import io
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from drama_dist.records import JSON, LONGEST_RECORD, BadRecord, RepeatedKeys, parse_json, parse_json_lines
+from drama_dist.corpus.json_text import is_one_json_text, json_objects
+from drama_dist.records import LONGEST_RECORD, BadRecord, RepeatedKeys, invalid_utf8, parse_json_lines
 from drama_dist.run.progress import say
 
 Row = tuple[int, dict[str, Any] | BadRecord]  # and its line, or its number where the file has no lines
@@ -29,11 +29,6 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")  # of file
 _HEAD = 2**20  # bytes that show what a file is
 _FIRST_LINES = 20  # decide together, because any one may be damaged
 _ROWS_AT_ONCE = 1024
-_SHOWN = 400  # characters of a bad JSON object that may be shown
-_BETWEEN = re.compile(r"[\s,\[\]]*")  # JSON objects: lists may follow each other, or be in lists
-_SEVERAL = re.compile(r"\}\s*,\s*\{")
-_LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
-_INVALID = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those they begin with
 _BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _NOT_ROWS = {
@@ -141,7 +136,7 @@ def form_of(path: Path) -> Form:
     suffix = suffix_of(path)
     is_table = suffix in (".csv", ".tsv")
     if suffix in (".jsonl", ".ndjson", ".json") or (begins.startswith((b"{", b"[")) and not is_table):
-        return "json" if _is_one_json_text(begins) else "json lines"
+        return "json" if is_one_json_text(begins) else "json lines"
     if suffix in (".csv", ".parquet"):
         return "csv" if is_table else "parquet"
     first = begins.split(b"\n", _FIRST_LINES)[:_FIRST_LINES]
@@ -159,7 +154,7 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
         raise ValueError(f"{path}: {seems}: expected JSON Lines, JSON, CSV, TSV or parquet")
     with open_data(path) as file:
         if form in ("json lines", "json"):
-            objects = parse_json_lines(path, file) if form == "json lines" else _json_objects(path, file)
+            objects = parse_json_lines(path, file) if form == "json lines" else json_objects(path, file)
             for line, value in objects:
                 yield line, value if isinstance(value, BadRecord) else columns.of_object(path, line, value)
         elif form == "parquet":
@@ -171,16 +166,6 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
 def text_lines(file: BinaryIO) -> list[str]:
     """The lines with their ends; bytes that are no UTF-8 are kept as lone surrogates, which `invalid_utf8` finds."""
     return [raw.decode("utf-8", "surrogateescape") for raw in file]
-
-
-def invalid_utf8(path: Path, line: int, text: str) -> BadRecord | None:
-    """A BadRecord for a text of `text_lines` that has bytes that are no UTF-8."""
-    found = _INVALID.search(text)
-    if not found:
-        return None
-    raw = text.encode("utf-8", "surrogateescape")
-    at = len(text[: found.start()].encode())
-    return BadRecord(path, line, "invalid UTF-8", raw, f"at byte {at}")
 
 
 def open_dataset(folder: Path) -> Any:
@@ -201,70 +186,6 @@ def dataset_rows(folder: Path, rows: Any, columns: Columns) -> Iterator[Row]:
         raise columns.missing(folder, names)
     tables = rows.select_columns(list(wanted)).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
     yield from _arrow_rows(folder, tables, names, wanted)
-
-
-def _is_one_json_text(begins: bytes) -> bool:
-    """Whether JSON goes over several lines, or is a list of objects: not where lines are objects by themselves."""
-    text = begins.decode("utf-8", "ignore")
-    first, *others = text.split("\n", _FIRST_LINES)[:_FIRST_LINES]
-    if _is_object(first) or sum(map(_is_object, others)) > 1:
-        return False
-    if first.strip() == "{" or _LIST_OF_OBJECTS.match(text):
-        return True
-    return isinstance(parse_json(Path(), 1, lambda: JSON.raw_decode(text)[0], ""), dict)
-
-
-def _is_object(line: str) -> bool:
-    return isinstance(parse_json(Path(), 1, lambda: JSON.decode(line), ""), dict)
-
-
-def _json_objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """Objects one after the other, in lists or not, each with the line where it begins.
-
-    Raises ValueError where it is not clear what comes after an object that cannot be read, or a list is not closed.
-    """
-    text = file.read().decode("utf-8", "surrogateescape")
-    line, place, open_lists = 1, 0, 0
-    while True:
-        start = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
-        open_lists += text.count("[", place, start) - text.count("]", place, start)
-        line += text.count("\n", place, start)
-        if start == len(text):
-            break
-        found = parse_json(path, line, partial(JSON.raw_decode, text, start), text[start : start + _SHOWN])
-        if isinstance(found, BadRecord):
-            after = _after_bad_object(text, start)
-            if after is None:
-                raise ValueError(f"{found}; nothing after it can be read")
-            yield line, found
-        else:
-            value, after = found
-            if not isinstance(value, dict):
-                value = BadRecord(path, line, "expected a JSON object", value)
-            yield line, invalid_utf8(path, line, text[start:after]) or value
-        line, place = line + text.count("\n", start, after), after
-    if open_lists > 0:
-        raise ValueError(f"{path}:{line}: the list is not closed, so the file is cut; make or fetch it again")
-
-
-def _after_bad_object(text: str, start: int) -> int | None:
-    """Where to go on after an object that cannot be read: where it ends if it has a line of its own and fills it.
-
-    Where it goes over several lines, what is in it is indented deeper: to the next line that begins as its first does,
-    or closes the list. None in other cases.
-    """
-    before = text[text.rfind("\n", 0, start) + 1 : start]
-    end = text.find("\n", start)
-    line = text[start : end if end >= 0 else len(text)]
-    if before.strip(" \t,[") or _SEVERAL.search(line):
-        return None
-    content = line.rstrip(" \t\r,]")
-    if content.endswith("}"):
-        return start + len(content)
-    if "[" in before or not (before or text[end + 1 : end + 2] in (" ", "\t")):
-        return None
-    next_object = re.compile(rf"\n(?={re.escape(before)}\{{|\])").search(text, start)
-    return next_object.start() if next_object else None
 
 
 def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Iterator[Row]:

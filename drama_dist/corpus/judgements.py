@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.collection import HIGHEST_GRADE
-from drama_dist.corpus.formats import (
-    Columns,
-    Row,
-    form_of,
-    invalid_utf8,
-    open_data,
-    read_rows,
-    shown_names,
-    text_lines,
-    unquoted,
-)
+from drama_dist.corpus.formats import Columns, Row, form_of, open_data, read_rows, shown_names, text_lines, unquoted
 from drama_dist.corpus.parts import Unfit, id_of, part
-from drama_dist.records import BadRecord
+from drama_dist.records import BadRecord, invalid_utf8
 
 Judgement = tuple[str, str, int]  # query id, passage id, grade
 

@@ -129,6 +129,7 @@ def test_a_bad_first_line_of_a_file_without_header_is_one_bad_row(tmp_path: Path
         ("a.json", b'[\n {"id": "a"},\n {"id":\n }\n]\n[{"id": "b"}]', {3: "not JSON"}),
         ("a.json", b'[{"id": "a"}]\n7 [{"id": "b"}]', {2: "expected a JSON object"}),
         ("a.json", b'[{"id": "a"},\n{"id": "b"}]\n}', {3: "not JSON"}),
+        ("a.json", b'[null, [{"id": "a"}], {"id": "b"}]', {1: "expected a JSON object"}),
         ("a.json", b'[{"id": "a"},\n{"id": "c", "text": "\xe9"},\n{"id": "b"}]', {2: "invalid UTF-8"}),
         ("a.json", b'[{"id": "a"}, {"id": "c", "text": "\xe9"}, {"id": "b"}]', {1: "invalid UTF-8"}),
         ("a.json", b'[\n {"id": "' + b"c" * 2**21 + b'", },\n {"id": "a"},\n {"id": "b"}\n]', {2: "not JSON"}),
