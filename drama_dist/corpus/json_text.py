@@ -67,10 +67,10 @@ def json_objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, An
 
 
 def _after_bad_object(text: str, start: int) -> int | None:
-    """Where to go on after an object that cannot be read: where it ends if it has a line of its own and fills it.
+    """Where to go on after an object that cannot be read: behind it if it has a line of its own and fills it.
 
-    Where it goes over several lines, what is in it is indented deeper: to the next line that begins as its first does,
-    or closes the list. None in other cases.
+    Where it goes over several lines and what is in it is indented deeper: behind the brace below its own, or at the
+    next object below it, or the end of the list. None in other cases.
     """
     before = text[text.rfind("\n", 0, start) + 1 : start]
     end = text.find("\n", start)
@@ -82,5 +82,5 @@ def _after_bad_object(text: str, start: int) -> int | None:
         return start + len(content)
     if "[" in before or not (before or text[end + 1 : end + 2] in (" ", "\t")):
         return None
-    next_object = re.compile(rf"\n(?={re.escape(before)}\{{|\])").search(text, start)
-    return next_object.start() if next_object else None
+    below = re.compile(rf"\n(?:{re.escape(before)}\}}|(?={re.escape(before)}\{{|\]))").search(text, start)
+    return below.end() if below else None

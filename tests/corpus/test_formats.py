@@ -125,6 +125,8 @@ def test_a_bad_first_line_of_a_file_without_header_is_one_bad_row(tmp_path: Path
         ("a.json", b'[\n{"id": },\n{"id": "a"},\n{"id": "b"}\n]', {2: "not JSON"}),
         ("a.json", b'[\n  {\n    "id": \n  },\n  {\n    "id": "a"\n  },\n  {"id": "b"}\n]', {2: "not JSON"}),
         ("a.json", b'{\n  "id": \n}\n{\n  "id": "a"\n}\n{\n  "id": "b"\n}', {1: "not JSON"}),
+        ("a.json", b'{\n  "id": "a"\n}\n{\n  "id": "b"\n}\n{\n  "id": \n}', {7: "not JSON"}),
+        ("a.json", b'[\n  {\n    "id": "a"\n  },\n  {\n    "id": \n  {\n    "id": "b"\n  }\n]', {5: "not JSON"}),
         ("a.json", b'[{"id": "a"}\n,{"id": }\n,{"id": "b"}\n]', {2: "not JSON"}),
         ("a.json", b'[\n {"id": "a"},\n {"id":\n }\n]\n[{"id": "b"}]', {3: "not JSON"}),
         ("a.json", b'[{"id": "a"}]\n7 [{"id": "b"}]', {2: "expected a JSON object"}),
