@@ -16,7 +16,8 @@ from drama_dist.corpus.formats import SUFFIXES, suffix_of
 
 _PASSAGES = ("corpus", "collection", "passages", "documents")  # names that say so
 _JUDGEMENT_SUFFIXES = (*SUFFIXES, ".txt", ".trec", ".qrels", ".qrel", "")
-_SPLIT_WORDS = {"train", "dev", "test", "valid", "validation", "val", "eval"}
+_SPLIT_WORDS = {"train", "dev", "test", "eval"}
+_ALSO_DEV = {"valid", "validation", "val"}
 _DATASET, _SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 _FORMS = "JSON Lines, JSON, TSV, CSV or parquet"
 
@@ -150,7 +151,8 @@ def _queries_of(judgements: Path, queries: list[Path]) -> list[Path]:
 
 def _words(file: Path) -> set[str]:
     """The words of a name that say which queries or judgements it has."""
-    return set(re.split(r"[\W_]+", _bare(file))) - {"qrels", "qrel", "queries", ""}
+    words = set(re.split(r"[\W_]+", _bare(file))) - {"qrels", "qrel", "queries", ""}
+    return words - _ALSO_DEV | {"dev"} if words & _ALSO_DEV else words
 
 
 def _preference(file: Path) -> tuple[int, bool, str]:

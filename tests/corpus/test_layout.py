@@ -102,6 +102,7 @@ def test_judgements_under_an_unknown_suffix_are_named(tmp_path: Path) -> None:
         (["queries.dev.small.tsv", "queries.dev.tsv", "qrels.dev.tsv"], "queries.dev.tsv", "qrels.dev.tsv"),
         (["test_queries.jsonl", "test_qrels.tsv"], "test_queries.jsonl", "test_qrels.tsv"),
         (["queries.dev.tsv", "qrels.tsv"], "queries.dev.tsv", "qrels.tsv"),
+        (["queries.train.tsv", "queries.validation.tsv", "qrels/val.tsv"], "queries.validation.tsv", "val.tsv"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
