@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from drama_dist.run.files import put_in_place
 
 LONGEST_RECORD = 2**24  # bytes, more than the longest books have
 Record = TypeVar("Record")
+_INVALID = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 _VALUE_SHOWN = 200  # characters that are kept of a bad record's value
 _BRIEF = reprlib.Repr()  # does not go through all of a value: it may be long, or nested deeply
 _BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxstring, _BRIEF.maxother = 2, 8, 100, 100
@@ -122,7 +124,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """Yield (line number from 1, object), or a BadRecord in place of an object that cannot be read.
 
-    file: UTF-8, with or without a byte order mark. path: what errors call it.
+    An object that names keys twice is a RepeatedKeys. file: UTF-8, with or without a byte order mark. path: what errors
+    call it.
     """
     for line, raw in enumerate(bounded_lines(file), 1):
         if raw.strip():
@@ -139,6 +142,16 @@ def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
             raw = file.readline(LONGEST_RECORD + 1) or b"\n"
 
 
+def invalid_utf8(path: Path, line: int, text: str) -> BadRecord | None:
+    """A BadRecord if a text, which was decoded with "surrogateescape", has bytes that are no UTF-8."""
+    found = _INVALID.search(text)
+    if not found:
+        return None
+    raw = text.encode("utf-8", "surrogateescape")
+    at = len(text[: found.start()].encode())
+    return BadRecord(path, line, "invalid UTF-8", raw, f"at byte {at}")
+
+
 def parse_json(path: Path, line: int, read: Callable[[], Any], raw: object) -> Any:
     """What `read` returns, which calls JSON's decoder; or a BadRecord that says why it failed. raw: what it reads."""
     try:
@@ -149,22 +162,21 @@ def parse_json(path: Path, line: int, read: Callable[[], Any], raw: object) -> A
         return BadRecord(path, line, "not JSON", raw, f"({error.msg})")
     except RecursionError:
         return BadRecord(path, line, "nested too deeply", raw)
-    except _NamedTwice as error:
-        return BadRecord(path, line, "a key is named twice", raw, f"({error})")
     except ValueError:
         return BadRecord(path, line, "a number of thousands of digits", raw)
 
 
-class _NamedTwice(ValueError):
-    """A JSON object has two values under one key."""
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that names some keys more than once, with the last value of each; repeated: those keys."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.repeated = frozenset(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise _NamedTwice(_BRIEF.repr(max(counts, key=lambda name: counts[name])))
-    return value
+    return value if len(value) == len(pairs) else RepeatedKeys(pairs)
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)

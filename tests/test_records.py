@@ -10,6 +10,8 @@ from drama_dist.records import (
     BadRecord,
     Example,
     Passage,
+    RepeatedKeys,
+    invalid_utf8,
     parse_json_lines,
     read_json_lines,
     read_records,
@@ -51,3 +53,17 @@ def test_unexpected_fields_are_named(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"id": "1", "text": "t"}\n{"id": "2", "body": "t"}\n', "utf-8")
     with pytest.raises(BadRecord, match=r"p.jsonl:2: unexpected fields"):
         read_records(tmp_path / "p.jsonl", lambda value: Passage(**value))
+
+
+def test_keys_that_are_there_twice_are_told_and_those_of_inner_objects_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text('{"a": 1, "b": {"c": 1, "c": 2}, "a": 3}\n{"b": {"c": 1, "c": 2}}\n', "utf-8")
+    (_, twice), (_, once) = read_json_lines(tmp_path / "f.jsonl")
+    assert isinstance(twice, RepeatedKeys) and twice.repeated == {"a"} and twice["a"] == 3
+    assert not isinstance(once, RepeatedKeys)
+
+
+@pytest.mark.parametrize(("raw", "at"), [(b"\xff", 0), ("größe ".encode() + b"\xe9t\xe9", 8), (b"a\xed\xa0\x80", 1)])
+def test_bytes_that_are_no_utf8_are_found(raw: bytes, at: int) -> None:
+    bad = invalid_utf8(Path("f"), 3, raw.decode("utf-8", "surrogateescape"))
+    assert bad and str(bad).startswith(f"f:3: invalid UTF-8 at byte {at}: ")
+    assert invalid_utf8(Path("f"), 3, "größe 水 \ud800 \u2028") is None

@@ -1,13 +1,11 @@
 """A stored collection: a memory-mapped table of passages, test queries and judgements.
 
 Covers writing and opening it. The training corpus is a collection; evaluation takes others too. Does not cover
-importing one: read.py does.
+importing one: read.py and judgements.py do.
 """
 
 from __future__ import annotations
 
-import codecs
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +14,13 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
-from drama_dist.corpus.formats import open_data, open_dataset
+from drama_dist.corpus.formats import open_dataset
 from drama_dist.records import BadRecord, Passage, Query, read_records, write_records
 
 Qrels = dict[str, dict[str, int]]
-Judgement = tuple[str, str, int]  # query id, passage id, grade
 _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", "language")})
 _TEXTS_AT_ONCE = 1024
 HIGHEST_GRADE = 1_000_000  # the measures take time and memory for every grade up to the highest
-GRADE_NAMES = ("score", "relevance", "rel", "grade", "label")
-_GRADE = re.compile(r"[+-]?[0-9]{1,9}(\.0*)?")
 
 
 class PassageTable:
@@ -121,53 +116,13 @@ def write_qrels(path: Path, qrels: Qrels) -> None:
 
 
 def read_qrels(path: Path) -> Qrels:
-    """Read BEIR judgements; raises the first BadRecord."""
+    """Read what `write_qrels` wrote; raises BadRecord for a line of another kind."""
     qrels: Qrels = {}
-    for _, row in parse_qrels(path):
-        if isinstance(row, BadRecord):
-            raise row
-        query, passage, score = row
-        qrels.setdefault(query, {})[passage] = score
+    for line, row in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            query, passage, grade = row.split("\t")
+            if line > 1:
+                qrels.setdefault(query, {})[passage] = int(grade)
+        except ValueError:
+            raise BadRecord(path, line, "expected query, passage and grade", row) from None
     return qrels
-
-
-def parse_qrels(path: Path) -> Iterator[tuple[int, Judgement | BadRecord]]:
-    """Yield (line number, (query id, passage id, grade)), or a BadRecord for a judgement that cannot be read.
-
-    BEIR's three columns, with or without a header, or TREC's four (query, iteration, passage, grade); between them are
-    tabs, or blanks where there are no tabs.
-    """
-    with open_data(path) as file:
-        first = True
-        for line, raw in enumerate(file.read().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
-            if raw.strip():
-                row = _judgement(path, line, raw)
-                if not (first and row is None):
-                    yield line, row or BadRecord(path, line, "a header among the judgements", raw)
-                first = False
-
-
-def _judgement(path: Path, line: int, raw: bytes) -> Judgement | BadRecord | None:
-    """None for a header."""
-    try:
-        text = raw.decode("utf-8").rstrip()
-    except UnicodeDecodeError as error:
-        return BadRecord(path, line, "invalid UTF-8", raw, f"at byte {error.start}")
-    cells = next((cells for cells in (text.split("\t"), text.split()) if len(cells) in (3, 4)), None)
-    if cells is None or not (cells[0].strip() and cells[-2].strip()):
-        return BadRecord(path, line, "expected query, passage and grade, or TREC's four columns", raw)
-    if cells[-1].strip().lower() in GRADE_NAMES:
-        return None
-    grade = grade_of(cells[-1])
-    if grade is None:
-        return BadRecord(path, line, f"expected a whole number up to {HIGHEST_GRADE} as grade", raw)
-    return cells[0], cells[-2], grade
-
-
-def grade_of(value: object) -> int | None:
-    """A grade as it is written in files (1, "1", "1.0", 1.0); None if it is no whole number, or a senseless one."""
-    if isinstance(value, str) and _GRADE.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= HIGHEST_GRADE:
-        return None
-    return int(value) if value == int(value) else None

@@ -1,7 +1,7 @@
 """Files of records, in the forms that people have them in, as rows: JSON Lines, JSON, CSV, TSV, parquet, datasets.
 
 Gzip is unpacked, and UTF-16 is read where a byte order mark says so. What a file is, its beginning decides, and its
-name where that is open. Does not know what the columns mean: read.py does.
+name where that is open. Does not know what the columns mean: read.py and judgements.py do.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import codecs
 import csv
 import gzip
 import io
-import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from drama_dist.records import JSON, LONGEST_RECORD, BadRecord, bounded_lines, parse_json, parse_json_lines
+from drama_dist.corpus.json_text import is_one_json_text, json_objects
+from drama_dist.records import LONGEST_RECORD, BadRecord, RepeatedKeys, invalid_utf8, parse_json_lines
 from drama_dist.run.progress import say
 
 Row = tuple[int, dict[str, Any] | BadRecord]  # and its line, or its number where the file has no lines
@@ -30,8 +29,6 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet")  # of file
 _HEAD = 2**20  # bytes that show what a file is
 _FIRST_LINES = 20  # decide together, because any one may be damaged
 _ROWS_AT_ONCE = 1024
-_LINES_OF_A_ROW = 1000  # a quoted field may have line breaks; a quote that is never closed must not take the whole file
-_BETWEEN = re.compile(r"[\s,]*")
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those they begin with
 _BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _NOT_ROWS = {
@@ -61,6 +58,32 @@ class Columns:
     pair: tuple[str, str] | None
     remedy: str
 
+    @cached_property
+    def _by_small_letters(self) -> dict[str, str]:
+        return {name.lower(): name for name in sorted(self.names)}
+
+    def renamed(self, found: Sequence[str]) -> list[str]:
+        """The names found, as they are wanted: capitals and blanks around do not count where no name is the same."""
+        same = self.names.intersection(found)
+        wanted = [self._by_small_letters.get(name.strip().lower(), name) for name in found]
+        return [name if name in same or want in same else want for name, want in zip(found, wanted, strict=True)]
+
+    def of_table(self, path: Path, found: Sequence[str]) -> list[str]:
+        """`renamed` for the header of a file; raises ValueError if two columns have one of the names."""
+        names = self.renamed(found)
+        if twice := next((name for name in names if name in self.names and names.count(name) > 1), None):
+            raise ValueError(f"{path}: two columns are called {twice!r}; rename one")
+        return names
+
+    def of_object(self, path: Path, line: int, value: dict[str, Any]) -> dict[str, Any] | BadRecord:
+        """A JSON object with its keys `renamed`; a BadRecord if a wanted key is there twice."""
+        names = self.renamed(list(value))
+        repeated = value.repeated if isinstance(value, RepeatedKeys) else frozenset()
+        for key, name in zip(value, names, strict=True):
+            if name in self.names and (key in repeated or names.count(name) > 1):
+                return BadRecord(path, line, "a key is named twice", value, f"({name!r})")
+        return dict(zip(names, value.values(), strict=True))
+
     def missing(self, path: Path, found: Iterable[str]) -> ValueError:
         """The error where no column has one of the names."""
         return ValueError(f"{path}: no column has a name that is known; it has {shown_names(found)}: {self.remedy}")
@@ -73,21 +96,29 @@ def suffix_of(path: Path) -> str:
 
 @contextmanager
 def open_data(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading: unpacked, and text in UTF-8. Raises ValueError where that cannot be done."""
+    """Open a file for reading: unpacked, and text in UTF-8 without a byte order mark.
+
+    Halves of UTF-16 characters become invalid UTF-8. Raises ValueError where the file is damaged.
+    """
     with open(path, "rb") as packed:
         is_packed = packed.read(2) == b"\x1f\x8b"
         packed.seek(0)
         file: BinaryIO = gzip.GzipFile(fileobj=packed) if is_packed else packed  # type: ignore[assignment]
         try:
             head = file.read(_HEAD)
-            file.seek(0)
+            file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
             encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
             if encoding and b"\0" in head:  # as every blank and line break has; else it is a damaged line of UTF-8
-                yield io.BytesIO(file.read().decode(encoding, "replace").encode())
+                file.seek(0)
+                text = file.read().decode(encoding, "surrogatepass")
+                yield io.BytesIO(text.encode("utf-8", "surrogatepass"))
             else:
                 yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: a damaged gzip file ({error}); make or fetch it again") from None
+        except UnicodeDecodeError as error:
+            problem = f"damaged {error.encoding.upper()} at byte {error.start}"
+            raise ValueError(f"{path}: {problem}; save it in UTF-8, or fetch it again") from None
 
 
 def form_of(path: Path) -> Form:
@@ -96,15 +127,18 @@ def form_of(path: Path) -> Form:
         head = file.read(_HEAD)
     if head.startswith(b"PAR1"):
         return "parquet"
-    begins = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    begins = head.lstrip()
     if seen := next((what for magic, what in _NOT_ROWS.items() if begins[:40].lower().startswith(magic.lower())), None):
         raise ValueError(f"{path}: seems to be {seen}")
-    if head[:100].count(0) > len(head[:100]) / 4:
+    nulls = sorted((head[::2].count(0), head[1::2].count(0)))
+    if 4 * nulls[1] > len(head) and nulls[1] > 4 * nulls[0]:  # the other halves of Latin letters; damage has both
         raise ValueError(f"{path}: seems to be UTF-16 without a byte order mark, or no text; save it in UTF-8")
-    if begins.startswith((b"{", b"[")) or suffix_of(path) in (".jsonl", ".ndjson", ".json"):
-        return "json" if _is_one_json_text(begins) else "json lines"
-    if suffix_of(path) == ".csv":
-        return "csv"
+    suffix = suffix_of(path)
+    is_table = suffix in (".csv", ".tsv")
+    if suffix in (".jsonl", ".ndjson", ".json") or (begins.startswith((b"{", b"[")) and not is_table):
+        return "json" if is_one_json_text(begins) else "json lines"
+    if suffix in (".csv", ".parquet"):
+        return "csv" if is_table else "parquet"
     first = begins.split(b"\n", _FIRST_LINES)[:_FIRST_LINES]
     return "tsv" if 2 * sum(b"\t" in line for line in first) > len(first) - first.count(b"") else "text"
 
@@ -116,16 +150,22 @@ def read_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """
     form = form_of(path)
     if form == "text":
-        raise ValueError(f"{path}: seems to be plain text: expected JSON Lines, JSON, CSV, TSV or parquet")
+        seems = "seems to be plain text" if path.stat().st_size else "is empty"
+        raise ValueError(f"{path}: {seems}: expected JSON Lines, JSON, CSV, TSV or parquet")
     with open_data(path) as file:
-        if form == "json lines":
-            yield from parse_json_lines(path, file)
-        elif form == "json":
-            yield from _json_rows(path, file.read().decode("utf-8-sig", "surrogateescape"))
+        if form in ("json lines", "json"):
+            objects = parse_json_lines(path, file) if form == "json lines" else json_objects(path, file)
+            for line, value in objects:
+                yield line, value if isinstance(value, BadRecord) else columns.of_object(path, line, value)
         elif form == "parquet":
             yield from _parquet_rows(path, file, columns)
         else:
             yield from _table_rows(path, file, form, columns)
+
+
+def text_lines(file: BinaryIO) -> list[str]:
+    """The lines with their ends; bytes that are no UTF-8 are kept as lone surrogates, which `invalid_utf8` finds."""
+    return [raw.decode("utf-8", "surrogateescape") for raw in file]
 
 
 def open_dataset(folder: Path) -> Any:
@@ -140,73 +180,26 @@ def open_dataset(folder: Path) -> Any:
 
 def dataset_rows(folder: Path, rows: Any, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a datasets.Dataset, with None in columns that are not wanted."""
-    wanted = [name for name in rows.column_names if name in columns.names]
+    names = columns.of_table(folder, rows.column_names)
+    wanted = {found: name for found, name in zip(rows.column_names, names, strict=True) if name in columns.names}
     if not wanted:
-        raise columns.missing(folder, rows.column_names)
-    tables = rows.select_columns(wanted).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
-    yield from _arrow_rows(folder, tables, rows.column_names)
-
-
-def _is_one_json_text(begins: bytes) -> bool:
-    """Whether JSON goes over several lines, or is a list of objects: not where lines are objects by themselves."""
-    text = begins.decode("utf-8", "ignore")
-    first, *others = text.split("\n", _FIRST_LINES)[:_FIRST_LINES]
-    if _is_object(first) or sum(map(_is_object, others)) > 1:
-        return False
-    start = len(text) - len(text.removeprefix("[").lstrip())
-    value = parse_json(Path(), 1, lambda: JSON.raw_decode(text, start)[0], "")
-    return isinstance(value, dict)
-
-
-def _is_object(line: str) -> bool:
-    return isinstance(parse_json(Path(), 1, lambda: JSON.decode(line), ""), dict)
-
-
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    """Objects one after the other, in a list or not, each with the line where it begins.
-
-    After one that cannot be read it goes on at the next line that begins as the first object's did; ValueError where
-    objects have no lines of their own, or the file is cut.
-    """
-    start = _next(text, text.find("[") + 1 if text.lstrip().startswith("[") else 0)
-    before = text[text.rfind("\n", 0, start) + 1 : start]  # of an object on its first line
-    is_whole = not before.strip() and text.rstrip().endswith(("]", "}"))
-    line, counted = 1, 0
-    while start < len(text) and text[start] != "]":
-        line, counted = line + text.count("\n", counted, start), start
-        read = partial(JSON.raw_decode, text, start)
-        found = parse_json(path, line, read, text[start : start + LONGEST_RECORD])
-        if isinstance(found, BadRecord):
-            again = text.find(f"\n{before}{{", start)
-            if again < 0 and not is_whole:
-                raise ValueError(f"{found}; nothing after it can be read")
-            yield line, found
-            start = again + 1 + len(before) if again >= 0 else len(text)
-        else:
-            value, end = found
-            is_object = isinstance(value, dict)
-            yield line, value if is_object else BadRecord(path, line, "expected a JSON object", value)
-            start = _next(text, end)
-
-
-def _next(text: str, end: int) -> int:
-    """Where the next object begins."""
-    between = _BETWEEN.match(text, end)
-    return between.end() if between else end
+        raise columns.missing(folder, names)
+    tables = rows.select_columns(list(wanted)).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+    yield from _arrow_rows(folder, tables, names, wanted)
 
 
 def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Iterator[Row]:
     """Rows under the names of the header, or under columns.pair."""
-    lines = list(_decoded(path, file))
+    lines = text_lines(file)
     header: Sequence[str] | None = None
     unquote = form == "tsv"
-    for line, cells in _csv_cells(path, lines) if form == "csv" else _tsv_cells(lines):
+    for line, cells in _csv_cells(path, lines) if form == "csv" else _tsv_cells(path, lines):
         if isinstance(cells, BadRecord):
             yield line, cells
             continue
         if header is None:
-            header = _header(path, cells, columns)
-            if header:
+            header = columns.of_table(path, [unquoted(cell.strip()) for cell in cells])
+            if columns.names.intersection(header):
                 continue
             if form == "csv" or not _has_pairs(lines) or not columns.pair:
                 raise columns.missing(path, cells)
@@ -214,23 +207,16 @@ def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Ite
             say(f"{path}: its first line names no known column; its columns are read as {' and '.join(header)}")
         if len(cells) != len(header):
             yield line, BadRecord(path, line, f"expected {len(header)} columns", cells, f"and found {len(cells)}")
+        elif unquote and any(map(_is_open, cells)):
+            yield line, BadRecord(path, line, "a quote that is not closed on its line", cells, "(line breaks need CSV)")
         else:
-            yield line, dict(zip(header, map(_unquoted, cells) if unquote else cells, strict=True))
+            yield line, dict(zip(header, map(unquoted, cells) if unquote else cells, strict=True))
 
 
-def _has_pairs(lines: Sequence[str | BadRecord]) -> bool:
+def _has_pairs(lines: Sequence[str]) -> bool:
     """Whether most of the first lines have two columns: one of them may be damaged."""
-    first = [line.count("\t") == 1 for line in lines[:_FIRST_LINES] if isinstance(line, str) and line.strip()]
+    first = [line.count("\t") == 1 for line in lines[:_FIRST_LINES] if line.strip()]
     return 2 * sum(first) > len(first)
-
-
-def _header(path: Path, cells: Sequence[str], columns: Columns) -> list[str] | None:
-    """The header's names, in small letters where they are not known as they are; None if it is no header."""
-    header = [cell if cell in columns.names else _unquoted(cell.strip()).lower() for cell in cells]
-    known = Counter(name for name in header if name in columns.names)
-    if known and max(known.values()) > 1:
-        raise ValueError(f"{path}:1: two columns are called {max(known, key=lambda name: known[name])!r}")
-    return header if known else None
 
 
 def shown_names(names: Iterable[str]) -> str:
@@ -239,50 +225,44 @@ def shown_names(names: Iterable[str]) -> str:
     return ", ".join(all_names[:8]) + (", ..." if len(all_names) > 8 else "") if all_names else "none"
 
 
-def _tsv_cells(lines: Sequence[str | BadRecord]) -> Iterator[tuple[int, list[str] | BadRecord]]:
+def _tsv_cells(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str] | BadRecord]]:
     for line, text in enumerate(lines, 1):
-        if isinstance(text, BadRecord):
-            yield line, text
-        elif text.strip():
-            yield line, text.rstrip("\r\n").split("\t")
+        if text.strip():
+            yield line, invalid_utf8(path, line, text) or text.rstrip("\r\n").split("\t")
 
 
-def _csv_cells(path: Path, lines: Sequence[Any]) -> Iterator[tuple[int, list[str] | BadRecord]]:
-    first = next((line for line in lines if isinstance(line, str) and line.strip()), "")
+def _csv_cells(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    """A row that cannot be read ends with its first line."""
+    first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
-    csv.field_size_limit(LONGEST_RECORD)
+    csv.field_size_limit(LONGEST_RECORD)  # in characters; it also ends a quote that is never closed
     start = 0
     while start < len(lines):
         number = start + 1
-        if isinstance(lines[start], BadRecord):
-            yield number, lines[start]
-            start += 1
-            continue
-        reader = csv.reader(lines[start : start + _LINES_OF_A_ROW], delimiter=delimiter, strict=True)
+        reader = csv.reader(map(lines.__getitem__, range(start, len(lines))), delimiter=delimiter, strict=True)
         try:
             cells = next(reader)
         except csv.Error as error:
-            yield number, BadRecord(path, number, "not CSV", lines[start], f"({error})")
+            opened = " in the row that begins here" if reader.line_num > 1 else ""
+            yield number, BadRecord(path, number, "not CSV", lines[start], f"({error}{opened})")
             start += 1
             continue
+        raw = "".join(lines[start : start + reader.line_num])
         start += reader.line_num
         if any(cell.strip() for cell in cells):
-            yield number, cells
+            yield number, invalid_utf8(path, number, raw) or cells
 
 
-def _unquoted(cell: str) -> str:
+def unquoted(cell: str) -> str:
     """A cell without the quotes that spreadsheets put around it; as it is where a quote in it is not doubled."""
     inner = cell[1:-1]
     quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if quoted else cell
 
 
-def _decoded(path: Path, file: BinaryIO) -> Iterator[str | BadRecord]:
-    for line, raw in enumerate(bounded_lines(file), 1):
-        try:
-            yield raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield BadRecord(path, line, "invalid UTF-8", raw, f"at byte {error.start}")
+def _is_open(cell: str) -> bool:
+    """Whether it begins with a quote that no other closes."""
+    return cell.startswith('"') and '"' not in cell[1:].replace('""', "")
 
 
 def _parquet_rows(path: Path, file: BinaryIO, columns: Columns) -> Iterator[Row]:
@@ -291,23 +271,26 @@ def _parquet_rows(path: Path, file: BinaryIO, columns: Columns) -> Iterator[Row]
 
     try:
         table = ParquetFile(file)
-        names = table.schema_arrow.names
-        wanted = [name for name in names if name in columns.names]
+        found = table.schema_arrow.names
+        names = columns.of_table(path, found)
+        wanted = {old: name for old, name in zip(found, names, strict=True) if name in columns.names}
         if wanted:
-            yield from _arrow_rows(path, table.iter_batches(_ROWS_AT_ONCE, columns=wanted), names)
+            yield from _arrow_rows(path, table.iter_batches(_ROWS_AT_ONCE, columns=list(wanted)), names, wanted)
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: a damaged parquet file ({_first_line(error)})") from None
     if not wanted:
         raise columns.missing(path, names)
 
 
-def _arrow_rows(path: Path, tables: Iterable[Any], names: Sequence[str]) -> Iterator[Row]:
-    """Rows of Arrow tables, with None for names of which the tables have no column."""
+def _arrow_rows(path: Path, tables: Iterable[Any], names: Sequence[str], wanted: dict[str, str]) -> Iterator[Row]:
+    """Rows of Arrow tables, with None for names of which the tables have no column; wanted: the names of the others."""
     number = 0
     for table in tables:
         for row in _as_dicts(path, number, table):
             number += 1
-            yield number, row if isinstance(row, BadRecord) else {**dict.fromkeys(names), **row}
+            if not isinstance(row, BadRecord):
+                row = {**dict.fromkeys(names), **{wanted[name]: value for name, value in row.items()}}
+            yield number, row
 
 
 def _as_dicts(path: Path, before: int, table: Any) -> Iterator[dict[str, Any] | BadRecord]:

@@ -15,6 +15,9 @@ from typing import Any
 from drama_dist.corpus.formats import SUFFIXES, suffix_of
 
 _PASSAGES = ("corpus", "collection", "passages", "documents")  # names that say so
+_JUDGEMENT_SUFFIXES = (*SUFFIXES, ".txt", ".trec", ".qrels", ".qrel", "")
+_SPLIT_WORDS = {"train", "dev", "test", "eval"}
+_ALSO_DEV = {"valid", "validation", "val"}
 _DATASET, _SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 _FORMS = "JSON Lines, JSON, TSV, CSV or parquet"
 
@@ -52,32 +55,53 @@ def find_sources(path: Path, setting: str) -> Sources:
     notes = []
     files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
     data = [file for file in files if suffix_of(file) in SUFFIXES]
-    queries, judgements = _chosen(_queries(data), "queries", notes), _chosen(_judgements(path), "judgements", notes)
-    if judgements and not queries:
-        raise FileNotFoundError(f"{path / 'queries.jsonl'}: not found, but {judgements} judges its queries")
-    if queries and not judgements:
-        notes.append(
-            f"has {queries.name} but no judgements, so these queries are not used; expected qrels/test.tsv or qrels.tsv"
-        )
-        queries = None
-    tests = {*_queries(data), *_judgements(path)}
-    candidates = [file for file in data if file not in tests]
+    all_queries, all_judgements = _queries(data), _judgements(path)
+    queries, judgements = _tests(path, all_queries, all_judgements, notes)
+    candidates = [file for file in data if file not in (*all_queries, *all_judgements)]
     dataset = None if _named(candidates, "corpus") else _dataset(path, notes)
-    if dataset:
-        return Sources([], dataset, _dataset_files(path, dataset), queries, judgements, notes)
-    return Sources(_passages(path, candidates, setting, notes), None, [], queries, judgements, notes)
+    if not dataset:
+        return Sources(_passages(path, candidates, setting, notes), None, [], queries, judgements, notes)
+    dataset_files = _dataset_files(path, dataset)
+    if others := [file for file in candidates if file not in dataset_files]:
+        notes.append(f"is a dataset, so {_shown(others)} {'is' if len(others) == 1 else 'are'} not read")
+    return Sources([], dataset, dataset_files, queries, judgements, notes)
+
+
+def _tests(
+    folder: Path, queries: list[Path], judgements: list[Path], notes: list[str]
+) -> tuple[Path | None, Path | None]:
+    """The first judgements that there are queries for, and these queries; both or none."""
+    named_so = [file for file in folder.iterdir() if _is_called(file, "qrels?") and file.is_file()]
+    if others := sorted(file for file in named_so if file not in judgements and not file.name.startswith(".")):
+        known = ", ".join(filter(None, _JUDGEMENT_SUFFIXES))
+        notes.append(f"judgements are not read from {_shown(others)}: expected a name that ends with one of {known}")
+    if not judgements:
+        if queries:
+            expected = "expected qrels/test.tsv or qrels.tsv"
+            notes.append(f"has {queries[0].name} but no judgements, so these queries are not used; {expected}")
+        return None, None
+    judged = sorted(judgements, key=lambda file: not _queries_of(file, queries))  # keeps the order otherwise
+    fitting = _queries_of(judged[0], queries)
+    if not fitting:
+        instead = f"; {_shown(queries)} has another split in its name" if queries else ""
+        raise FileNotFoundError(f"{folder / 'queries.jsonl'}: not found, but {judged[0]} judges its queries{instead}")
+    _note_unread("judgements", judged[:1], judged[1:], notes)
+    _note_unread("queries", fitting[:1], [file for file in queries if file != fitting[0]], notes)
+    return fitting[0], judged[0]
 
 
 def _passages(folder: Path, candidates: list[Path], setting: str, notes: list[str]) -> list[Path]:
     """The file that is called corpus, or the like; else all files, where they are of one form."""
     for name in _PASSAGES:
-        if chosen := _chosen(_named(candidates, name), "passages", notes):
-            return [chosen]
+        if named := _named(candidates, name):
+            _note_unread("passages", named[:1], [file for file in [*named, *candidates] if file != named[0]], notes)
+            return named[:1]
     # settings and records of programs are JSON, so it counts only where there is nothing else
-    candidates = [file for file in candidates if suffix_of(file) != ".json"] or candidates
-    forms = {suffix_of(file) for file in candidates}
+    records = [file for file in candidates if suffix_of(file) != ".json"] or candidates
+    forms = {suffix_of(file) for file in records}
     if len(forms) == 1:
-        return candidates
+        _note_unread("passages", records, [file for file in candidates if file not in records], notes)
+        return records
     found = sorted(entry.name for entry in folder.iterdir())
     problem = f"files of several forms, {', '.join(sorted(forms))}" if forms else f"found {found[:5]}"
     raise ValueError(
@@ -93,33 +117,57 @@ def _named(files: list[Path], name: str) -> list[Path]:
 
 
 def _queries(files: list[Path]) -> list[Path]:
-    others = [file for file in files if re.match(r"queries[._-].", _bare(file))]
-    return [*_named(files, "queries"), *others]
+    """Files of queries; the one that is called queries comes first."""
+    named = _named(files, "queries")
+    return [*named, *(file for file in files if _is_called(file, "queries") and file not in named)]
 
 
 def _judgements(folder: Path) -> list[Path]:
     """Files of judgements, those of qrels/ before those beside the corpus; `test` comes first, and TSV."""
-    inside = [file for file in folder.glob("qrels/*") if _may_be_data(file)]
-    beside = [file for file in folder.iterdir() if "qrels" in file.name.lower() and _may_be_data(file)]
+    inside = [file for file in folder.glob("qrels/*") if _may_be_judgements(file)]
+    beside = [file for file in folder.iterdir() if _is_called(file, "qrels?") and _may_be_judgements(file)]
     return [*sorted(inside, key=_preference), *sorted(beside, key=_preference)]
 
 
-def _may_be_data(file: Path) -> bool:
+def _is_called(file: Path, what: str) -> bool:
+    """Whether the name has this word, and it is not about a corpus with it or without it."""
+    found = re.search(rf"(?<![a-z]){what}(?![a-z])", file.name.lower())
+    about = re.search(rf"(?<![a-z])(with|without|no|and|of|for|from)[\W_]+{what}(?![a-z])", file.name.lower())
+    return bool(found and not about)
+
+
+def _may_be_judgements(file: Path) -> bool:
     hidden_or_about = file.name.startswith(".") or re.match(r"readme|licen[cs]e", file.name, re.IGNORECASE)
-    return file.is_file() and not hidden_or_about and file.suffix != ".md"
+    return file.is_file() and not hidden_or_about and suffix_of(file) in _JUDGEMENT_SUFFIXES
+
+
+def _queries_of(judgements: Path, queries: list[Path]) -> list[Path]:
+    """Queries that these judgements may be of, those whose names have the same words first; none of another split."""
+    words = _words(judgements)
+    split = words & _SPLIT_WORDS
+    fitting = [file for file in queries if not split or (_words(file) & _SPLIT_WORDS or split) == split]
+    return sorted(fitting, key=lambda file: (_words(file) != words, _words(file) & _SPLIT_WORDS != split))
+
+
+def _words(file: Path) -> set[str]:
+    """The words of a name that say which queries or judgements it has."""
+    words = set(re.split(r"[\W_]+", _bare(file))) - {"qrels", "qrel", "queries", ""}
+    return words - _ALSO_DEV | {"dev"} if words & _ALSO_DEV else words
 
 
 def _preference(file: Path) -> tuple[int, bool, str]:
-    words = set(re.split(r"[\W_]+", _bare(file))) - {"qrels"}
+    words = _words(file)
     rank = 0 if words == {"test"} else 1 if not words else 2
     return rank, suffix_of(file) != ".tsv", file.name
 
 
-def _chosen(files: list[Path], what: str, notes: list[str]) -> Path | None:
-    if len(files) > 1:
-        others = ", ".join(file.name for file in files[1:6]) + (", ..." if len(files) > 6 else "")
-        notes.append(f"{what} are read from {files[0].name}, not from {others}")
-    return files[0] if files else None
+def _note_unread(what: str, read: list[Path], unread: list[Path], notes: list[str]) -> None:
+    if unread:
+        notes.append(f"{what} are read from {_shown(read)}, not from {_shown(list(dict.fromkeys(unread)))}")
+
+
+def _shown(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
 
 
 def _bare(file: Path) -> str:
@@ -136,7 +184,7 @@ def _dataset(folder: Path, notes: list[str]) -> Path | None:
         split = next((name for name in ("corpus", "train") if name in splits), splits[0])
         notes.append(f"has the splits {', '.join(splits)}; reading {split}")
         return folder / split
-    return folder if any((folder / name).is_file() for name in _DATASET) else None
+    return folder if all((folder / name).is_file() for name in _DATASET) else None
 
 
 def _dataset_files(folder: Path, dataset: Path) -> list[Path]:

@@ -1,32 +1,28 @@
 """Importing a corpus: rows of any form become passages, queries and judgements.
 
 Records that cannot be used are set aside with file, line, value and reason, and counted; nothing is dropped silently.
-Which files are read is in layout.py, how in formats.py; cleaning and sampling in stage.py.
+Which files are read is in layout.py, how in formats.py and judgements.py; cleaning and sampling in stage.py.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.collection import GRADE_NAMES, HIGHEST_GRADE, Judgement, Qrels, grade_of, parse_qrels
-from drama_dist.corpus.formats import Columns, Row, dataset_rows, form_of, open_dataset, read_rows, shown_names
+from drama_dist.corpus.collection import Qrels
+from drama_dist.corpus.formats import Columns, Row, dataset_rows, open_dataset, read_rows, shown_names
+from drama_dist.corpus.judgements import Judgement, read_judgements
 from drama_dist.corpus.layout import find_sources
-from drama_dist.records import LONGEST_RECORD, BadRecord, Passage, Query
+from drama_dist.corpus.parts import Unfit, as_unicode, id_of, language_of, part, text_of, title_of
+from drama_dist.records import BadRecord, Passage, Query
 from drama_dist.run.progress import say
 from drama_dist.settings import CorpusSettings
 
-_QUERY_IDS = ("query-id", "query_id", "qid", "query")  # in judgements, and beside corpus.id_keys in queries
+_QUERY_IDS = ("query-id", "query_id", "qid")  # in queries, before corpus.id_keys: those may name the passage, too
 _QUERY_TEXTS = ("query", "question")
-_PASSAGE_IDS = ("corpus-id", "corpus_id", "passage-id", "passage_id", "pid", "docid", "doc_id", "docno")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIRST = 3  # bad records that an error shows
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a map"}
 
 
 @dataclass
@@ -106,19 +102,11 @@ def read_corpus(path: Path, corpus: CorpusSettings, aside: SetAside, setting: st
         raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{_first(aside.unusable)}")
     if not sources.queries or not sources.judgements:
         return RawCorpus(passages, [], {})
-    keys = _Keys([*corpus.id_keys, *_QUERY_IDS[:-1]], [*corpus.text_keys, *_QUERY_TEXTS], (), corpus.language_keys)
+    keys = _Keys([*_QUERY_IDS, *corpus.id_keys], [*_QUERY_TEXTS, *corpus.text_keys], (), corpus.language_keys)
     asked = _records(_file_rows([sources.queries], keys.columns), keys, corpus.language, aside)
     queries = [Query(query.id, query.text, query.language) for query in asked]
     qrels = _judgements(sources.judgements, {query.id for query in queries}, {one.id for one in passages}, aside)
     return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
-
-
-def source_files(path: Path, setting: str = "corpus.path") -> list[Path]:
-    """The files that `read_corpus` reads; other files in the folder do not change the corpus.
-
-    Raises ValueError if the form is not recognised, FileNotFoundError where there are judgements without queries.
-    """
-    return find_sources(path, setting).files
 
 
 def _file_rows(paths: Iterable[Path], columns: Columns) -> Iterator[tuple[Path, Row]]:
@@ -136,11 +124,13 @@ def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside
     """The usable records; their numbers are their ids where not one of them has an id."""
     found: dict[str, Passage] = {}
     nameless: dict[str, tuple[Passage, BadRecord]] = {}
+    has_ids = False
     for number, (path, (line, value)) in enumerate(rows, 1):
         aside.seen += 1
         if isinstance(value, BadRecord):
             aside.unusable.append(value)
             continue
+        has_ids = has_ids or any(value.get(name) is not None for name in keys.ids)
         record = _record(path, line, value, keys, language, aside)
         if isinstance(record, Passage) and not record.id:
             detail = f"under {', '.join(keys.ids)} (corpus.id_keys); it has {shown_names(value)}"
@@ -152,7 +142,7 @@ def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside
             aside.unusable.append(record)
         else:
             found[record.id] = record
-    if nameless and not found:
+    if nameless and not has_ids:
         first = next(iter(nameless))
         say(f"{path}: no record has an id (corpus.id_keys), so their numbers are their ids, beginning with {first}")
         return [replace(record, id=id) for id, (record, _) in nameless.items()]
@@ -165,91 +155,25 @@ def _record(
 ) -> Passage | BadRecord:
     """The id is empty where there is none."""
     try:
-        id = _part(value, keys.ids, _id, "id") or ""
-        text = _part(value, keys.texts, lambda found: _text(found, "\n\n", aside), "text")
-        title = _part(value, keys.titles, lambda found: _text(_as_text(found), " ", aside), "title") or ""
-        own_language = _part(value, keys.languages, _one_line, "language")
-    except _Unfit as problem:
+        id = part(value, keys.ids, id_of, "id") or ""
+        text = part(value, keys.texts, text_of, "text")
+        title = part(value, keys.titles, title_of, "title", optional=True) or ""
+        own_language = part(value, keys.languages, language_of, "language", optional=True)
+    except Unfit as problem:
         return BadRecord(path, line, str(problem), value)
     if text is None or not (text or title):
         detail = f"under {', '.join(keys.texts)} (corpus.text_keys); it has {shown_names(value)}"
         return BadRecord(path, line, "no text", value, detail)
-    return Passage(id, text, title, own_language or language)
-
-
-class _Unfit(Exception):
-    """A part of a record is not what it should be; the message says what it is."""
-
-
-def _part(value: Mapping[str, Any], names: Sequence[str], read: Callable[[Any], str], part: str) -> str | None:
-    """The first of the names that is there, as text; None if none is."""
-    found = next((value[name] for name in names if value.get(name) is not None), None)
-    try:
-        return None if found is None else read(found)
-    except _Unfit as problem:
-        raise _Unfit(f"{part} {problem}") from None
-
-
-def _id(value: Any) -> str:
-    """Whole numbers count as their text."""
-    text = _one_line(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
-    if not text.strip():
-        raise _Unfit("is empty")
-    return text
-
-
-def _one_line(value: Any) -> str:
-    text = _string(value)
-    if _CONTROL.search(text):
-        raise _Unfit("has a tab, a line break or another control character")
-    if not _is_unicode(text):
-        raise _Unfit("is not valid Unicode")
-    return text
-
-
-def _as_text(value: Any) -> Any:
-    """Numbers as text, other values as they are."""
-    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    return str(value) if is_number and not isinstance(value, bool) else value
-
-
-def _text(value: Any, between: str, aside: SetAside) -> str:
-    """Text, or the parts of a list with `between` between them."""
-    parts = value if isinstance(value, list) else [value]
-    text = between.join(stripped for part in parts if (stripped := _string(part).strip()))
-    if len(text) > LONGEST_RECORD:
-        raise _Unfit("is longer than a book")
-    if _is_unicode(text):
-        return text
-    aside.mended += 1
-    return _SURROGATE.sub("\ufffd", text)
-
-
-def _string(value: Any) -> str:
-    if isinstance(value, bytes):  # a text column of parquet may be called binary
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise _Unfit("is invalid UTF-8") from None
-    if not isinstance(value, str):
-        raise _Unfit(f"is {_KINDS.get(type(value), type(value).__name__)}")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it has no lone surrogates, which are halves of characters: JSON may have them as \\ud800."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    unicode_text, unicode_title = as_unicode(text), as_unicode(title)
+    aside.mended += (unicode_text != text) + (unicode_title != title)
+    return Passage(id, unicode_text, unicode_title, own_language or language)
 
 
 def _judgements(path: Path, queries: Collection[str], passages: Collection[str], aside: SetAside) -> Qrels:
     """Judgements of queries and passages that there are; raises ValueError if there is none."""
     qrels: Qrels = {}
     before, seen = len(aside.unusable), 0
-    for line, row in _judgement_rows(path):
+    for line, row in read_judgements(path):
         seen += 1
         bad = row if isinstance(row, BadRecord) else _mismatch(path, line, row, queries, passages, qrels)
         if bad:
@@ -276,28 +200,6 @@ def _mismatch(
     if qrels.get(query, {}).get(passage, grade) != grade:
         return BadRecord(path, line, "judges a passage again, with another grade", passage)
     return None
-
-
-def _judgement_rows(path: Path) -> Iterator[tuple[int, Judgement | BadRecord]]:
-    if form_of(path) in ("tsv", "text"):
-        yield from parse_qrels(path)
-        return
-    names = (*_QUERY_IDS, *_PASSAGE_IDS, *GRADE_NAMES)
-    for line, value in read_rows(path, Columns(frozenset(names), None, f"expected one of each: {', '.join(names)}")):
-        yield line, value if isinstance(value, BadRecord) else _judgement(path, line, value)
-
-
-def _judgement(path: Path, line: int, value: Mapping[str, Any]) -> Judgement | BadRecord:
-    try:
-        query, passage = _part(value, _QUERY_IDS, _id, "query id"), _part(value, _PASSAGE_IDS, _id, "passage id")
-    except _Unfit as problem:
-        return BadRecord(path, line, str(problem), value)
-    if not query or not passage:
-        return BadRecord(path, line, "no query id or no passage id", value, f"it has {shown_names(value)}")
-    grade = grade_of(next((value[name] for name in GRADE_NAMES if value.get(name) is not None), None))
-    if grade is None:
-        return BadRecord(path, line, f"expected a whole number up to {HIGHEST_GRADE} as grade", value)
-    return query, passage, grade
 
 
 def _first(records: Sequence[BadRecord]) -> str:

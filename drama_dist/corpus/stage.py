@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.collection import write_collection
+from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
-from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus, source_files
+from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, sentences
 from drama_dist.distributed import ranks
 from drama_dist.records import BadRecord, Passage, Query, write_records
@@ -36,7 +37,7 @@ def corpus_inputs(run: Run) -> dict[str, str]:
     corpus = run.settings.corpus
     if corpus.path == PACKAGES_CORPUS:
         return package_versions(corpus.packages)
-    return {"source": fingerprint_of_files(source_files(_existing("corpus.path", corpus.path)))}
+    return {"source": fingerprint_of_files(find_sources(_existing("corpus.path", corpus.path), "corpus.path").files)}
 
 
 def build_corpus(run: Run, folder: StageFolder) -> None:
@@ -65,7 +66,7 @@ def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
     """Fingerprint of the files that are read."""
     path = run.settings.evaluate.collection_labels[collection]
-    return {"source": fingerprint_of_files(source_files(_existing(_COLLECTIONS, path), _COLLECTIONS))}
+    return {"source": fingerprint_of_files(find_sources(_existing(_COLLECTIONS, path), _COLLECTIONS).files)}
 
 
 def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
@@ -199,7 +200,8 @@ def _summarise(name: str, raw: RawCorpus, aside: SetAside) -> None:
     judgements = sum(len(judged) for judged in raw.qrels.values())
     say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {judgements} judgements")
     if aside.mended:
-        say(f"{name}: in {aside.mended} texts, halves of characters (\\ud800 to \\udfff) are now U+FFFD")
+        texts = "1 text" if aside.mended == 1 else f"{aside.mended} texts"
+        say(f"{name}: in {texts}, halves of characters (\\ud800 to \\udfff) are now U+FFFD")
     if aside.records:
         reasons = Counter(record.reason for record in aside.records)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

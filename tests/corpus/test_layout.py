@@ -40,6 +40,8 @@ def found(folder: Path) -> list[str]:
         (["qrels.jsonl"], "qrels.jsonl"),
         (["qrels.dev.tsv", "qrels-test.tsv"], "qrels-test.tsv"),
         (["2019qrels-pass.txt"], "2019qrels-pass.txt"),
+        (["test.qrels"], "test.qrels"),
+        (["robust_qrels.txt.gz"], "robust_qrels.txt.gz"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -59,6 +61,97 @@ def test_judgements_and_queries_that_are_not_used_are_named(tmp_path: Path) -> N
         find_sources(folder, "corpus.path")
     (note,) = find_sources(folder / "corpus.jsonl", "corpus.path").notes
     assert "qrels.txt is not read; name the folder" in note
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("make_qrels.py", "docs_without_qrels.jsonl", "myqrelsfile.tsv", "qrels.md", "qrels/test.tsv.license"),
+        *("qrels/README", "qrels/README.md", "qrels/LICENSE.txt", "qrels/licence", "qrels/.test.tsv", "qrels/x.sha256"),
+    ],
+)
+def test_what_only_sounds_like_judgements_is_not_read(tmp_path: Path, other: str) -> None:
+    folder = folder_with(tmp_path / "b", "corpus.jsonl", "queries.jsonl", other)
+    assert found(folder) == ["corpus.jsonl"]
+    folder_with(folder, "qrels/test.tsv")
+    assert found(folder) == ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"]
+
+
+def test_judgements_under_an_unknown_suffix_are_named(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "b", "corpus.jsonl", "queries.jsonl", "qrels.robust")
+    assert "judgements are not read from qrels.robust: expected a name" in " ".join(find_sources(folder, "").notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "queries", "judgements"),
+    [
+        (
+            ["queries.dev.jsonl", "queries.test.jsonl", "qrels/dev.tsv", "qrels/test.tsv"],
+            "queries.test.jsonl",
+            "test.tsv",
+        ),
+        (["queries.dev.tsv", "queries.train.tsv", "qrels.train.tsv"], "queries.train.tsv", "qrels.train.tsv"),
+        (["queries.dev.jsonl", "qrels/dev.tsv", "qrels/test.tsv"], "queries.dev.jsonl", "dev.tsv"),
+        (["queries.jsonl", "queries.dev.jsonl", "qrels/test.tsv"], "queries.jsonl", "test.tsv"),
+        (["queries.jsonl", "queries.test.jsonl", "qrels/test.tsv"], "queries.test.jsonl", "test.tsv"),
+        (
+            ["queries.dev.small.tsv", "queries.dev.tsv", "qrels.dev.small.tsv"],
+            "queries.dev.small.tsv",
+            "qrels.dev.small.tsv",
+        ),
+        (["queries.dev.small.tsv", "queries.dev.tsv", "qrels.dev.tsv"], "queries.dev.tsv", "qrels.dev.tsv"),
+        (["test_queries.jsonl", "test_qrels.tsv"], "test_queries.jsonl", "test_qrels.tsv"),
+        (["queries.dev.tsv", "qrels.tsv"], "queries.dev.tsv", "qrels.tsv"),
+        (["queries.train.tsv", "queries.validation.tsv", "qrels/val.tsv"], "queries.validation.tsv", "val.tsv"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_queries_are_of_the_split_that_is_judged(
+    tmp_path: Path, names: list[str], queries: str, judgements: str
+) -> None:
+    sources = find_sources(folder_with(tmp_path / "b", "docs.jsonl", *names), "corpus.path")
+    assert [path.name for path in sources.files] == ["docs.jsonl", queries, judgements]
+    notes = " ".join(sources.notes)
+    assert all(Path(name).name in notes for name in names if Path(name).name not in (queries, judgements))
+
+
+def test_queries_of_another_split_are_refused(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "b", "corpus.jsonl", "queries.dev.jsonl", "qrels/test.tsv")
+    with pytest.raises(FileNotFoundError, match=r"test.tsv judges its queries; queries.dev.jsonl has another split"):
+        find_sources(folder, "corpus.path")
+
+
+def test_queries_without_judgements_are_not_passages(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "b", "docs.jsonl", "test_queries.jsonl")
+    assert found(folder) == ["docs.jsonl"]
+    assert "has test_queries.jsonl but no judgements" in " ".join(find_sources(folder, "corpus.path").notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "note"),
+    [
+        (["corpus.jsonl", "corpus-2.jsonl"], ["corpus.jsonl"], "read from corpus.jsonl, not from corpus-2.jsonl"),
+        (["a.jsonl", "b.json"], ["a.jsonl"], "passages are read from a.jsonl, not from b.json"),
+        (["corpus.jsonl", "corpus.tsv", "x.csv"], ["corpus.jsonl"], "not from corpus.tsv, x.csv"),
+        (["docs_without_qrels.jsonl"], ["docs_without_qrels.jsonl"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_passages_that_are_not_read_are_named(
+    tmp_path: Path, names: list[str], read: list[str], note: str | None
+) -> None:
+    folder = folder_with(tmp_path / "b", *names)
+    assert found(folder) == read
+    notes = find_sources(folder, "corpus.path").notes
+    assert note in notes[0] if note else not notes
+
+
+def test_one_of_a_datasets_two_files_makes_no_dataset(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "b", "a.jsonl", "state.json")
+    assert found(folder) == ["a.jsonl"]
+    folder_with(folder, "c.parquet", "dataset_info.json").joinpath("state.json").write_text('{"_data_files": []}')
+    sources = find_sources(folder, "corpus.path")
+    assert sources.dataset == folder and "is a dataset, so a.jsonl, c.parquet are not read" in " ".join(sources.notes)
 
 
 @pytest.mark.parametrize(

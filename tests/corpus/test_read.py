@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from drama_dist.corpus.collection import parse_qrels
+from drama_dist.corpus.judgements import read_judgements
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.records import LONGEST_RECORD, BadRecord
 from drama_dist.settings import CorpusSettings
@@ -51,6 +51,13 @@ def beir(folder: Path, name: str, judgements: str | bytes) -> Path:
         ("qrels/test.jsonl", '{"query-id": "q0", "corpus-id": "d1", "score": 2}\n{"qid":"q1","pid":"d0","label":"-2"}'),
         ("qrels.json", '[{"query_id": "q0", "docid": "d1", "rel": 2.0}, {"query_id":"q1","docid":"d0","rel":-2}]'),
         ("qrels.csv", "query-id,corpus-id,score\nq0,d1,2\nq1,d0,-2\n"),
+        ("qrels.csv", "Score,Corpus-ID,Query-ID\n2,d1,q0\n-2,d0,q1\n"),
+        ("qrels/test.tsv", "corpus-id\tquery-id\tscore\nd1\tq0\t2\nd0\tq1\t-2\n"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\titeration\nq0\td1\t2\t0\nq1\td0\t-2\t0\n"),
+        ("qrels/test.tsv", "Score\tQuery-ID\tnote\tuser\tpid\n2\tq0\t\tu\td1\n-2\tq1\tn\tu\td0\n"),
+        ("qrels/test.tsv", '"score"\t"query-id"\t"corpus-id"\n"2"\t"q0"\t"d1"\n"-2"\t"q1"\t"d0"\n'),
+        ("qrels.txt", "rel docno qid\n2 d1 q0\n-2 d0 q1\n"),
+        ("qrels.tsv", "topic\titer\tdocno\trel\nq0\t0\td1\t2\nq1\t0\td0\t-2\n"),
     ],
 )
 def test_judgements_are_read_in_every_form(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -67,12 +74,44 @@ def test_judgements_are_read_in_every_form(tmp_path: Path, name: str, content: s
         ("q0\tother\t1\n", r"no usable judgement among 1; the first: .*test.tsv:1: names a passage that is not in"),
         ("q0\td1\t0.5\n", "no usable judgement among 1; .* expected a whole number up to 1000000 as grade"),
         ("q0 Q0 d1 1 0.9 run\n", "no usable judgement among 1; .* expected query, passage and grade"),
+        ("q0\t\t1\n", "no usable judgement among 1; .* passage id is empty"),
+        ("score\tqid\tpid\n1\tq0\n", "no usable judgement among 1; .* expected the 3 columns of the header"),
     ],
-    ids=["header only", "empty", "another corpus", "fractions", "a run"],
+    ids=["header only", "empty", "another corpus", "fractions", "a run", "no passage", "a column less"],
 )
 def test_judgements_without_a_usable_one_are_an_error(tmp_path: Path, content: str, problem: str) -> None:
     with pytest.raises(ValueError, match=f"qrels/test.tsv: {problem}.*; mend it, or take it away"):
         read(beir(tmp_path / "b", "qrels/test.tsv", content))
+
+
+@pytest.mark.parametrize("header", ["corpus-id\tasked\tscore", "query-id\tfound\tscore", "qid pid much", "a b rel"])
+def test_a_header_of_judgements_that_lacks_a_column_is_refused(tmp_path: Path, header: str) -> None:
+    folder = beir(tmp_path / "b", "qrels/test.tsv", f"{header}\nq0\td1\t1\n")
+    with pytest.raises(ValueError, match=r"qrels/test.tsv:1: the header has .*: expected one of each: query-id, "):
+        read(folder)
+
+
+def test_a_judgement_without_known_names_is_set_aside_with_those_it_has(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"query": "q", "found": "p", "score": 1}\n', "utf-8")
+    ((_, bad),) = read_judgements(tmp_path / "q.jsonl")
+    assert isinstance(bad, BadRecord) and bad.problem == "no query id or no passage id (it has query, found, score)"
+
+
+@pytest.mark.parametrize(
+    ("row", "id", "text"),
+    [
+        ({"id": "q", "question": "what?", "document": "gold"}, "q", "what?"),
+        ({"query_id": "q", "pid": "7", "text": "what?"}, "q", "what?"),
+        ({"qid": "q", "docid": "7", "Query": "what?", "passage": "gold"}, "q", "what?"),
+        ({"_id": "q", "text": "what?", "metadata": {"query": "no"}}, "q", "what?"),
+    ],
+)
+def test_a_query_beside_its_passage_is_read_under_its_own_names(
+    tmp_path: Path, row: dict[str, Any], id: str, text: str
+) -> None:
+    folder = beir(tmp_path / "b", "qrels/test.tsv", "q\td1\t1\n")
+    lines(folder / "queries.jsonl", [row])
+    assert [(query.id, query.text) for query in read(folder).queries] == [(id, text)]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +119,7 @@ def test_judgements_without_a_usable_one_are_an_error(tmp_path: Path, content: s
 )
 def test_a_grade_that_is_no_sensible_number_is_set_aside(tmp_path: Path, grade: str) -> None:
     (tmp_path / "q.tsv").write_text(f"q\tp\t{grade}\nq\tp\t1\n", "utf-8")
-    (_, bad), (line, good) = parse_qrels(tmp_path / "q.tsv")
+    (_, bad), (line, good) = read_judgements(tmp_path / "q.tsv")
     assert isinstance(bad, BadRecord) and bad.line == 1 and (line, good) == (2, ("q", "p", 1))
 
 
@@ -112,6 +151,15 @@ def test_where_no_record_has_an_id_they_get_numbers_and_it_is_said_once(
         assert capsys.readouterr().err.count("no record has an id (corpus.id_keys)") == 1
 
 
+def test_records_do_not_get_numbers_where_others_have_ids_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lines(tmp_path / "c.jsonl", [{"id": 1.5, "text": "x"}, {"text": "y"}])
+    with pytest.raises(ValueError, match=r"no usable passage among 2 records; the first: .* id is a floating-point"):
+        read(path)
+    assert "no record has an id" not in capsys.readouterr().err
+
+
 def test_a_record_without_an_id_among_others_is_set_aside(tmp_path: Path) -> None:
     aside = SetAside()
     assert len(read(lines(tmp_path / "c.jsonl", [{"text": "x"}, ROWS[0]]), aside).passages) == 1
@@ -129,9 +177,16 @@ def test_a_record_without_an_id_among_others_is_set_aside(tmp_path: Path) -> Non
         ({"id": 7, "text": "", "title": "T"}, "", "T"),
         ({"id": "7", "text": "half \ud83d of it", "title": "\udc00"}, "half \ufffd of it", "\ufffd"),
         ({"id": "7", "text": "nul \x00, line \u2028"}, "nul \x00, line", ""),
+        ({"ID": 7, " Text": "x", "TITLE": "T"}, "x", "T"),
+        ({"id": 7, "ID": 8, "text": "x", "Text": "y"}, "x", ""),
+        ({"id": 7, "text": "x", "title": False, "headline": "H"}, "x", "H"),
+        ({"id": 7, "text": "x", "title": {}, "language": []}, "x", ""),
+        ({"id": 7, "text": "x", "title": [{}], "language": 5}, "x", ""),
+        ({"id": 7, "text": "x", "title": float("inf"), "language": {"a": 1}}, "x", ""),
+        (b'{"id": 7, "text": "x", "metadata": {"a": 1, "a": 2}, "url": 1, "url": 2}', "x", ""),
     ],
 )
-def test_records_in_other_words_are_read(tmp_path: Path, row: dict[str, Any], text: str, title: str) -> None:
+def test_records_in_other_words_are_read(tmp_path: Path, row: Any, text: str, title: str) -> None:
     (passage,) = read(lines(tmp_path / "c.jsonl", [row])).passages
     assert (passage.id, passage.text, passage.title) == ("7", text, title)
 
@@ -160,12 +215,12 @@ BAD = {
     "invalid UTF-8": [b'{"_id": "x", "text": "\xff"}', b"\xff\xfe{}", b"\xed\xa0\x80"],
     "nested too deeply": [b'{"_id": "x", "text": "y", "a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"],
     "a number of thousands of digits": [b'{"_id": "x", "text": "y", "n": ' + b"9" * 5000 + b"}"],
-    "a key is named twice": [b'{"_id": "x", "text": "y", "_id": "z"}'],
+    "a key is named twice": [b'{"_id": "x", "text": "y", "_id": "z"}', b'{"_id": "x", "TEXT": "y", "Text": "z"}'],
     "longer than 16 MiB": [b'{"_id": "x", "text": "' + b"y" * LONGEST_RECORD + b'"}'],
     "no text": [{"_id": "x"}, {"_id": "x", "title": "T"}, {"_id": "x", "text": " "}, {"_id": "x", "text": []}],
     "no id": [{"text": "y"}, {"_id": None, "text": "y"}],
     "id is empty": [{"_id": "", "text": "y"}, {"_id": " ", "text": "y"}],
-    "id is a number": [{"_id": 1.5, "text": "y"}, {"_id": float("nan"), "text": "y"}],
+    "id is a floating-point number": [{"_id": number, "text": "y"} for number in (1.0, 1.5, float("nan"))],
     "id is true or false": [{"_id": True, "text": "y"}],
     "id is a map": [{"_id": {"a": 1}, "text": "y"}],
     "id is not valid Unicode": [{"_id": "\ud800", "text": "y"}],
@@ -174,10 +229,8 @@ BAD = {
     ],
     "text is a number": [{"_id": "x", "text": 7}],
     "text is a list": [{"_id": "x", "text": [["y"]]}],
+    "text is null": [{"_id": "x", "text": [None]}],
     "text is a map": [{"_id": "x", "text": {"y": 1}}],
-    "title is a map": [{"_id": "x", "text": "y", "title": {}}],
-    "title is a number": [{"_id": "x", "text": "y", "title": float("inf")}],
-    "language is a number": [{"_id": "x", "text": "y", "language": 5}],
     "duplicate id": [{"_id": "d0", "text": "y"}],
 }
 
@@ -192,6 +245,13 @@ def test_each_kind_of_bad_record_is_set_aside_with_its_line(tmp_path: Path, reas
     for record in aside.unusable:
         assert str(record).startswith(f"{tmp_path}/c.jsonl:{record.line}: {reason}") and len(str(record)) < 500
         str(record).encode()
+
+
+def test_a_text_beyond_the_longest_is_set_aside_where_no_line_bounds_it(tmp_path: Path) -> None:
+    aside = SetAside()
+    (tmp_path / "c.json").write_text(json.dumps([*ROWS, {"_id": "x", "text": "y" * (LONGEST_RECORD + 1)}]), "utf-8")
+    assert len(read(tmp_path / "c.json", aside).passages) == 4
+    assert [record.problem for record in aside.unusable] == ["text is longer than 16 MiB"]
 
 
 def test_bad_records_do_not_stay_in_memory(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_reasons_are_counted_by_kind(build: Build, tmp_path: Path, capsys: pytes
     build(file, "corpus.bad_record_limit=0.9")
     said = capsys.readouterr().err
     assert "corpus: set aside 30 invalid UTF-8, 2 duplicate id; listed in corpus/set_aside.jsonl" in said
-    assert "corpus: in 1 texts, halves of characters" in said
+    assert "corpus: in 1 text, halves of characters" in said
 
 
 def test_texts_in_capitals_become_lower_case(build: Build, tmp_path: Path) -> None:
