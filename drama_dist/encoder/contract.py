@@ -110,6 +110,11 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
     return list(modules)
 
 
+def has_files(module: dict[str, str]) -> bool:
+    """Whether anything is read from a module's folder; of those that have no files Git keeps no folder."""
+    return not module["type"].endswith(".Normalize")
+
+
 def _is_mean(pooling: dict[str, object]) -> bool:
     if "pooling_mode" in pooling:
         return pooling["pooling_mode"] == "mean"

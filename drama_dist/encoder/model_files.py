@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-WEIGHTS = "model.safetensors"
+_WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
 _LFS_LONGEST = 1024  # bytes of a pointer, by its specification
@@ -36,6 +36,14 @@ def check_model_files(folder: Path) -> Shapes:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
     return shapes
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has all files of weights that it names."""
+    try:
+        return bool(_weight_files(folder))
+    except FileNotFoundError:
+        return False
 
 
 def refuse_pointers(path: Path) -> None:
@@ -68,13 +76,13 @@ def read_json_file(path: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
         return _shards(folder)
     others = sorted(path.name for end in ("*.bin", "*.pt", "*.pth") for path in folder.glob(end))
     hint = f"; {others[0]} is not read, as such files can run code: convert it to safetensors" if others else ""
-    raise FileNotFoundError(f"{folder}: no weights: neither {WEIGHTS} nor {_INDEX} is there{hint}")
+    raise FileNotFoundError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX} is there{hint}")
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from transformers import (
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_of
-from drama_dist.encoder.contract import read_modules
+from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import told_as
 from drama_dist.encoder.model_files import check_model_files, read_json_object, refuse_pointers
 from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _OWN_MODULES = "sentence_transformers."
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling")
 _WITH_SETTINGS = ("Pooling", "Dropout", *_WITH_WEIGHTS)
+_DESCRIPTIONS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -59,7 +60,7 @@ class Teacher:
 
         Raises ValueError or FileNotFoundError where the model cannot be used.
         """
-        source = reachable(resolve(self.settings.model))
+        source = reachable(resolve(self.settings.model), also=_DESCRIPTIONS)
         folder = Path(source)
         if folder.is_dir():
             refuse_pointers(folder)
@@ -83,7 +84,8 @@ class Teacher:
                     import_from_string(kind)
             elif not self.trust_remote_code:
                 raise ValueError(f"{file}: {kind} is code of the model; set trust_remote_code=true if you trust it")
-            _check_module(kind, path)
+            if has_files(module):
+                _check_module(kind, path)
             if kind.startswith(_OWN_MODULES) and kind.endswith(".Transformer"):
                 self._check_transformer(path)
 
@@ -170,10 +172,8 @@ class Teacher:
 
 
 def _check_module(kind: str, folder: Path) -> None:
-    """Raise where files of a module are missing or damaged; those that have neither settings nor weights may be."""
+    """Raise where files of a module are missing or damaged."""
     name = kind.rpartition(".")[2]
-    if name == "Normalize":  # has no files, and Git keeps no empty folder
-        return
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: missing; modules.json names this folder")
     refuse_pointers(folder)

@@ -59,7 +59,7 @@ class LanguageModel:
 
     @cached_property
     def _source(self) -> str:
-        return reachable(resolve(self.name))
+        return reachable(resolve(self.name), also=("generation_config.json",))
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
