@@ -24,18 +24,31 @@ def check_model_files(folder: Path) -> Shapes:
     """The shape of every stored weight, by name.
 
     Raises FileNotFoundError where config.json or weights are missing, ValueError where a file is a pointer of Git LFS,
-    is not JSON, or is cut short.
+    is not JSON, or is cut short, or weights are whole numbers though config.json says nothing of quantization.
     """
     refuse_pointers(folder)
-    read_json_object(folder / "config.json")
+    quantized = "quantization_config" in read_json_object(folder / "config.json")
     shapes: Shapes = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes |= {name: tuple(part.get_shape()) for name, part in stored.items()}
+                dtypes = {name: part.get_dtype() for name, part in stored.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+        if not quantized:
+            _refuse_whole_numbers(path, dtypes)
     return shapes
+
+
+def _refuse_whole_numbers(path: Path, dtypes: dict[str, str]) -> None:
+    """Buffers may be such, as BERT's position_ids are."""
+    for name, dtype in sorted(dtypes.items()):
+        if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
+            raise ValueError(
+                f"{path}: {name} is stored as {dtype}, not in floating point; take the model in bfloat16 or float32"
+            )
 
 
 def has_weights(folder: Path) -> bool:

@@ -197,7 +197,7 @@ def test_an_unknown_key_in_the_contract_is_refused(tmp_path: Path) -> None:
 def test_a_value_of_another_type_is_named_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[]", "utf-8")
     (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": 5}}', "utf-8")
-    with pytest.raises(SettingsError, match=rf"^{tmp_path}: query_prefix=5: must be a valid string"):
+    with pytest.raises(SettingsError, match=rf"^{tmp_path}/config_.*.json: prompts: query=5: must be a valid string"):
         read_contract(tmp_path, 48)
     (tmp_path / "drama.json").write_text('{"dims": [48, "16"]}', "utf-8")
     with pytest.raises(SettingsError, match=r"drama.json: dims.1='16': must be a valid integer"):

@@ -49,9 +49,14 @@ class LanguageModel:
 
         The chat template is tried on conversations like those to come.
         """
-        one, other = (self._token_ids(write_query_messages(text)) for text in ("Bread is baked.", "Rivers flow."))
-        if one == other:
-            raise ValueError(f"{self.name}: its chat template leaves out what the user says; use another LLM")
+        messages = write_query_messages("Bread is baked.")
+        ids = self._token_ids(messages)
+        for position, message in reversed(list(enumerate(messages))):
+            changed = [*messages[:position], message | {"content": "Rivers flow."}, *messages[position + 1 :]]
+            if self._token_ids(changed) == ids:
+                raise ValueError(
+                    f"{self.name}: its chat template leaves out what the {message['role']} says; use another LLM"
+                )
         self._pad  # noqa: B018
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None)
         if Path(self._source).is_dir() and isinstance(kind, type) and not self._is_own_code(self._config):
