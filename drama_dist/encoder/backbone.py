@@ -52,10 +52,15 @@ class Encoder(nn.Module):
         super().__init__()
         backbone.config._attn_implementation = attention.NAME
         self.backbone = backbone
-        self.tokenizer = wire_tokenizer(tokenizer)
-        self._token_ids = TextTokenizer(self.tokenizer)
+        self._tokenizer = wire_tokenizer(tokenizer)
+        self._token_ids = TextTokenizer(tokenizer)
         self.contract = check_dims(contract, backbone.config.hidden_size, "the encoder")
         self.tokens_per_batch: int | None = None  # None: what suits the device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What is saved with the encoder. It cannot be replaced: texts are tokenised by a copy of it."""
+        return self._tokenizer
 
     @property
     def hidden_size(self) -> int:
@@ -238,7 +243,7 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
 
 @torch.no_grad()
 def probe(encoder: Encoder) -> None:
-    """Test what attention sees; raises LeakError.
+    """Test what attention sees; raises LeakError, or ValueError where outputs are no numbers to compare.
 
     Changing the last token of a sequence must change the first position's output if and only if the config says
     bidirectional, and must not change another packed sequence's output.
@@ -247,6 +252,11 @@ def probe(encoder: Encoder) -> None:
     first, second = list(range(3, 11)), list(range(12, 21))
     changed = [*first[:-1], first[-1] + half]
     before, after = (encoder.hidden_states(pack([ids, second], encoder.device)).float() for ids in (first, changed))
+    if not (before.isfinite().all() and after.isfinite().all()):
+        raise ValueError(
+            f"{encoder.backbone.name_or_path or 'the encoder'}: its outputs are NaN or infinite, in "
+            f"{encoder.backbone.dtype}; its weights are damaged, or too large for this dtype: fetch the model again"
+        )
     sees_ahead = not torch.equal(before[0], after[0])
     if sees_ahead == encoder.backbone.config.is_causal:
         raise LeakError(

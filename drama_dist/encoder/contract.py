@@ -7,7 +7,7 @@ truncation keeps EOS), which is configured in the tokenizer so that every progra
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drama_dist.encoder.model_files import read_json_file, read_json_object
 from drama_dist.run.files import write_text
-from drama_dist.settings import EncoderSettings, SettingsError
+from drama_dist.settings import EncoderSettings, FreeText, SettingsError, TextTokens
 from drama_dist.settings_file import read_json
 
 FILE = "drama.json"
@@ -87,14 +87,33 @@ def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettin
     prompts = (read_json_object(described).get("prompts") if described.exists() else None) or {}
     if not isinstance(prompts, dict):
         raise ValueError(f"{described}: expected an object of prompts, found {type(prompts).__name__}")
-    limit = read_json_object(longest).get("max_seq_length") if longest.exists() else None
-    values = {
-        "query_prefix": prompts.get("query", ""),
-        "passage_prefix": prompts.get("document", prompts.get("passage", "")),
-        "dims": [hidden_size],
-        **({"max_query_tokens": limit, "max_passage_tokens": limit} if limit else {}),
-    }
-    return read_json(EncoderSettings, json.dumps(values), str(folder))
+    named = read_json(_Prompts, _json_of(_Prompts, prompts), f"{described}: prompts")
+    length = read_json_object(longest) if longest.exists() else {}
+    limit = read_json(_Length, _json_of(_Length, length), str(longest)).max_seq_length
+    passage = named.passage if named.document is None else named.document
+    limits = {} if limit is None else {"max_query_tokens": limit, "max_passage_tokens": limit}
+    return EncoderSettings(query_prefix=named.query or "", passage_prefix=passage or "", dims=[hidden_size], **limits)
+
+
+@dataclass(kw_only=True)
+class _Prompts:
+    """Those of config_sentence_transformers.json that are used."""
+
+    query: FreeText | None = None
+    document: FreeText | None = None
+    passage: FreeText | None = None
+
+
+@dataclass(kw_only=True)
+class _Length:
+    """Of sentence_bert_config.json."""
+
+    max_seq_length: TextTokens | None = None
+
+
+def _json_of(kind: type, values: dict[str, object]) -> str:
+    """The values that are fields; the files hold others, too."""
+    return json.dumps({field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:
@@ -108,6 +127,11 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
     if not whole:
         raise ValueError(f"{file}: expected a list of modules, each with its type and path")
     return list(modules)
+
+
+def has_files(module: dict[str, str]) -> bool:
+    """Whether anything is read from a module's folder; of those that have no files Git keeps no folder."""
+    return not module["type"].endswith(".Normalize")
 
 
 def _is_mean(pooling: dict[str, object]) -> bool:

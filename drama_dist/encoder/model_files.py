@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-WEIGHTS = "model.safetensors"
+_WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
 _LFS_LONGEST = 1024  # bytes of a pointer, by its specification
@@ -24,18 +24,39 @@ def check_model_files(folder: Path) -> Shapes:
     """The shape of every stored weight, by name.
 
     Raises FileNotFoundError where config.json or weights are missing, ValueError where a file is a pointer of Git LFS,
-    is not JSON, or is cut short.
+    is not JSON, or is cut short, or weights are whole numbers though config.json says nothing of quantization.
     """
     refuse_pointers(folder)
-    read_json_object(folder / "config.json")
+    quantized = "quantization_config" in read_json_object(folder / "config.json")
     shapes: Shapes = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes |= {name: tuple(part.get_shape()) for name, part in stored.items()}
+                dtypes = {name: part.get_dtype() for name, part in stored.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+        if not quantized:
+            _refuse_whole_numbers(path, dtypes)
     return shapes
+
+
+def _refuse_whole_numbers(path: Path, dtypes: dict[str, str]) -> None:
+    """Buffers may be such, as BERT's position_ids are."""
+    for name, dtype in sorted(dtypes.items()):
+        if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
+            raise ValueError(
+                f"{path}: {name} is stored as {dtype}, not in floating point; take the model in bfloat16 or float32"
+            )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has all files of weights that it names."""
+    try:
+        return bool(_weight_files(folder))
+    except FileNotFoundError:
+        return False
 
 
 def refuse_pointers(path: Path) -> None:
@@ -68,13 +89,13 @@ def read_json_file(path: Path) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
         return _shards(folder)
     others = sorted(path.name for end in ("*.bin", "*.pt", "*.pth") for path in folder.glob(end))
     hint = f"; {others[0]} is not read, as such files can run code: convert it to safetensors" if others else ""
-    raise FileNotFoundError(f"{folder}: no weights: neither {WEIGHTS} nor {_INDEX} is there{hint}")
+    raise FileNotFoundError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX} is there{hint}")
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -98,6 +98,11 @@ def vocabulary_size(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
+def is_own_code(auto_class: str, config: PreTrainedConfig, trust_remote_code: bool) -> bool:
+    """Whether what transformers' `auto_class` loads is a class of the model's folder."""
+    return trust_remote_code and auto_class in (getattr(config, "auto_map", None) or {})
+
+
 def load_weights(
     kind: Any, source: str, *, trust_remote_code: bool, optional: Iterable[str] = (), **options: Any
 ) -> Any:

@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import reason, told_as
-from drama_dist.encoder.model_files import refuse_pointers
+from drama_dist.encoder.model_files import has_weights, refuse_pointers
 from drama_dist.run.folder import fingerprint
 from drama_dist.run.progress import say
 
 _PACKAGE = "package:"
+_ALWAYS_READ = ("config.json", "tokenizer_config.json", "tokenizer.json")
 _TIMEOUT = 10  # seconds, for the hub's answer
 
 
@@ -41,13 +43,20 @@ def resolve(name: str) -> str:
 
 def locate(name: str) -> Path | str:
     """A local folder, an unconverted GGUF file, or the hub name; raises FileNotFoundError as `resolve` does."""
-    path = _inside_package(name) if name.startswith(_PACKAGE) else Path(name).expanduser()
+    path = _inside_package(name) if name.startswith(_PACKAGE) else _expanded(name)
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     looks_like_a_path = name.startswith((_PACKAGE, "/", ".", "~")) or name.endswith(".gguf") or name.count("/") != 1
     if path.exists() or looks_like_a_path:
         raise FileNotFoundError(f"{name}: expected a model folder or a .gguf file at {path}")
     return name
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # there is no such user, or no home
+        raise FileNotFoundError(f"{name}: no folder of that user is known; write the path out") from error
 
 
 def model_fingerprint(name: str) -> str:
@@ -59,14 +68,34 @@ def model_fingerprint(name: str) -> str:
     return fingerprint(source) if Path(source).exists() else f"hub:{source}@{_revision(source)}"
 
 
-def reachable(source: str) -> str:
-    """Return what `resolve` returned; raise FileNotFoundError where it is a hub name that nothing is known of.
+def reachable(source: str, also: Iterable[str] = ()) -> str:
+    """Return what `resolve` returned, or the cached copy's folder where it is a hub name of which all files are cached.
 
-    Transformers would try again for half a minute, and say only that the hub cannot be reached.
+    also: further files that are read if the model has them. The folder is the commit that `model_fingerprint` names,
+    and loading from it asks the hub nothing, which without a network takes minutes.
+    Raises FileNotFoundError where it is a hub name that nothing is known of: transformers would try again for half a
+    minute, and say only that the hub cannot be reached.
     """
-    if not Path(source).exists():
-        _revision(source)
-    return source
+    if Path(source).exists():
+        return source
+    _revision(source)
+    return str(_whole_snapshot(source, also) or source)
+
+
+def _whole_snapshot(name: str, also: Iterable[str]) -> Path | None:
+    """The folder of the cached copy, if nothing is missing that loading would fetch."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    unknown = [file for file in also if try_to_load_from_cache(name, file) is None]  # known to be missing is known
+    if not isinstance(config, str) or unknown:
+        return None
+    folder = Path(config).parent
+    whole = all((folder / file).is_file() for file in _ALWAYS_READ) and has_weights(folder)
+    if not whole or any(b'"auto_map"' in (folder / file).read_bytes() for file in _ALWAYS_READ[:2]):
+        return None  # code of the model, which auto_map names, may be in further files
+    modules = read_modules(folder) if (folder / "modules.json").is_file() else []
+    return folder if all((folder / module["path"]).is_dir() for module in modules if has_files(module)) else None
 
 
 def _revision(name: str) -> str:

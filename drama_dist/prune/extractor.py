@@ -38,7 +38,7 @@ class Selection:
 def select(importance: Importance, prune: PruneSettings) -> Selection:
     """Select the most important parts; layers evenly spaced, with the first and the last, or by block influence.
 
-    Raises SettingsError if the requested shape is larger than the model's.
+    Raises SettingsError as `check_shape` does.
     """
     (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
     check_shape(prune, layers=count, hidden=len(importance.hidden_H), heads=heads, mlp=neurons)
@@ -79,10 +79,18 @@ def shrink(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
 
 
 def check_shape(prune: PruneSettings, *, layers: int, hidden: int, heads: int, mlp: int) -> None:
-    """Raise SettingsError, naming the setting, if the requested shape is larger than the model's."""
+    """Raise SettingsError, naming the setting, if the requested shape is larger than the model's, or not a Llama's.
+
+    A head's size does not depend on either, but transformers refuses a Llama whose heads do not divide its hidden size.
+    """
     for name, size in {"layers": layers, "hidden": hidden, "heads": heads, "mlp": mlp}.items():
         if getattr(prune, name) > size:
             raise SettingsError(f"prune.{name}={getattr(prune, name)}: the model has only {size}")
+    if prune.hidden % prune.heads:
+        raise SettingsError(
+            f"prune.hidden={prune.hidden}: must be a multiple of prune.heads={prune.heads}, or transformers loads no "
+            "such Llama; change one of them"
+        )
 
 
 def _layers(influence_L: torch.Tensor, prune: PruneSettings) -> list[int]:

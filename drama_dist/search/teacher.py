@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import MODEL_MAPPING, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedTokenizerBase,
+)
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_of
-from drama_dist.encoder.contract import read_modules
+from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import told_as
+from drama_dist.encoder.model_files import check_model_files, read_json_object, refuse_pointers
 from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array
-from drama_dist.encoder.pretrained import check_weights, read_config, read_tokenizer
+from drama_dist.encoder.pretrained import check_weights, is_own_code, read_config, read_tokenizer
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.encoder.texts import as_texts
 from drama_dist.run.progress import Progress
@@ -29,6 +35,10 @@ from drama_dist.settings import TeacherSettings
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+_OWN_MODULES = "sentence_transformers."
+_WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling")
+_WITH_SETTINGS = ("Pooling", "Dropout", *_WITH_WEIGHTS)
+_DESCRIPTIONS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -50,21 +60,46 @@ class Teacher:
 
         Raises ValueError or FileNotFoundError where the model cannot be used.
         """
-        source = reachable(resolve(self.settings.model))
+        source = reachable(resolve(self.settings.model), also=_DESCRIPTIONS)
         folder = Path(source)
         if folder.is_dir():
-            modules = read_modules(folder) if (folder / "modules.json").exists() else []
-            if not modules or modules[0]["type"].endswith(".Transformer"):
-                self._check_transformer(folder / modules[0]["path"] if modules else folder)
+            refuse_pointers(folder)
+            if (folder / "modules.json").exists():
+                self._check_modules(folder)
+            else:
+                self._check_transformer(folder)
         return source
+
+    def _check_modules(self, folder: Path) -> None:
+        file = folder / "modules.json"
+        modules = read_modules(folder)
+        if not modules:
+            raise ValueError(f"{file}: lists no modules; fetch the model again")
+        for module in modules:
+            kind, path = module["type"], folder / module["path"]
+            if kind.startswith(_OWN_MODULES):
+                from sentence_transformers.util import import_from_string
+
+                with told_as(f"{file}: sentence-transformers has no module {kind}"):
+                    import_from_string(kind)
+            elif not self.trust_remote_code:
+                raise ValueError(f"{file}: {kind} is code of the model; set trust_remote_code=true if you trust it")
+            if has_files(module):
+                _check_module(kind, path)
+            if kind.startswith(_OWN_MODULES) and kind.endswith(".Transformer"):
+                self._check_transformer(path)
 
     def _check_transformer(self, folder: Path) -> None:
         config = read_config(str(folder), self.trust_remote_code)
         tokenizer = read_tokenizer(str(folder), config, self.trust_remote_code, every_token=False)
         _needs_padding(tokenizer, str(folder))
-        kind = MODEL_MAPPING.get(type(config), None)
-        if isinstance(kind, type) and not self.trust_remote_code:
+        # Of a model with a decoder sentence-transformers loads the encoder alone, if transformers has a class for it.
+        with_decoder = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        kind = (MODEL_FOR_TEXT_ENCODING_MAPPING if with_decoder else MODEL_MAPPING).get(type(config), None)
+        if isinstance(kind, type) and not is_own_code("AutoModel", config, self.trust_remote_code):
             check_weights(kind, folder, config)
+        else:
+            check_model_files(folder)
 
     @cached_property
     def model(self) -> SentenceTransformer:
@@ -134,6 +169,22 @@ class Teacher:
             texts, truncation=True, max_length=self.model.max_seq_length, padding=False, return_attention_mask=False
         )
         return [len(ids) for ids in encoded["input_ids"]]
+
+
+def _check_module(kind: str, folder: Path) -> None:
+    """Raise where files of a module are missing or damaged."""
+    name = kind.rpartition(".")[2]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: missing; modules.json names this folder")
+    refuse_pointers(folder)
+    if name in _WITH_SETTINGS:
+        read_json_object(folder / "config.json")
+    if name in _WITH_WEIGHTS:
+        pickled = folder / "pytorch_model.bin"  # sentence-transformers reads the values alone, so no code can run
+        if pickled.is_file() and not (folder / "model.safetensors").is_file():
+            refuse_pointers(pickled)
+        else:
+            check_model_files(folder)
 
 
 def _needs_padding(tokenizer: PreTrainedTokenizerBase, source: str) -> None:

@@ -115,6 +115,15 @@ def test_without_a_system_role_the_instruction_opens_the_first_message(
         ("{{ 1 / 0 }}", "its chat template cannot be used: .*division"),
         ("{{ messages[0]['content'][99999]['x'] }}", "its chat template cannot be used"),
         ("<s>hello</s>", "its chat template leaves out what the user says"),
+        ("<s>{{ messages[-1]['content'] }}</s>", "its chat template leaves out what the assistant says"),
+        (
+            "{% for m in messages if m['role'] == 'user' %}<s>{{ m['content'] }}</s>{% endfor %}",
+            "its chat template leaves out what the assistant says",
+        ),
+        (
+            "{% for m in messages %}{% if loop.index0 != 1 %}<s>{{ m['content'] }}</s>{% endif %}{% endfor %}",
+            "its chat template leaves out what the user says",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_said_in_one_sentence(

@@ -212,6 +212,12 @@ def test_an_encoder_that_is_causal_although_it_should_not_be_is_refused(
         load(llm, contract=CONTRACT)
 
 
+def test_the_tokenizer_cannot_be_replaced(llm: Path) -> None:
+    encoder = load(llm, contract=CONTRACT)
+    with pytest.raises(AttributeError, match="tokenizer"):
+        encoder.tokenizer = AutoTokenizer.from_pretrained(llm)  # type: ignore[misc]
+
+
 def test_packed_sequences_that_see_each_other_are_refused(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "probe", lambda encoder: None)
     leaky = load(llm, contract=CONTRACT)

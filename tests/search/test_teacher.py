@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from drama_dist.encoder.sources import resolve
 from drama_dist.search.teacher import Teacher, padded_batches
 from drama_dist.settings import TeacherSettings
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 2690\n"
 TEXTS = [
     "Compute the (multiplicative) inverse of a matrix.",
     "Bake bread at home with flour, water, salt and time. " * 30,
@@ -97,6 +101,32 @@ def fewer_weights(folder: Path) -> None:
     save_file({name: v for name, v in tensors.items() if "layer.3.attention" not in name}, folder / "model.safetensors")
 
 
+def with_module(kind: str) -> Callable[[Path], object]:
+    def add(folder: Path) -> None:
+        file = folder / "modules.json"
+        modules = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps([*modules, {"idx": 3, "name": "3", "path": "3_Dense", "type": kind}]), "utf-8")
+
+    return add
+
+
+def dense(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
+    """The model with a dense layer at its end, whose weights' file is spoilt."""
+
+    def add(folder: Path) -> None:
+        with_module("sentence_transformers.models.Dense")(folder)
+        (folder / "3_Dense").mkdir()
+        Dense(384, 16).save(str(folder / "3_Dense"))
+        spoil(folder / "3_Dense" / "model.safetensors")
+
+    return add
+
+
+def pickled_pointer(file: Path) -> None:
+    file.unlink()
+    file.with_name("pytorch_model.bin").write_text(POINTER)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -104,7 +134,19 @@ def fewer_weights(folder: Path) -> None:
         (lambda folder: (folder / "modules.json").write_text("[{}]"), "/modules.json: expected a list of modules"),
         (lambda folder: (folder / "modules.json").write_text("["), "/modules.json: not JSON"),
         (lambda folder: (folder / "config.json").write_text("{}"), "its config.json cannot be read"),
-        (lambda folder: (folder / "1_Pooling" / "config.json").write_text("["), "cannot be loaded as a sentence-trans"),
+        (lambda folder: (folder / "1_Pooling" / "config.json").write_text("["), "/1_Pooling/config.json: not JSON"),
+        (lambda folder: (folder / "modules.json").write_text("[]"), "/modules.json: lists no modules"),
+        (lambda folder: shutil.rmtree(folder / "1_Pooling"), "/1_Pooling: missing; modules.json names this folder"),
+        (with_module("sentence_transformers.models.Nope"), "/modules.json: sentence-transformers has no module .*Nope"),
+        (with_module("theirs.Module"), "/modules.json: theirs.Module is code of the model; set trust_remote_code=true"),
+        (dense(lambda file: file.unlink()), "/3_Dense: no weights"),
+        (
+            dense(lambda file: file.write_bytes(file.read_bytes()[:50])),
+            "/3_Dense/model.*: not a whole safetensors file",
+        ),
+        (dense(lambda file: file.write_text(POINTER)), "/3_Dense/model.safetensors: a pointer of Git LFS"),
+        (dense(pickled_pointer), "/3_Dense/pytorch_model.bin: a pointer of Git LFS"),
+        (dense(lambda file: (file.parent / "config.json").unlink()), "/3_Dense/config.json: missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "not a whole safetensors file"),
     ],
 )
@@ -113,9 +155,42 @@ def test_a_teacher_that_cannot_be_used_is_said_in_one_sentence(
 ) -> None:
     folder = copied(tmp_path / "teacher")
     spoil(folder)
-    with pytest.raises(ValueError, match=rf"^{folder}.*{message}") as failure:
-        Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"])
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^{folder}.*{message}") as failure:
+        Teacher(TeacherSettings(model=str(folder))).check()
     assert len(str(failure.value).splitlines()) == 1
+
+
+def test_a_teacher_with_a_dense_layer_and_no_folder_of_a_module_without_files_is_taken(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "teacher")
+    dense(lambda file: None)(folder)
+    assert not (folder / "2_Normalize").exists()
+    assert Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize("saved", ["by sentence-transformers", "with its decoder"])
+def test_the_encoder_of_a_model_with_a_decoder_is_a_teacher(saved: str, llm: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    config = T5Config(vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=1, **shape)
+    for folder, kind in (("encoder", T5EncoderModel), ("whole", T5ForConditionalGeneration)):
+        kind(config).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    SentenceTransformer(str(tmp_path / "encoder")).save(str(tmp_path / "by sentence-transformers"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "with its decoder")
+    folder = tmp_path / saved
+    assert Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
+    path = next(folder.rglob("model.safetensors"))
+    tensors = load_file(path)
+    save_file({n: v for n, v in tensors.items() if "encoder.block.0.layer.0.SelfAttention.q" not in n}, path)
+    with pytest.raises(ValueError, match=r"the weights lack encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"):
+        Teacher(TeacherSettings(model=str(folder))).check()
+
+
+def test_trust_in_code_does_not_spare_a_plain_model_the_check(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "teacher")
+    fewer_weights(folder)
+    with pytest.raises(ValueError, match="the weights lack"):
+        Teacher(TeacherSettings(model=str(folder)), trust_remote_code=True).check()
 
 
 def test_a_teacher_without_a_pad_token_is_refused(llm: Path, tmp_path: Path) -> None:

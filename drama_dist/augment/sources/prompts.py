@@ -1,7 +1,8 @@
 """Prompts for the LLM that writes queries, and parsing its answers.
 
 Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2) and the reasons
-to set an answer aside. Any change of wording needs a new PROMPT_VERSION.
+to set an answer aside. Any change of wording needs a new PROMPT_VERSION; where an LLM's chat template puts the messages
+is no part of it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,14 @@ from drama_dist.augment.sources.prompts import Message, without_system, write_qu
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
 from drama_dist.encoder.failures import told_as
-from drama_dist.encoder.pretrained import check_weights, load_weights, read_config, read_tokenizer, vocabulary_size
+from drama_dist.encoder.pretrained import (
+    check_weights,
+    is_own_code,
+    load_weights,
+    read_config,
+    read_tokenizer,
+    vocabulary_size,
+)
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.settings import AugmentSettings
 
@@ -42,24 +49,32 @@ class LanguageModel:
 
         The chat template is tried on conversations like those to come.
         """
-        one, other = (self._token_ids(write_query_messages(text)) for text in ("Bread is baked.", "Rivers flow."))
-        if one == other:
-            raise ValueError(f"{self.name}: its chat template leaves out what the user says; use another LLM")
+        messages = write_query_messages("Bread is baked.")
+        ids = self._token_ids(messages)
+        for position, message in reversed(list(enumerate(messages))):
+            changed = [*messages[:position], message | {"content": "Rivers flow."}, *messages[position + 1 :]]
+            if self._token_ids(changed) == ids:
+                raise ValueError(
+                    f"{self.name}: its chat template leaves out what the {message['role']} says; use another LLM"
+                )
         self._pad  # noqa: B018
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._config), None)
-        if Path(self._source).is_dir() and isinstance(kind, type) and not self.trust_remote_code:
+        if Path(self._source).is_dir() and isinstance(kind, type) and not self._is_own_code(self._config):
             check_weights(kind, Path(self._source), self._config)
 
     @cached_property
     def _source(self) -> str:
-        return reachable(resolve(self.name))
+        return reachable(resolve(self.name), also=("generation_config.json",))
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
         config = read_config(self._source, self.trust_remote_code)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self.trust_remote_code:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not self._is_own_code(config):
             raise ValueError(f"{self.name}: model type {config.model_type!r}, which writes no text")
         return config
+
+    def _is_own_code(self, config: PreTrainedConfig) -> bool:
+        return is_own_code("AutoModelForCausalLM", config, self.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
