@@ -56,7 +56,9 @@ def evil(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "tokenizer_class": "Tokenizer",
             "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]},
         },
-        "config.json": {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}},
+        "config.json": {
+            "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+        },
     }.items():
         file = folder / name
         file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +27,17 @@ def standardised(scores_BN: np.ndarray) -> np.ndarray:
     return (scores_BN - scores_BN.mean(1, keepdims=True)) / scores_BN.std(1, keepdims=True)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one run for all shares: its artefacts do not depend on them."""
+    return tmp_path_factory.mktemp("targets")
+
+
 @pytest.mark.parametrize("share", [0.7, 1.0, 0.0])
-def test_the_mix_of_a_batch_is_that_of_its_texts(share: float, small_settings: Callable[..., Settings]) -> None:
-    settings = small_settings(*CHANGES, f"train.teacher_share={share}", "train.teacher_temperature=0.5")
+def test_the_mix_of_a_batch_is_that_of_its_texts(
+    share: float, folder: Path, small_settings_in: Callable[..., Settings]
+) -> None:
+    settings = small_settings_in(folder, *CHANGES, f"train.teacher_share={share}", "train.teacher_temperature=0.5")
     run = Run(settings)
     names = ["targets", "encode/corpus/teacher", "encode/corpus/bm25", "augment", "corpus"]
     run.make(*names)
@@ -58,6 +67,7 @@ def test_the_mix_of_a_batch_is_that_of_its_texts(share: float, small_settings: C
     assert np.abs(swapped - expected_BN).max() > 0.1  # the columns matter
 
 
+@pytest.mark.slow
 def test_training_takes_them_where_the_settings_ask(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings(*CHANGES, "train.info_nce_weight=0", "train.soft_target_weight=1", "train.steps=30")
     run = Run(settings)
