@@ -104,18 +104,22 @@ def test_another_model_can_be_the_start_and_be_evaluated(small_settings: Callabl
     np.testing.assert_allclose(first, expected, atol=1e-5)
 
 
-def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
-    small_settings: Callable[..., Settings], tmp_path: Path
+MOMENTS = (
+    "augment.partial/checkpoints/synthetic/part-00000.jsonl",
+    "train.partial/checkpoints/step-0000002",
+    "encode/corpus/drama.partial/shard-00000.npy",
+)
+
+
+@pytest.mark.parametrize("moments", [MOMENTS[1:2], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["train", "all"])
+def test_a_run_that_is_killed_ends_with_the_same_table(
+    moments: tuple[str, ...], small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     changes = ["train.steps=40", "encode.shard_passages=1", "augment.generation_batch=1", "augment.max_new_tokens=24"]
     whole, killed = (small_settings(f"run={tmp_path / name}", *changes) for name in ("whole", "killed"))
     beside = start(whole)
     run = Path(killed.run)
-    for moment in (
-        "augment.partial/checkpoints/synthetic/part-00000.jsonl",
-        "train.partial/checkpoints/step-0000002",
-        "encode/corpus/drama.partial/shard-00000.npy",
-    ):
+    for moment in moments:
         process = start(killed)
         until = time.monotonic() + 120
         while not (run / moment).exists() and process.poll() is None and time.monotonic() < until:
@@ -127,7 +131,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_table(
     messages = last.communicate(timeout=300)[1]
     assert last.returncode == 0, messages
     assert beside.wait(300) == 0
-    assert "encode/corpus/drama: resuming" in messages
+    assert f"{moments[-1].partition('.partial')[0]}: resuming" in messages
     assert rows(run) == rows(Path(whole.run))
     assert [line["step"] for line in steps(run)] == list(range(1, 41))
     assert [line["loss"] for line in steps(run)] == [line["loss"] for line in steps(Path(whole.run))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from drama_dist.settings import Settings
 TEXTS = ["the bread", "x", "A longer text about a river and its banks. " * 9]
 
 
-@pytest.fixture
-def exported(small_settings: Callable[..., Settings]) -> tuple[Settings, Path]:
-    settings = small_settings("train.steps=2")
+@pytest.fixture(scope="module")
+def exported(
+    small_settings_in: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, Path]:
+    settings = small_settings_in(tmp_path_factory.mktemp("export"), "train.steps=2")
     make(settings, "evaluate")
     return settings, make(settings, "export")
 
@@ -43,8 +46,8 @@ def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> N
     np.testing.assert_allclose(ours.encode_queries(TEXTS[:2], dim=16), vectors, atol=1e-5)
 
 
-def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Settings, Path]) -> None:
-    _, folder = exported
+def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Settings, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported[1], tmp_path / "foreign")
     before = drama_dist.load(folder).encode_queries(TEXTS[:2])
     (folder / "drama.json").unlink()
     foreign = drama_dist.load(folder)

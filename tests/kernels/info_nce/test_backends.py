@@ -120,7 +120,7 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
     [(name, *size) for name in ("eager", "cpu") for size in ((1300, 2500), (300, 9000))]
-    + [("cuda", 130, 400), ("cuda", 40, 900)],  # Triton's interpreter is slow
+    + [("cuda", 130, 400), pytest.param("cuda", 40, 900, marks=pytest.mark.slow)],  # Triton's interpreter is slow
 )
 def test_no_more_is_held_than_it_says(name: str, rows: int, columns: int) -> None:
     backend = backends.named_backend(name, torch.device(device_of(name)), torch.float32)

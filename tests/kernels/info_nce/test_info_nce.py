@@ -40,6 +40,9 @@ CASES = [
     for option in OPTIONS
 ]
 every_backend = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+uninterpreted = pytest.mark.parametrize(  # by default: Triton's interpreter is slow
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in BACKENDS], indirect=True
+)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "shape", "option"), CASES, indirect=["backend"])
@@ -55,7 +58,7 @@ def test_loss_and_gradients_equal_the_reference(
     assert int(ours.masked) == int(truth.masked)
 
 
-@every_backend
+@uninterpreted
 def test_float32_errs_no_more_than_plain_pytorch(backend: str) -> None:
     """Relative errors of loss and gradients, the mean of several draws; 3e-7 is two units in the last place."""
     errors = []
@@ -100,7 +103,7 @@ def test_nothing_is_read_before_it_is_written(backend: str) -> None:
     assert_gradients_close(gradients, exact, torch.float32)
 
 
-@every_backend
+@uninterpreted
 def test_the_same_to_the_bit_when_run_again(backend: str) -> None:
     runs = [ours_and_truth(backend, (33, 70), torch.float32, "plain")[0] for _ in range(2)]
     assert torch.equal(runs[0][0].loss, runs[1][0].loss)
