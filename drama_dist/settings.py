@@ -29,6 +29,7 @@ T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _COST_ONLY = object()
+_STEPS = 1000  # of training, where neither train.steps nor train.minutes is set
 
 
 def _one_line(text: str) -> str:
@@ -209,7 +210,11 @@ class TrainSettings:
     """The single training stage."""
 
     start: Name | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
-    steps: Count = 1000
+    # Training ends after so many steps, or after so many minutes: one of the two is null. Both null: 1000 steps.
+    steps: Count | None = None
+    # Minutes count from the first step on, checkpoints included, and not while training is stopped. Warm-up and decay
+    # follow them.
+    minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
     # The objective is a sum of terms: InfoNCE, and the divergence from the mix of the teacher's scores and BM25's.
@@ -240,6 +245,17 @@ class TrainSettings:
     tensorboard: CostOnly[bool] = True  # event files in train/tensorboard
     checkpoint_every: CostOnly[Count] = 50
     keep_checkpoints: CostOnly[Count] = 2
+
+    @model_validator(mode="after")
+    def _one_of_two_says_when_training_ends(self) -> Self:
+        if self.steps is not None and self.minutes is not None:
+            raise SettingsError(
+                f"train.steps={self.steps} and train.minutes={self.minutes:g}: only one can say when training ends; "
+                "set the other to null"
+            )
+        if self.minutes is None:
+            self.steps = self.steps or _STEPS
+        return self
 
     @model_validator(mode="after")
     def _values_fit_each_other(self) -> Self:

@@ -223,7 +223,13 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.steps=0", "train.steps='0': must be greater than or equal to 1"),
         ("train.steps=99999999999", "train.steps='99999999999': must be less than 2147483648"),
         ("train.steps=1.5", "train.steps='1.5': must be a valid integer"),
-        ("train.steps=", "train.steps=None: must be a valid integer"),
+        ("train.batch_size=", "train.batch_size=None: must be a valid integer"),
+        (
+            "train.minutes=5",
+            "train.steps=7 and train.minutes=5: only one can say when training ends",
+        ),
+        ("train.minutes=0", "train.minutes='0': must be greater than 0"),
+        ("train.minutes=inf", "train.minutes='inf': must be a finite number"),
         ("train.steps=[3", "cannot be read as YAML"),
         ("train.tensorboard=perhaps", "train.tensorboard='perhaps': must be a valid boolean"),
         ("train.temperature=0", "train.temperature='0': must be greater than or equal to 0.0001"),
@@ -287,6 +293,19 @@ def test_a_bad_value_is_refused_with_the_allowed_ones(read: Read, override: str,
     with pytest.raises(SettingsError, match=message) as error:
         read(override)
     assert str(error.value).startswith(f"override {override!r}: ") and len(str(error.value).splitlines()) == 1
+
+
+def test_steps_or_minutes_say_when_training_ends(read: Read, tmp_path: Path) -> None:
+    def ends(settings: Settings) -> tuple[int | None, float | None]:
+        return settings.train.steps, settings.train.minutes
+
+    assert ends(read("train.steps=")) == (1000, None) and ends(read()) == (7, None)
+    timed = read("train.steps=null", "train.minutes=2.5")
+    assert ends(timed) == (None, 2.5)
+    write_settings(timed, tmp_path / "written.yaml")
+    assert ends(read_settings(tmp_path / "written.yaml")) == (None, 2.5)
+    with pytest.raises(SettingsError, match="only one can say when training ends"):
+        read("train.minutes=2.5", text=GOOD.replace("7", "1000"))  # the default, but written down
 
 
 def test_settings_that_do_not_fit_are_traced_to_the_one_that_was_given(read: Read) -> None:

@@ -39,12 +39,16 @@ class OptimiserSettings:
     offload: bool = False  # master weights and moments in the machine's memory, not the GPU's
 
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup_share: float) -> float:
-    """Linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017); steps count from 0."""
-    warmup = max(1, round(steps * warmup_share))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate_at(done: int, units: int, peak: float, warmup_share: float) -> float:
+    """Linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017).
+
+    done: how many of the training's units, steps or whole seconds, are over when a step begins. For the first one that
+    is 0, and the rate is the peak's share of one unit of the warm-up.
+    """
+    warmup = max(1, round(units * warmup_share))
+    if done < warmup:
+        return peak * (done + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, units - warmup)))
 
 
 class Engine:
@@ -109,21 +113,21 @@ class Engine:
         }
         checkpoints.save(step, pieces | _random_state(), **facts)
 
-    def resume(self, checkpoints: Checkpoints) -> int:
-        """Load the newest whole checkpoint; return its step, or 0 where there is none."""
+    def resume(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Load the newest whole checkpoint; return its step and the facts it was saved with. Step 0: there is none."""
         checkpoints.clear_unfinished()
         newest = checkpoints.newest()
         if newest is None:
-            return 0
+            return {"step": 0}
         reader = Reader(newest)
         for kind in (None, *MOMENTS):
             for name, weight in self._weights():
                 self._state.replace(weight, kind, reader.read(f"{kind or _WEIGHTS}/{name}"))
         _restore_random_state(reader)
-        step = int(read_state(newest)["step"])
-        set_steps(self._engine, step)
-        say(f"resuming from step {step} ({newest})")
-        return step
+        state = read_state(newest)
+        set_steps(self._engine, state["step"])
+        say(f"resuming from step {state['step']} ({newest})")
+        return state
 
     def _gradient_norm(self) -> torch.Tensor:
         """Of gradients that are the same on all ranks, as without ZeRO, where DeepSpeed does not tell it."""

@@ -23,7 +23,7 @@ from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
-from drama_dist.settings import Settings, SettingsError
+from drama_dist.settings import Settings, SettingsError, TrainSettings
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
 # 31,842 different tokens of four passes in 5.7 s; plan-cpu-bfloat16.md shows how rough that is. On GPUs: assumed.
@@ -131,13 +131,21 @@ def _time_lines(cost: StepCost) -> Iterator[str]:
     share, reason = SHARE_OF_GPU_PEAK, "assumed: nothing was timed on such a device"
     if cost.device.is_cpu:
         share, reason = SHARE_OF_CPU_PEAK, "as in benchmarks/results/step-cpu-bfloat16.md"
-    least, steps = least_seconds(cost), cost.train.steps
+    least = least_seconds(cost)
+    expected = least / share
     yield f"\noperations  {cost.operations / 1e12:.2f} Tflop a step and rank"
     yield f"time        at least {_duration(least)} a step, at {cost.device.peaks[cost.dtype] / 1e12:.3g} Tflop/s"
     yield (
-        f"            expected {_duration(least / share)} at {share:.0%} of that ({reason}); "
-        f"{steps} steps: {_duration(least / share * steps)}"
+        f"            expected {_duration(expected)} at {share:.0%} of that ({reason}); {_length(cost.train, expected)}"
     )
+
+
+def _length(train: TrainSettings, seconds: float) -> str:
+    """Of the training, whose steps take so many seconds each."""
+    if train.minutes is not None:
+        return f"{_duration(60 * train.minutes)}: {max(1, round(60 * train.minutes / seconds))} steps"
+    assert train.steps is not None
+    return f"{train.steps} steps: {_duration(seconds * train.steps)}"
 
 
 def _duration(seconds: float) -> str:

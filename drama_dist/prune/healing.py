@@ -64,7 +64,13 @@ def heal(
         return StepReport(figures, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
     schedule = Schedule(
-        shape.heal_steps, shape.heal_learning_rate, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False
+        shape.heal_steps,
+        None,
+        shape.heal_learning_rate,
+        _WARMUP_SHARE,
+        _CHECKPOINT_EVERY,
+        _KEEP_CHECKPOINTS,
+        keep_best=False,
     )
     ResumableLoop(folder, engine, schedule).run(f"{folder.name}: heal", do_step)
     student.float().load_state_dict(engine.full_weights(), strict=False)  # a tied head has no entry of its own

@@ -25,8 +25,11 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def progress_bar(total: int, description: str, unit: str, done: int = 0) -> tqdm:
-    """Return a bar that starts at `done` of `total` units; call `.update(n)` and `.close()`."""
+def progress_bar(total: int | None, description: str, unit: str, done: int = 0) -> tqdm:
+    """Return a bar that starts at `done` of `total` units; call `.update(n)` and `.close()`.
+
+    None: not known yet; set `.total` to an estimate as soon as there is one.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -47,9 +47,9 @@ def train_encoder(
     step = TrainingStep(start, train, targets)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
-    _run_steps(settings, folder, step, examples, table)
+    done = _run_steps(settings, folder, step, examples, table)
     _save_encoder(folder, start, step.engine)
-    return {"examples": len(examples), "steps": train.steps, "dtype": step.dtype}
+    return {"examples": len(examples), **done, "dtype": step.dtype}
 
 
 def _run_steps(
@@ -58,10 +58,11 @@ def _run_steps(
     training_step: TrainingStep,
     examples: Sequence[Example],
     table: PassageTable,
-) -> None:
+) -> dict[str, Any]:
     train = settings.train
     schedule = Schedule(
         train.steps,
+        train.minutes,
         train.learning_rate,
         train.warmup_share,
         train.checkpoint_every,
@@ -83,7 +84,7 @@ def _run_steps(
         return StepReport(figures, _progress(figures))
 
     with closing(telemetry):
-        loop.run(folder.name, do_step)
+        return loop.run(folder.name, do_step)
 
 
 def _progress(figures: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_resuming_gives_the_same_weights(tmp_path: Path, stages: tuple[int, int]
     run(first, range(6), save_at=3, saved=saved)
     saved.wait()
     second = Engine(module(), OptimiserSettings(dtype, stages[1], 0.1, 1.0))
-    assert second.resume(Checkpoints(tmp_path, keep=1)) == 3
+    assert second.resume(Checkpoints(tmp_path, keep=1))["step"] == 3
     run(second, range(3, 6))
     expected = first.full_weights()
     same = [torch.equal(weight, expected[name]) for name, weight in second.full_weights().items()]
@@ -107,7 +108,7 @@ def test_a_plain_optimiser_goes_on_in_a_split_one(tmp_path: Path) -> None:
     run(first, range(6), save_at=3, saved=saved)
     saved.wait()
     second = Engine(module(), OptimiserSettings("float32", 3, 0.1, 1.0))
-    assert second.resume(saved) == 3
+    assert second.resume(saved)["step"] == 3
     run(second, range(3, 6))
     for name, weight in second.full_weights().items():
         torch.testing.assert_close(weight, first.full_weights()[name], rtol=1e-5, atol=1e-6)
@@ -127,6 +128,19 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0 and all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert rates[12] == pytest.approx(0.5) and rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("units", [1, 2, 7, 60, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_learning_rates_are_to_the_bit_those_of_the_formula(units: int, share: float) -> None:
+    """The one that runs counted in steps have always had; no rate is 0, the first one's neither."""
+    warmup = max(1, round(units * share))
+    rising = [3e-4 * (step + 1) / warmup for step in range(warmup)]
+    falling = [
+        3e-4 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (units - warmup))) for step in range(warmup, units)
+    ]
+    rates = [learning_rate_at(step, units, 3e-4, share) for step in range(units)]
+    assert rates == rising + falling and min(rates) > 0 and max(rates) == 3e-4
 
 
 def test_deepspeed_compiles_nothing() -> None:

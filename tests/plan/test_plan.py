@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from drama_dist.cli import main
 from drama_dist.plan.devices import SHEETS, Device, device
-from drama_dist.plan.report import pruned_shape, read_shape, step_cost, what_fits
+from drama_dist.plan.report import pruned_shape, read_shape, report, step_cost, what_fits
 from drama_dist.settings import Settings, read_settings, write_settings
 
 GPU = SHEETS["h100-80g"]
@@ -33,6 +34,16 @@ def test_the_papers_shape_has_its_parameters() -> None:
     assert cost.embedding_parameters == 128_256 * 768
     assert cost.layer_parameters == 12 * (4 * 768 * 768 + 3 * 768 * 3072 + 2 * 768) + 768  # 0.113 billion
     assert cost.gathers_queries and cost.scores_shape == (2048, 2048) and len(cost.lengths) == 256 + 2048
+
+
+def test_minutes_are_told_in_steps() -> None:
+    def told(*overrides: str) -> str:
+        settings = base(*overrides)
+        return list(report(step_cost(settings, 8, GPU, pruned_shape(settings, 128_256, 64))))[-1]
+
+    in_steps, in_minutes = told("train.steps=1200"), told("train.steps=null", "train.minutes=150")
+    assert re.search(r"expected 2\.6\d s .*; 1200 steps: 53\.\d min", in_steps), in_steps
+    assert in_minutes.endswith("2.5 h: 3,380 steps"), in_minutes
 
 
 def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[..., Settings], llm: Path) -> None:

@@ -118,7 +118,8 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
         scaled = training_step.engine.backward
         training_step.engine.backward = lambda loss, last: scaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
     saved = Checkpoints(out / "checkpoints", keep=1)
-    steps = range(training_step.engine.resume(saved) if "resume" in extras else 0, SAVED if "save" in extras else STEPS)
+    first = training_step.engine.resume(saved)["step"] if "resume" in extras else 0
+    steps = range(first, SAVED if "save" in extras else STEPS)
     texts = batches_of_examples(STEPS) if "positives" in extras else [batch_of(step) for step in range(STEPS)]
     results = [training_step(texts[step], rate(step)) for step in steps]
     if "save" in extras:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
-from drama_dist.distributed import ranks
+from drama_dist.distributed import loop, ranks
 from drama_dist.encoder.backbone import load
 from drama_dist.records import Example
 from drama_dist.run.folder import open_stage
@@ -59,13 +60,14 @@ def train(settings: Settings, llm: Path, table: PassageTable) -> list[float]:
     """Losses of the steps."""
     folder = open_stage(settings.run, "train", {}, {})
     facts = train_encoder(settings, folder, load(llm, contract=settings.encoder), examples(table), table)
-    assert facts == {"examples": len(table), "steps": settings.train.steps, "dtype": "float32"}
     lines = (folder.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert facts == {"examples": len(table), "steps": len(lines), "minutes": facts["minutes"], "dtype": "float32"}
     return [json.loads(line)["loss"] for line in lines]
 
 
 def test_losses_are_the_known_ones(small_settings: Callable[..., Settings], llm: Path, table: PassageTable) -> None:
-    assert train(small_settings(*CHANGES), llm, table) == pytest.approx(LOSSES, rel=SAME)
+    losses = train(small_settings(*CHANGES), llm, table)
+    assert losses == pytest.approx(LOSSES, rel=SAME)
 
 
 def test_a_hard_negative_less_here_and_there_is_noticed(
@@ -73,6 +75,15 @@ def test_a_hard_negative_less_here_and_there_is_noticed(
 ) -> None:
     losses = train(small_settings(*CHANGES, "train.hard_negatives=0.9"), llm, table)
     assert losses != pytest.approx(LOSSES, rel=10 * SAME)
+
+
+def test_minutes_end_it_too(
+    small_settings: Callable[..., Settings], llm: Path, table: PassageTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is read once at the start and once before and after each step."""
+    monkeypatch.setattr(loop, "monotonic", itertools.count(1e6).__next__)
+    changes = ["train.steps=null", "train.minutes=0.1", "train.warmup_share=1", "train.checkpoint_every=100"]
+    assert len(train(small_settings(*CHANGES, *changes), llm, table)) == 5
 
 
 def test_a_batch_smaller_than_the_ranks_is_an_error(
