@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
-SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
+SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
 EXACT = "Flat"  # of encode.index: search without an index
@@ -135,7 +135,7 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
-    # Matryoshka; the largest is the hidden size
+    # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
@@ -205,6 +205,19 @@ class AugmentSettings:
 
 
 @dataclass(config=_CONFIG, kw_only=True)
+class TargetSettings:
+    """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
+
+    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
+    lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
+
+    @property
+    def uses_bm25(self) -> bool:
+        """Whether BM25 has a part."""
+        return self.teacher_share < 1
+
+
+@dataclass(config=_CONFIG, kw_only=True)
 class TrainSettings:
     """The single training stage."""
 
@@ -212,12 +225,13 @@ class TrainSettings:
     steps: Count = 1000
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    # The objective is a sum of terms: InfoNCE, and the divergence from the mix of the teacher's scores and BM25's.
+    # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors, through a linear head, and the
+    # divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
+    regression_weight: Amount = 0.0
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
-    teacher_share: Fraction = 0.7  # of the teacher in the mix; the rest is BM25's
     learning_rate: LearningRate = 3e-4
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
@@ -248,8 +262,10 @@ class TrainSettings:
                 f"train.batch_size={self.batch_size} with train.hard_negatives={self.hard_negatives}: a batch needs "
                 "two passages to tell apart"
             )
-        if not self.info_nce_weight and not self.soft_target_weight:
-            raise SettingsError("train.info_nce_weight=0, train.soft_target_weight=0: nothing to learn from")
+        if not (self.info_nce_weight or self.regression_weight or self.soft_target_weight):
+            raise SettingsError(
+                "train.info_nce_weight=0, train.regression_weight=0, train.soft_target_weight=0: nothing to learn from"
+            )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
         if self.learning_rate * self.weight_decay >= 1:
@@ -285,7 +301,7 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    # Also random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
+    # Also ridge, random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
@@ -358,6 +374,7 @@ class Settings:
     prune: PruneSettings = field(default_factory=PruneSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
+    targets: TargetSettings = field(default_factory=TargetSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
@@ -374,7 +391,7 @@ class Settings:
         dims, weights = self.encoder.dims, self.train.dim_weights
         if weights and len(weights) != len(dims):
             raise SettingsError(f"train.dim_weights={weights}: must be one weight for each of encoder.dims={dims}")
-        if self.train.start is None and max(dims) > self.prune.hidden:
+        if self.train.start is None and not self.train.regression_weight and max(dims) > self.prune.hidden:
             raise SettingsError(
                 f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
             )

@@ -54,11 +54,11 @@ def encode_queries(run: Run, folder: StageFolder) -> None:
 
 def open_targets(run: Run) -> Targets:
     """What the run's artefacts hold."""
-    train = run.settings.train
-    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if train.teacher_share < 1 else None
+    targets, train = run.settings.targets, run.settings.train
+    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if targets.uses_bm25 else None
     passages = EmbeddingShards(run.path("encode/corpus/teacher"))
     return Targets(
-        EmbeddingShards(run.path("targets")), passages, lexical, train.teacher_share, train.teacher_temperature
+        EmbeddingShards(run.path("targets")), passages, lexical, targets.teacher_share, train.teacher_temperature
     )
 
 
