@@ -67,7 +67,7 @@ def _of_soft_targets(settings: Settings) -> list[str]:
     if not settings.train.soft_target_weight:
         return []
     systems = ["teacher", *(["bm25"] if settings.train.teacher_share < 1 else [])]
-    return ["targets", *(f"encode/{CORPUS}/{system}" for system in systems)]
+    return [f"encode/{CORPUS}/{system}" for system in systems]
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
@@ -86,8 +86,9 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 
 
 def _of_augmentation(settings: Settings) -> list[str]:
-    rankers = ["teacher", *(["bm25"] if settings.teacher.fuse_bm25 else [])]
-    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in rankers)]
+    words_count = settings.teacher.fuse_bm25 or settings.augment.draws_keywords
+    systems = ["teacher", *(["bm25"] if words_count else [])]
+    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in systems)]
 
 
 def stored_collection(collection: str) -> str:
@@ -135,16 +136,6 @@ STAGES = (
         inputs="drama_dist.augment.stage:inputs",
         check="drama_dist.augment.stage:check",
         array=lambda settings: settings.augment.synthetic_queries > 0,  # they take most of the time
-        processes="node",
-    ),
-    Stage(
-        name="targets",
-        verb="targets",
-        help="encode the training queries with the teacher",
-        work="drama_dist.train.targets:encode_queries",
-        sections="drama_dist.train.targets:sections",
-        needs=lambda settings: ["augment"],
-        inputs="drama_dist.train.targets:inputs",
         processes="node",
     ),
     Stage(
