@@ -113,6 +113,10 @@ class CorpusSettings:
 
     path: Name  # a BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages"
     packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
+    # Other texts to train on, against queries unlike the corpus: what corpus.path may be, or null. Never searched.
+    general: Name | None = None
+    general_packages: list[Text] = Field(default=[])  # of general=installed-packages
+    general_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the passages that training reads, where there are any
     language: Text = "en"
     # Under which names records have their parts; of several that are there the first counts.
     id_keys: SomeKeys = Field(default=["_id", "id", "docid", "doc_id", "document_id", "docno", "pid", "passage_id"])
@@ -131,6 +135,10 @@ class CorpusSettings:
     def _packages_are_named(self) -> Self:
         if self.path == PACKAGES_CORPUS and not self.packages:
             raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
+        if self.general == PACKAGES_CORPUS and not self.general_packages:
+            raise SettingsError(
+                f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
+            )
         return self
 
 
