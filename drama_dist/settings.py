@@ -24,6 +24,7 @@ PACKAGES_CORPUS = "installed-packages"
 SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
+CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -52,6 +53,12 @@ def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
         return validate(value)
     except ValidationError:
         raise ValueError("must be auto, or GiB: a number, 0 or more") from None
+
+
+def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
+    if not weights.keys() <= CROP_KINDS.keys() or not sum(weights.values()):
+        raise ValueError(f"must be weights of {', '.join(CROP_KINDS)}, one of them more than 0")
+    return weights
 
 
 def mixed(name: str) -> tuple[str, ...]:
@@ -106,6 +113,10 @@ class CorpusSettings:
 
     path: Name  # a BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages"
     packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
+    # Other texts to train on, against queries unlike the corpus: what corpus.path may be, or null. Never searched.
+    general: Name | None = None
+    general_packages: list[Text] = Field(default=[])  # of general=installed-packages
+    general_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the passages that training reads, where there are any
     language: Text = "en"
     # Under which names records have their parts; of several that are there the first counts.
     id_keys: SomeKeys = Field(default=["_id", "id", "docid", "doc_id", "document_id", "docno", "pid", "passage_id"])
@@ -124,6 +135,10 @@ class CorpusSettings:
     def _packages_are_named(self) -> Self:
         if self.path == PACKAGES_CORPUS and not self.packages:
             raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
+        if self.general == PACKAGES_CORPUS and not self.general_packages:
+            raise SettingsError(
+                f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
+            )
         return self
 
 
@@ -174,9 +189,16 @@ class AugmentSettings:
     """How training examples are written."""
 
     writer: Name | None = None  # the LLM that writes queries; null: `llm`, the one that is pruned
-    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 2
+    crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
+    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
+    # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
+    # min_crop_words or more; joined: two of them; keywords: some of the passage's rarest words; title: the title, or
+    # the first sentence where there is none. A passage that cannot give the kind drawn gives another.
+    crop_kinds: Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)] = field(
+        default_factory=lambda: dict(CROP_KINDS)
+    )
     min_crop_words: Count = 4
-    max_crop_words: Count = 40
+    max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
     temperature: Temperature = 0.8
     top_p: SomeFraction = 0.9
@@ -191,8 +213,10 @@ class AugmentSettings:
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
-        if not self.crops_per_passage and not self.synthetic_queries:
-            raise SettingsError("augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on")
+        if not self.crops and not self.crops_per_passage and not self.synthetic_queries:
+            raise SettingsError(
+                "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on"
+            )
         if self.min_crop_words > self.max_crop_words:
             raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")
         if self.negatives_to_rank < max(self.negatives_from_rank, self.positives + 1) + self.negatives - 1:
@@ -202,6 +226,15 @@ class AugmentSettings:
                 f"augment.negatives_to_rank={self.negatives_to_rank}"
             )
         return self
+
+    def crops_of(self, passages: int) -> int:
+        """How many crops a corpus of so many passages is to give."""
+        return max(self.crops, self.crops_per_passage * passages)
+
+    @property
+    def draws_keywords(self) -> bool:
+        """Whether crops need to know how rare words are."""
+        return bool(self.crops or self.crops_per_passage) and self.crop_kinds.get("keywords", 0) > 0
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -92,8 +92,9 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 
 
 def _of_augmentation(settings: Settings) -> list[str]:
-    rankers = ["teacher", *(["bm25"] if settings.teacher.fuse_bm25 else [])]
-    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in rankers)]
+    words_count = settings.teacher.fuse_bm25 or settings.augment.draws_keywords
+    systems = ["teacher", *(["bm25"] if words_count else [])]
+    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in systems)]
 
 
 def stored_collection(collection: str) -> str:

@@ -1,7 +1,8 @@
 """Lexical search: BM25 over the passages' words, in an index on disk.
 
-Covers how texts become tokens in each language, building the index and ranking with it. Words are stemmed where
-Snowball has the language; scripts that do not set words apart with spaces are read as pairs of characters.
+Covers how texts become tokens in each language, building the index, and what it tells: rankings, weights and rare
+words. Words are stemmed where Snowball has the language; scripts that do not set words apart with spaces are read as
+pairs of characters.
 Shapes: N passages, Q queries, k hits, V words.
 """
 
@@ -20,11 +21,12 @@ import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 from scipy.sparse import csc_matrix, csr_matrix
 
+from drama_dist.corpus.split import UNSPACED
 from drama_dist.run.files import sync, write_text
 from drama_dist.search.ranking import top_positions
 
 # Hangul is here because Korean words carry their particles, and Snowball has no Korean.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]"
+_UNSPACED = rf"[{UNSPACED}\p{{Hangul}}]"
 # Not the standard library's re: its \w leaves out vowel signs and cuts Hindi or Bengali words into pieces.
 _TOKENS = regex.compile(rf"(?P<unspaced>{_UNSPACED}+)|(?P<word>(?:(?!{_UNSPACED})\w){{2,}})")
 _LETTER_WITH_SIGNS = regex.compile(r"\X")
@@ -120,6 +122,20 @@ class LexicalIndex:
         parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
         return csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))
 
+    def rarest_words(self, text: str, count: int) -> list[str]:
+        """The words of a text that the fewest passages have, in small letters, rarest first; ties as in the text.
+
+        Of words that become the same token the first stands for all.
+        """
+        words = self._analyzer.words(text)
+        tokens = self._analyzer.stemmed(words)
+        word_of = dict(zip(reversed(tokens), reversed(words), strict=True))
+        return [word_of[token] for token in sorted(dict.fromkeys(tokens), key=self._passages_with)[:count]]
+
+    def _passages_with(self, token: str) -> int:
+        id, ends = self._bm25.vocab_dict.get(token), self._bm25.scores["indptr"]
+        return 0 if id is None else int(ends[id + 1] - ends[id])
+
     def _scores(self, tokens: list[str]) -> np.ndarray:
         ids = self._bm25.get_tokens_ids(tokens)
         return self._bm25.get_scores_from_ids(ids) if ids else np.zeros(self._count, dtype=np.float32)
@@ -135,11 +151,18 @@ class Analyzer:
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text: stemmed words, and character pairs of scripts without spaces."""
+        return self.stemmed(self.words(text))
+
+    def words(self, text: str) -> list[str]:
+        """What becomes a token each: words in small letters that are no stopwords, and character pairs."""
         words: list[str] = []
         for match in _TOKENS.finditer(text.lower()):
             words.extend([match["word"]] if match["word"] else _pairs(match["unspaced"]))
-        kept = [word for word in words if word not in self._stopwords]
-        return self._stemmer.stemWords(kept) if self._stemmer else kept
+        return [word for word in words if word not in self._stopwords]
+
+    def stemmed(self, words: list[str]) -> list[str]:
+        """The tokens of such words."""
+        return self._stemmer.stemWords(words) if self._stemmer else words
 
 
 class _TokenIds:
