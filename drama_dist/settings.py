@@ -156,13 +156,13 @@ class EncoderSettings:
 
 @dataclass(config=_CONFIG, kw_only=True)
 class PruneSettings:
-    """The shape to prune the LLM to, and how to heal it."""
+    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's."""
 
-    layers: Size = 12
-    hidden: Size = 768
-    heads: Size = 12
-    mlp: Size = 3072
-    layer_choice: Literal["even", "influence"] = "even"
+    layers: Size | None = 12
+    hidden: Size | None = 768
+    heads: Size | None = 12
+    mlp: Size | None = 3072
+    layer_choice: Literal["even", "first", "influence"] = "even"
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
     heal_steps: CountOrZero = 0
@@ -419,12 +419,19 @@ class Settings:
         """The LLM that writes: augment.writer, or else the one that is pruned."""
         return self.augment.writer or self.llm
 
+    @property
+    def vector_size(self) -> int | None:
+        """Components of the trained encoder's vectors; None where only a model tells."""
+        if self.train.regression_weight:
+            return max(self.encoder.dims)
+        return self.prune.hidden if self.train.start is None else None
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         dims, weights = self.encoder.dims, self.train.dim_weights
         if weights and len(weights) != len(dims):
             raise SettingsError(f"train.dim_weights={weights}: must be one weight for each of encoder.dims={dims}")
-        if self.train.start is None and not self.train.regression_weight and max(dims) > self.prune.hidden:
+        if self.vector_size is not None and max(dims) > self.vector_size:
             raise SettingsError(
                 f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
             )

@@ -34,8 +34,8 @@ _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean variances of the states
 _CHUNK_TOKENS = 4096
 
 
-def ridge(run: Run, folder: StageFolder) -> None:
-    """Do the stage, which rank 0 does alone."""
+def ridge(run: Run, folder: StageFolder, system: str) -> None:
+    """Do the stage, which rank 0 does alone; system: ridge."""
     ranks.by_rank_0(lambda: _write(run, folder))
     folder.finish()
 
