@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+from drama_dist.augment.sources.crop import Pieces
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
-from drama_dist.corpus.split import random_crop
 from drama_dist.records import Passage
 from drama_dist.search.lexical import build_lexical_index
-from drama_dist.settings import CorpusSettings
+from drama_dist.settings import AugmentSettings, CorpusSettings
 
 _NEGATIVE_RANKS = slice(10, 30)
 Row = TypeVar("Row")
@@ -55,7 +55,7 @@ def questions(data: Path, count: int) -> Texts:
 def abstracts(data: Path, count: int) -> Texts:
     """CISI: a sentence of each of `count` abstracts, the abstract, and a hard negative from BM25's ranks 11 to 30."""
     passages = _read(data / "cisi").passages
-    crops = [random_crop(passage.text, "en", random.Random(passage.id), 4, 40) or "" for passage in passages]
+    crops = [Pieces(passage, AugmentSettings()).sentence(random.Random(passage.id)) or "" for passage in passages]
     with TemporaryDirectory() as folder:
         index = build_lexical_index((passage.content for passage in passages), "en", Path(folder))
         _, ranks = index.search(crops, _NEGATIVE_RANKS.stop)

@@ -21,9 +21,10 @@ from pydantic.dataclasses import dataclass
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
-SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
+SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
+CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -53,6 +54,12 @@ def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
         return validate(value)
     except ValidationError:
         raise ValueError("must be auto, or GiB: a number, 0 or more") from None
+
+
+def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
+    if not weights.keys() <= CROP_KINDS.keys() or not sum(weights.values()):
+        raise ValueError(f"must be weights of {', '.join(CROP_KINDS)}, one of them more than 0")
+    return weights
 
 
 def mixed(name: str) -> tuple[str, ...]:
@@ -107,6 +114,10 @@ class CorpusSettings:
 
     path: Name  # a BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages"
     packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
+    # Other texts to train on, against queries unlike the corpus: what corpus.path may be, or null. Never searched.
+    general: Name | None = None
+    general_packages: list[Text] = Field(default=[])  # of general=installed-packages
+    general_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the passages that training reads, where there are any
     language: Text = "en"
     # Under which names records have their parts; of several that are there the first counts.
     id_keys: SomeKeys = Field(default=["_id", "id", "docid", "doc_id", "document_id", "docno", "pid", "passage_id"])
@@ -125,6 +136,10 @@ class CorpusSettings:
     def _packages_are_named(self) -> Self:
         if self.path == PACKAGES_CORPUS and not self.packages:
             raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
+        if self.general == PACKAGES_CORPUS and not self.general_packages:
+            raise SettingsError(
+                f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
+            )
         return self
 
 
@@ -136,19 +151,19 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
-    # Matryoshka; the largest is the hidden size
+    # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
 @dataclass(config=_CONFIG, kw_only=True)
 class PruneSettings:
-    """The shape to prune the LLM to, and how to heal it."""
+    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's."""
 
-    layers: Size = 12
-    hidden: Size = 768
-    heads: Size = 12
-    mlp: Size = 3072
-    layer_choice: Literal["even", "influence"] = "even"
+    layers: Size | None = 12
+    hidden: Size | None = 768
+    heads: Size | None = 12
+    mlp: Size | None = 3072
+    layer_choice: Literal["even", "first", "influence"] = "even"
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
     heal_steps: CountOrZero = 0
@@ -175,9 +190,16 @@ class AugmentSettings:
     """How training examples are written."""
 
     writer: Name | None = None  # the LLM that writes queries; null: `llm`, the one that is pruned
-    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 2
+    crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
+    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
+    # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
+    # min_crop_words or more; joined: two of them; keywords: some of the passage's rarest words; title: the title, or
+    # the first sentence where there is none. A passage that cannot give the kind drawn gives another.
+    crop_kinds: Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)] = field(
+        default_factory=lambda: dict(CROP_KINDS)
+    )
     min_crop_words: Count = 4
-    max_crop_words: Count = 40
+    max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
     temperature: Temperature = 0.8
     top_p: SomeFraction = 0.9
@@ -192,8 +214,10 @@ class AugmentSettings:
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
-        if not self.crops_per_passage and not self.synthetic_queries:
-            raise SettingsError("augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on")
+        if not self.crops and not self.crops_per_passage and not self.synthetic_queries:
+            raise SettingsError(
+                "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on"
+            )
         if self.min_crop_words > self.max_crop_words:
             raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")
         if self.negatives_to_rank < max(self.negatives_from_rank, self.positives + 1) + self.negatives - 1:
@@ -203,6 +227,28 @@ class AugmentSettings:
                 f"augment.negatives_to_rank={self.negatives_to_rank}"
             )
         return self
+
+    def crops_of(self, passages: int) -> int:
+        """How many crops a corpus of so many passages is to give."""
+        return max(self.crops, self.crops_per_passage * passages)
+
+    @property
+    def draws_keywords(self) -> bool:
+        """Whether crops need to know how rare words are."""
+        return bool(self.crops or self.crops_per_passage) and self.crop_kinds.get("keywords", 0) > 0
+
+
+@dataclass(config=_CONFIG, kw_only=True)
+class TargetSettings:
+    """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
+
+    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
+    lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
+
+    @property
+    def uses_bm25(self) -> bool:
+        """Whether BM25 has a part."""
+        return self.teacher_share < 1
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -217,12 +263,13 @@ class TrainSettings:
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    # The objective is a sum of terms: InfoNCE, and the divergence from the mix of the teacher's scores and BM25's.
+    # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors, through a linear head, and the
+    # divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
+    regression_weight: Amount = 0.0
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
-    teacher_share: Fraction = 0.7  # of the teacher in the mix; the rest is BM25's
     learning_rate: LearningRate = 3e-4
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
@@ -264,8 +311,10 @@ class TrainSettings:
                 f"train.batch_size={self.batch_size} with train.hard_negatives={self.hard_negatives}: a batch needs "
                 "two passages to tell apart"
             )
-        if not self.info_nce_weight and not self.soft_target_weight:
-            raise SettingsError("train.info_nce_weight=0, train.soft_target_weight=0: nothing to learn from")
+        if not (self.info_nce_weight or self.regression_weight or self.soft_target_weight):
+            raise SettingsError(
+                "train.info_nce_weight=0, train.regression_weight=0, train.soft_target_weight=0: nothing to learn from"
+            )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
         if self.learning_rate * self.weight_decay >= 1:
@@ -301,7 +350,7 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    # Also random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
+    # Also ridge, random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
@@ -374,6 +423,7 @@ class Settings:
     prune: PruneSettings = field(default_factory=PruneSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
+    targets: TargetSettings = field(default_factory=TargetSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
@@ -385,12 +435,19 @@ class Settings:
         """The LLM that writes: augment.writer, or else the one that is pruned."""
         return self.augment.writer or self.llm
 
+    @property
+    def vector_size(self) -> int | None:
+        """Components of the trained encoder's vectors; None where only a model tells."""
+        if self.train.regression_weight:
+            return max(self.encoder.dims)
+        return self.prune.hidden if self.train.start is None else None
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         dims, weights = self.encoder.dims, self.train.dim_weights
         if weights and len(weights) != len(dims):
             raise SettingsError(f"train.dim_weights={weights}: must be one weight for each of encoder.dims={dims}")
-        if self.train.start is None and max(dims) > self.prune.hidden:
+        if self.vector_size is not None and max(dims) > self.vector_size:
             raise SettingsError(
                 f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
             )

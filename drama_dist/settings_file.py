@@ -114,8 +114,8 @@ def _apply(override: str, declared: Mapping[str, Any], values: dict[str | int, A
 
 
 def _read_override(text: str, kind: Any, location: Location, origins: Origins, source: str) -> Any:
-    """Text as it is where the setting is text, or may be; YAML for lists and numbers."""
-    kinds = (kind,) if get_origin(kind) in (None, list, Literal) else get_args(kind)  # of a union
+    """Text as it is where the setting is text, or may be; YAML for lists, maps and numbers."""
+    kinds = (kind,) if get_origin(kind) in (None, list, dict, Literal) else get_args(kind)  # of a union
     if str in kinds or any(get_origin(one) is Literal for one in kinds):
         return None if types.NoneType in kinds and text in _NULLS else text
     return _parse(text, location, origins, lambda line: source)

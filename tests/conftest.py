@@ -125,8 +125,8 @@ encoder: {max_query_tokens: 32, max_passage_tokens: 64, dims: [32, 16]}
 prune: {layers: 2, hidden: 32, heads: 4, mlp: 48, calibration_passages: 24, calibration_tokens: 48, heal_steps: 2,
         heal_tokens: 256}
 teacher: {max_tokens: 64}
-augment: {synthetic_queries: 4, bad_answer_limit: 1.0, max_new_tokens: 8, negatives: 4, negatives_from_rank: 5,
-          negatives_to_rank: 40}
+augment: {crops: 128, synthetic_queries: 4, bad_answer_limit: 1.0, max_new_tokens: 8, negatives: 4,
+          negatives_from_rank: 5, negatives_to_rank: 40}
 train: {steps: 4, batch_size: 12, dtype: float32, chunk_tokens: 256, checkpoint_every: 2}
 encode: {shard_passages: 16, dtype: float32}
 evaluate: {systems: [drama, bm25], depth: 20}

@@ -13,7 +13,7 @@ from drama_dist.cli import main
 from drama_dist.distributed.engine import Engine
 from drama_dist.settings import Settings, write_settings
 
-CHANGES = ["prune.heal_steps=0", "augment.synthetic_queries=0", "augment.crops_per_passage=1", "train.steps=2"]
+CHANGES = ["prune.heal_steps=0", "augment.synthetic_queries=0", "augment.crops=64", "train.steps=2"]
 
 
 @pytest.fixture

@@ -264,9 +264,16 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("evaluate.systems=[drama,drama]", "must differ from each other"),
         ("evaluate.systems=[]", "evaluate.systems=.*at least 1 item"),
         (
-            "augment.crops_per_passage=0",
-            "augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on",
+            "augment.crops=0",
+            "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on",
         ),
+        (
+            "augment.crop_kinds={spam: 1}",
+            "augment.crop_kinds={'spam': '1'}: must be weights of span, sentence",
+        ),
+        ("augment.crop_kinds={span: 0}", "must be weights of .*, title, one of them more than 0"),
+        ("augment.crop_kinds={span: -1}", "augment.crop_kinds.span='-1': must be greater than or equal to 0"),
+        ("augment.crop_kinds=span", "augment.crop_kinds='span': must be a valid dictionary"),
         ("augment.min_crop_words=99", "augment.min_crop_words=99 is more than augment.max_crop_words"),
         (
             "augment.negatives_to_rank=12",

@@ -146,7 +146,7 @@ def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[...
         changes += ["train.info_nce_weight=0.5", "train.soft_target_weight=2"]
     single = small_settings(f"run={tmp_path / 'one'}", *changes)
     two = small_settings(f"run={tmp_path / 'two'}", *changes)
-    make(single, "targets")
+    make(single, "augment")
     make(single, "prune")
     shutil.copytree(single.run, two.run)
     make(single, "train")

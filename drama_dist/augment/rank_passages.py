@@ -2,7 +2,7 @@
 
 The top ranks are positives, ranks further down hard negatives; the ranks between are neither, since
 they may well be relevant (arXiv 2502.18460, section 3.2).
-Shapes: Q queries, D ranks.
+Shapes: Q queries, D ranks, T components of the teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drama_dist.records import Example
 from drama_dist.search.dense import search_exact
 from drama_dist.search.fusion import reciprocal_rank_fusion
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards, TextEncoder
+from drama_dist.search.shards import EmbeddingShards, TextEncoder, check_vectors
 from drama_dist.settings import AugmentSettings
 
 
@@ -28,9 +28,15 @@ class Ranker:
     def __init__(self, teacher: TextEncoder, shards: EmbeddingShards, lexical: LexicalIndex | None, rrf_k: int):
         self._teacher, self._shards, self._lexical, self._rrf_k = teacher, shards, lexical, rrf_k
 
-    def rank(self, queries: Sequence[str], depth: int) -> np.ndarray:
-        """Positions of passages, best first, Q × D; -1 where a query has fewer."""
-        _, dense_QD = search_exact(self._shards, self._teacher.encode_queries(queries), depth)
+    def encode(self, queries: Sequence[str]) -> np.ndarray:
+        """The teacher's vectors, Q × T float32; raises ValueError where one is not finite or not of length 1."""
+        vectors_QT = self._teacher.encode_queries(queries)
+        check_vectors(vectors_QT, queries, lambda row: "a query of training")
+        return vectors_QT
+
+    def rank(self, queries: Sequence[str], vectors_QT: np.ndarray, depth: int) -> np.ndarray:
+        """Positions of passages, best first, Q × D; -1 where a query has fewer. vectors_QT: what `encode` returns."""
+        _, dense_QD = search_exact(self._shards, vectors_QT, depth)
         if self._lexical is None:
             return dense_QD
         _, lexical_QD = self._lexical.search(queries, depth)

@@ -27,10 +27,11 @@ from drama_dist.run.folder import CHECKPOINTS, StageFolder
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards
+from drama_dist.search.shards import EmbeddingShards, shard_path, write_shard
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 
+QUERY_VECTORS = "query_vectors"  # in the stage's folder: the teacher's, a shard a part, in the order of the examples
 _PART = 512
 
 
@@ -49,8 +50,9 @@ def check(settings: Settings) -> None:
 
 
 def augment(run: Run, folder: StageFolder) -> None:
-    """Write training examples: RUN/augment with examples.jsonl, set_aside.jsonl and counts.json.
+    """Write training examples: RUN/augment with examples.jsonl, query_vectors, set_aside.jsonl and counts.json.
 
+    query_vectors are embedding shards of the teacher's; the row of a query is the number of its example.
     A share of the work writes only its synthetic queries, since the rest needs all of them. Raises ValueError if no
     query could be written, or too many of the LLM's answers are unusable.
     """
@@ -58,9 +60,9 @@ def augment(run: Run, folder: StageFolder) -> None:
     if not folder.share.whole:
         _synthetic(settings, folder, collection)
         return
-    written, aside = _write(settings, folder, collection)
+    written, aside, notes = _write(run, folder, collection)
     examples = _rank(settings, folder, collection, written, _ranker(run))
-    counts = _counts(examples, aside)
+    counts = _counts(examples, aside) | notes
     if ranks.rank() == 0:
         write_records(folder.folder / "examples.jsonl", examples)
         write_records(folder.folder / "set_aside.jsonl", aside)
@@ -72,16 +74,22 @@ def augment(run: Run, folder: StageFolder) -> None:
 def _ranker(run: Run) -> Ranker:
     teacher, settings = SYSTEMS["teacher"], run.settings
     assert isinstance(teacher, DenseSystem)
-    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if settings.teacher.fuse_bm25 else None
+    lexical = _words(run) if settings.teacher.fuse_bm25 else None
     shards = EmbeddingShards(run.path("encode/corpus/teacher"))
     return Ranker(teacher.load(settings), shards, lexical, settings.teacher.rrf_k)
 
 
+def _words(run: Run) -> LexicalIndex:
+    return LexicalIndex(run.path("encode/corpus/bm25"))
+
+
 def _write(
-    settings: Settings, folder: StageFolder, collection: Collection
-) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
-    """All written queries except test queries, and what was set aside."""
-    written = list(crops(collection.passages, settings.augment, settings.seed))
+    run: Run, folder: StageFolder, collection: Collection
+) -> tuple[list[WrittenQuery], list[dict[str, Any]], dict[str, int]]:
+    """All written queries except test queries, what was set aside, and what else is to be counted."""
+    settings = run.settings
+    lexical = _words(run) if settings.augment.draws_keywords else None
+    written, notes = crops(collection.passages, lexical, settings.augment, settings.seed)
     aside: list[dict[str, Any]] = []
     if settings.augment.synthetic_queries:
         synthetic, aside = _synthetic(settings, folder, collection)
@@ -93,10 +101,10 @@ def _write(
     kept = [query for query in written if _folded(query.query) not in tests]
     if not kept:
         raise ValueError(
-            "no training query could be written: raise augment.crops_per_passage or augment.synthetic_queries, "
-            "or lower augment.min_crop_words"
+            "no training query could be written: raise augment.crops or augment.synthetic_queries, lower "
+            "augment.min_crop_words, or name more kinds in augment.crop_kinds"
         )
-    return kept, aside
+    return kept, aside, notes
 
 
 def _synthetic(
@@ -113,20 +121,27 @@ def _writer(settings: Settings) -> LanguageModel:
 def _rank(
     settings: Settings, folder: StageFolder, collection: Collection, written: list[WrittenQuery], ranker: Ranker
 ) -> list[Example]:
-    table, section = collection.passages, settings.augment
+    """The examples in order; the teacher's vectors of their queries are stored in the same order."""
+    table, section, vectors = collection.passages, settings.augment, folder.folder / QUERY_VECTORS
+    vectors.mkdir(exist_ok=True)
 
-    def rank(_: int, part: Sequence[WrittenQuery]) -> list[Example]:
-        rankings = ranker.rank([query.query for query in part], section.negatives_to_rank)
+    def rank(index: int, part: Sequence[WrittenQuery]) -> list[Example]:
+        queries = [query.query for query in part]
+        vectors_QT = ranker.encode(queries)
+        write_shard(vectors, index, vectors_QT)
+        rankings = ranker.rank(queries, vectors_QT, section.negatives_to_rank)
         return [example(query, row, table, section, settings.seed) for query, row in zip(part, rankings, strict=True)]
 
-    rows = in_parts(folder.folder / CHECKPOINTS / "ranked", written, _PART, "queries", rank)
+    parts = folder.folder / CHECKPOINTS / "ranked"
+    rows = in_parts(parts, written, _PART, "queries", rank, also=lambda index: shard_path(vectors, index))
     return [Example.from_json(row) for row in rows]
 
 
 def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, int]:
     by_source = Counter(f"{example.source} examples" for example in examples)
+    by_kind = Counter(f"{example.provenance['kind']} crops" for example in examples if example.source == "crop")
     by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
-    return {**by_source, **by_reason}
+    return {**by_source, **by_kind, **by_reason}
 
 
 def _folded(text: str) -> str:

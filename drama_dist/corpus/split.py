@@ -1,17 +1,24 @@
-"""Splitting texts into sentences, and the random crops that serve as queries; any language.
+"""Splitting texts into sentences and words, and spans of them; any language.
 
-Sentence boundaries come from sentencex (about 300 languages); a blank line also ends a sentence.
+Sentence boundaries come from sentencex (about 300 languages); a blank line also ends a sentence. Which words lexical
+search sees is in search/lexical.py.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
+import regex
 from sentencex import segment
 
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"  # scripts without spaces
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
+_WORDS = regex.compile(rf"(?:(?=[{UNSPACED}])\X){{1,{_LETTERS_PER_WORD}}}|[^\s{UNSPACED}]+")
+
+Place = tuple[int, int]  # where a word begins and ends in its text
 
 
 def sentences(text: str, language: str) -> list[str]:
@@ -22,19 +29,22 @@ def sentences(text: str, language: str) -> list[str]:
 
 def count_words(text: str) -> int:
     """Number of words; in text without spaces every few letters count as one."""
-    return max(len(text.split()), sum(not letter.isascii() for letter in text) // _LETTERS_PER_WORD)
+    foreign = 0 if text.isascii() else sum(not letter.isascii() for letter in text)
+    return max(len(text.split()), foreign // _LETTERS_PER_WORD)
 
 
-def random_crop(text: str, language: str, rng: random.Random, min_words: int, max_words: int) -> str | None:
-    """A random sentence of min_words to max_words words, or a span of a longer one; None if no sentence fits."""
-    candidates = [part for part in sentences(text, language) if count_words(part) >= min_words]
-    if not candidates:
-        return None
-    sentence = rng.choice(candidates)
-    if count_words(sentence) <= max_words:
-        return sentence
-    spaced = len(sentence.split()) > 1
-    units = sentence.split() if spaced else list(sentence)
-    length = max_words if spaced else max_words * _LETTERS_PER_WORD
-    begin = rng.randrange(max(1, len(units) - length + 1))
-    return (" " if spaced else "").join(units[begin : begin + length])
+def word_places(text: str) -> list[Place]:
+    """Where the words of a text are; in scripts without spaces, every few letters are one."""
+    return [match.span() for match in _WORDS.finditer(text)]
+
+
+def random_span(text: str, places: Sequence[Place], words: int, rng: random.Random) -> str:
+    """So many consecutive words of a text from anywhere in it, or all where it has fewer. places: of its words."""
+    begin = rng.randrange(max(1, len(places) - words + 1))
+    chosen = places[begin : begin + words]
+    return text[chosen[0][0] : chosen[-1][1]]
+
+
+def crop(sentence: str, most: int, rng: random.Random) -> str:
+    """A sentence, or a random span of `most` words where it is longer."""
+    return sentence if count_words(sentence) <= most else random_span(sentence, word_places(sentence), most, rng)

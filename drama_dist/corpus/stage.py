@@ -1,7 +1,8 @@
 """The corpus stage: read, clean, hold out test queries and store; the same for other collections to evaluate on.
 
 If the corpus comes with judgements, they are the test set, and every passage is kept. Otherwise the first sentences of
-some passages become test queries and are removed from those passages.
+some passages become test queries and are removed from those passages. General text to train on beside the corpus is
+stored in a table of its own, which nothing searches.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.collection import write_collection
+from drama_dist.corpus.general import write_general
 from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
@@ -32,12 +35,41 @@ _REST_WORDS = 15
 _CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where passages come from: a path, or the docs of packages. setting: what names the path."""
+
+    setting: str
+    path: str
+    packages: list[str]
+
+    def inputs(self) -> dict[str, str]:
+        if self.path == PACKAGES_CORPUS:
+            return package_versions(self.packages)
+        path = _existing(self.setting, self.path)
+        return {"source": fingerprint_of_files(find_sources(path, self.setting).files)}
+
+    def read(self, corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
+        if self.path != PACKAGES_CORPUS:
+            return read_corpus(Path(self.path), corpus, aside, self.setting)
+        passages = package_passages(self.packages, corpus.language)
+        aside.seen += len(passages)
+        return RawCorpus(passages, [], {})
+
+
+def _own(corpus: CorpusSettings) -> _Source:
+    return _Source("corpus.path", corpus.path, corpus.packages)
+
+
+def _general(corpus: CorpusSettings) -> _Source | None:
+    return _Source("corpus.general", corpus.general, corpus.general_packages) if corpus.general else None
+
+
 def corpus_inputs(run: Run) -> dict[str, str]:
     """Fingerprint of the files that are read, or the packages' versions."""
-    corpus = run.settings.corpus
-    if corpus.path == PACKAGES_CORPUS:
-        return package_versions(corpus.packages)
-    return {"source": fingerprint_of_files(find_sources(_existing("corpus.path", corpus.path), "corpus.path").files)}
+    general = _general(run.settings.corpus)
+    inputs_of_general = general.inputs() if general else {}
+    return _own(run.settings.corpus).inputs() | {f"general {name}": value for name, value in inputs_of_general.items()}
 
 
 def build_corpus(run: Run, folder: StageFolder) -> None:
@@ -50,12 +82,28 @@ def build_corpus(run: Run, folder: StageFolder) -> None:
         folder.finish()
         return
     aside = SetAside()
-    raw = _read(corpus, aside)
+    own, general = _own(corpus), _general(corpus)
+    raw = own.read(corpus, aside)
     if corpus.lower_capitals:
         raw = _lower_capitals(raw, folder.name)
+    if general:
+        _store_general(folder, general, raw.passages, corpus, seed, aside)
     if not raw.qrels:
-        raw = _hold_out(_sample(_worthwhile(raw.passages, corpus, aside), corpus, seed), corpus, seed)
+        raw = _hold_out(_sample(_worthwhile(raw.passages, own, corpus, aside), corpus, seed), corpus, seed)
     _store(folder, raw, aside, corpus.bad_record_limit)
+
+
+def _store_general(
+    folder: StageFolder, source: _Source, own: Sequence[Passage], corpus: CorpusSettings, seed: int, aside: SetAside
+) -> None:
+    """Store general text that the corpus does not have, in an order drawn by the seed."""
+    raw = source.read(corpus, aside)
+    if corpus.lower_capitals:
+        raw = _lower_capitals(raw, source.setting)
+    passages = _worthwhile(raw.passages, source, corpus, aside, beside=own)
+    random.Random(f"{seed} general").shuffle(passages)
+    write_general(folder.folder, passages)
+    say(f"{source.setting}: {len(passages)} passages to train on beside the corpus")
 
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
@@ -99,14 +147,6 @@ def _existing(setting: str, path: str) -> Path:
     return Path(path)
 
 
-def _read(corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
-    if corpus.path != PACKAGES_CORPUS:
-        return read_corpus(Path(corpus.path), corpus, aside)
-    passages = package_passages(corpus.packages, corpus.language)
-    aside.seen = len(passages)
-    return RawCorpus(passages, [], {})
-
-
 def _lower_capitals(raw: RawCorpus, name: str) -> RawCorpus:
     """Lower-case texts of several words that are all capitals: LLM tokenizers split those into fragments."""
     passages = [replace(passage, title=_lower(passage.title), text=_lower(passage.text)) for passage in raw.passages]
@@ -122,21 +162,31 @@ def _lower(text: str) -> str:
     return text.lower() if text.isupper() and count_words(text) >= _CAPITAL_WORDS else text
 
 
-def _worthwhile(passages: list[Passage], corpus: CorpusSettings, aside: SetAside) -> list[Passage]:
-    """Passages that are neither trivial nor a word-for-word duplicate; the others are set aside."""
-    kept: dict[str, Passage] = {}
+def _worthwhile(
+    passages: list[Passage], source: _Source, corpus: CorpusSettings, aside: SetAside, beside: Sequence[Passage] = ()
+) -> list[Passage]:
+    """Passages that are neither trivial nor, word for word, one before or in `beside`; the others are set aside."""
+    first = {_words_of(passage): passage.id for passage in beside}
+    kept: list[Passage] = []
     for line, passage in enumerate(passages, 1):
-        key = " ".join(passage.content.casefold().split())
-        if count_words(key) < corpus.min_words:
+        words = _words_of(passage)
+        if count_words(words) < corpus.min_words:
             reason = "trivial: fewer words than corpus.min_words"
-            aside.unwanted.append(BadRecord(corpus.path, line, reason, passage.id))
-        elif key in kept:
-            aside.unwanted.append(BadRecord(corpus.path, line, "duplicate", passage.id, f"of {kept[key].id}"))
+            aside.unwanted.append(BadRecord(source.path, line, reason, passage.id))
+        elif words in first:
+            aside.unwanted.append(BadRecord(source.path, line, "duplicate", passage.id, f"of {first[words]}"))
         else:
-            kept[key] = passage
+            first[words] = passage.id
+            kept.append(passage)
     if not kept:
-        raise ValueError(f"corpus.path={corpus.path}: all {len(passages)} passages are trivial; lower corpus.min_words")
-    return list(kept.values())
+        raise ValueError(
+            f"{source.setting}={source.path}: all {len(passages)} passages are trivial; lower corpus.min_words"
+        )
+    return kept
+
+
+def _words_of(passage: Passage) -> str:
+    return " ".join(passage.content.casefold().split())
 
 
 def _sample(passages: list[Passage], corpus: CorpusSettings, seed: int) -> list[Passage]:

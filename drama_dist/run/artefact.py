@@ -65,8 +65,8 @@ def verify(run: Path | str, name: str) -> None:
     known = last["files"] if last.get("of") == record[_SEAL] else {}
     for file, written in record[_FILES].items():
         states[file] = _verified(folder, file, written, known.get(file))
-    for path in sorted(folder.glob(SHARDS)):
-        if path.name not in states:
+    for path in sorted(folder.rglob(SHARDS)):
+        if path.relative_to(folder).as_posix() not in states:
             raise Damaged(f"{path}: no part of the artefact, but it would be read as one; move it away")
     note = {"of": record[_SEAL], "files": states}
     if note != last:

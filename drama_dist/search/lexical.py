@@ -1,8 +1,9 @@
 """Lexical search: BM25 over the passages' words, in an index on disk.
 
-Covers how texts become tokens in each language, building the index and ranking with it. Words are stemmed where
-Snowball has the language; scripts that do not set words apart with spaces are read as pairs of characters.
-Shapes: N passages, Q queries, k hits.
+Covers how texts become tokens in each language, building the index, and what it tells: rankings, weights and rare
+words. Words are stemmed where Snowball has the language; scripts that do not set words apart with spaces are read as
+pairs of characters.
+Shapes: N passages, Q queries, k hits, V words.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 from scipy.sparse import csc_matrix, csr_matrix
 
+from drama_dist.corpus.split import UNSPACED
 from drama_dist.run.files import sync, write_text
 from drama_dist.search.ranking import top_positions
 
 # Hangul is here because Korean words carry their particles, and Snowball has no Korean.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー]"
+_UNSPACED = rf"[{UNSPACED}\p{{Hangul}}]"
 # Not the standard library's re: its \w leaves out vowel signs and cuts Hindi or Bengali words into pieces.
 _TOKENS = regex.compile(rf"(?P<unspaced>{_UNSPACED}+)|(?P<word>(?:(?!{_UNSPACED})\w){{2,}})")
 _LETTER_WITH_SIGNS = regex.compile(r"\X")
@@ -97,16 +99,42 @@ class LexicalIndex:
 
     def sparse_scores(self, texts: Sequence[str], positions: Sequence[int]) -> csr_matrix:
         """The scores of some passages for each query, (Q, n) float32; nothing is stored where no word is shared."""
-        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
-        ids = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
-        used, columns = np.unique(ids, return_inverse=True)
-        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
-        counts_QU = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(used)))
-        parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
-        scores_NU = csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))[:, used]
-        scores_Qn = (counts_QU @ scores_NU.tocsr()[np.asarray(positions, dtype=np.int64)].T).tocsr()
+        counts_QV = self.counts(texts)
+        used = np.unique(counts_QV.indices)
+        weights_nU = self._weights()[:, used].tocsr()[np.asarray(positions, dtype=np.int64)]
+        scores_Qn = (counts_QV[:, used] @ weights_nU.T).tocsr()
         scores_Qn.sort_indices()
         return scores_Qn
+
+    def counts(self, texts: Sequence[str]) -> csr_matrix:
+        """How often each text has each word of the index, (n, V) float32; a score is counts times `weights`."""
+        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
+        columns = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
+        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
+        shape = len(texts), len(self._bm25.vocab_dict)
+        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+
+    def weights(self) -> csr_matrix:
+        """The weight of every word in every passage, (N, V) float32; in memory, as large as the index."""
+        return self._weights().tocsr()
+
+    def _weights(self) -> csc_matrix:
+        parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
+        return csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))
+
+    def rarest_words(self, text: str, count: int) -> list[str]:
+        """The words of a text that the fewest passages have, in small letters, rarest first; ties as in the text.
+
+        Of words that become the same token the first stands for all.
+        """
+        words = self._analyzer.words(text)
+        tokens = self._analyzer.stemmed(words)
+        word_of = dict(zip(reversed(tokens), reversed(words), strict=True))
+        return [word_of[token] for token in sorted(dict.fromkeys(tokens), key=self._passages_with)[:count]]
+
+    def _passages_with(self, token: str) -> int:
+        id, ends = self._bm25.vocab_dict.get(token), self._bm25.scores["indptr"]
+        return 0 if id is None else int(ends[id + 1] - ends[id])
 
     def _scores(self, tokens: list[str]) -> np.ndarray:
         ids = self._bm25.get_tokens_ids(tokens)
@@ -123,11 +151,18 @@ class Analyzer:
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text: stemmed words, and character pairs of scripts without spaces."""
+        return self.stemmed(self.words(text))
+
+    def words(self, text: str) -> list[str]:
+        """What becomes a token each: words in small letters that are no stopwords, and character pairs."""
         words: list[str] = []
         for match in _TOKENS.finditer(text.lower()):
             words.extend([match["word"]] if match["word"] else _pairs(match["unspaced"]))
-        kept = [word for word in words if word not in self._stopwords]
-        return self._stemmer.stemWords(kept) if self._stemmer else kept
+        return [word for word in words if word not in self._stopwords]
+
+    def stemmed(self, words: list[str]) -> list[str]:
+        """The tokens of such words."""
+        return self._stemmer.stemWords(words) if self._stemmer else words
 
 
 class _TokenIds:

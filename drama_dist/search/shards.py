@@ -7,7 +7,7 @@ Shapes: N passages, K components, n passages of one shard or block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class EmbeddingShards:
         self._offsets: list[int] = []  # where the vectors begin in each file
         self._count = 0
         for index, path in enumerate(self._paths):
-            if path != _shard_path(folder, index):
-                raise ValueError(f"{_shard_path(folder, index)}: missing, though later shards are there; encode again")
+            if path != shard_path(folder, index):
+                raise ValueError(f"{shard_path(folder, index)}: missing, though later shards are there; encode again")
             shard = _map_shard(path)  # open no longer than this: there may be more shards than a process may open files
             self._check_shape(path, shard.shape, is_last=path == self._paths[-1])
             self._offsets.append(shard.offset)
@@ -131,15 +131,13 @@ def write_shards(
         raise ValueError(f"{name}: the corpus has no passages to encode")
     mine = share.indices_of(-(-len(passages) // shard_passages))
     spans = {i: range(i * shard_passages, min((i + 1) * shard_passages, len(passages))) for i in mine}
-    missing = [i for i in mine if not matches_checksum(_shard_path(folder, i), _checksum_path(folder, i))]
+    missing = [i for i in mine if not matches_checksum(shard_path(folder, i), _checksum_path(folder, i))]
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     total = sum(map(len, spans.values()))
     bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
     for i in missing:
-        vectors_nK = encoder.encode_passages(passages.contents(spans[i]), progress=bar.update)
-        _check_vectors(vectors_nK, passages, spans[i])
-        write_shard(folder, i, vectors_nK)
-        write_checksum(_shard_path(folder, i), _checksum_path(folder, i))
+        write_shard(folder, i, _encode(encoder, passages, spans[i], bar.update))
+        write_checksum(shard_path(folder, i), _checksum_path(folder, i))
     bar.close()
     ranks.barrier()
     if not share.whole:
@@ -153,22 +151,41 @@ def write_shards(
     return shards
 
 
+def _encode(encoder: TextEncoder, passages: PassageTable, span: range, progress: Progress) -> np.ndarray:
+    texts = passages.contents(span)
+    vectors_nK = encoder.encode_passages(texts, progress=progress)
+    check_vectors(vectors_nK, texts, lambda row: f"passage {passages[span[row]].id!r}")
+    return vectors_nK
+
+
+def check_vectors(vectors_nK: np.ndarray, texts: Sequence[str], name: Callable[[int], str]) -> None:
+    """Raise ValueError where a text's vector is not finite or not of length 1. name: of the text in a row."""
+    if vectors_nK.ndim != 2 or len(vectors_nK) != len(texts):
+        raise ValueError(f"the encoder returned shape {vectors_nK.shape} for {len(texts)} texts")
+    for row in map(int, _unfit_rows(vectors_nK)[:1]):
+        raise ValueError(
+            f"{name(row)}: its vector has norm {np.linalg.norm(vectors_nK[row])}, expected 1; "
+            f"try dtype float32 (the text begins {texts[row][:60]!r})"
+        )
+
+
 def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
     """Write the shard `index`, from 0, under a temporary name; rename it when it is on the disk."""
-    path = _shard_path(folder, index)
+    path = shard_path(folder, index)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as out:
         np.save(out, np.ascontiguousarray(vectors_nK, dtype=np.float32), allow_pickle=False)
     put_in_place(temporary, path)
 
 
-def _shard_path(folder: Path, index: int) -> Path:
+def shard_path(folder: Path, index: int) -> Path:
+    """Where `write_shard` writes."""
     return folder / f"shard-{index:05d}.npy"
 
 
 def _checksum_path(folder: Path, index: int) -> Path:
     """Among the checkpoints, since nothing needs it once the stage is finished."""
-    return folder / CHECKPOINTS / f"{_shard_path(folder, index).name}.sha256"
+    return folder / CHECKPOINTS / f"{shard_path(folder, index).name}.sha256"
 
 
 def _map_shard(path: Path) -> np.memmap:
@@ -187,14 +204,3 @@ def _unfit_rows(vectors_nK: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         norms_n = np.linalg.norm(vectors_nK, axis=1)
         return np.flatnonzero(~(np.abs(norms_n - 1) <= _NORM_TOLERANCE))
-
-
-def _check_vectors(vectors_nK: np.ndarray, passages: PassageTable, span: range) -> None:
-    if vectors_nK.ndim != 2 or len(vectors_nK) != len(span):
-        raise ValueError(f"the encoder returned shape {vectors_nK.shape} for {len(span)} passages")
-    for row in _unfit_rows(vectors_nK)[:1]:
-        passage = passages[span[int(row)]]
-        raise ValueError(
-            f"passage {passage.id!r}: its vector has norm {np.linalg.norm(vectors_nK[row])}, expected 1; "
-            f"try dtype float32 (the text begins {passage.content[:60]!r})"
-        )

@@ -21,6 +21,24 @@ def test_finished_parts_are_not_done_again(tmp_path: Path) -> None:
     assert in_parts(tmp_path / "squares", range(7), 3, "items", work) == first and done == [0, 1, 2, 1]
 
 
+def test_a_part_without_its_other_file_is_done_again(tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def work(index: int, items: Sequence[int]) -> list[dict[str, int]]:
+        done.append(index)
+        beside(index).write_text(str(items), "utf-8")
+        return [{"value": item} for item in items]
+
+    def beside(index: int) -> Path:
+        return tmp_path / f"{index}.txt"
+
+    first = in_parts(tmp_path / "parts", range(7), 3, "items", work, also=beside)
+    beside(0).unlink()
+    beside(2).write_text("damaged", "utf-8")
+    assert in_parts(tmp_path / "parts", range(7), 3, "items", work, also=beside) == first
+    assert done == [0, 1, 2, 0, 2] and beside(2).read_text("utf-8") == "range(6, 7)"
+
+
 def test_a_part_that_is_damaged_is_done_again(tmp_path: Path) -> None:
     done: list[int] = []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +14,16 @@ import pytest
 
 from drama_dist.augment import stage as build_examples
 from drama_dist.augment.rank_passages import Ranker, example
-from drama_dist.augment.sources.crop import crops
+from drama_dist.augment.sources.crop import KINDS, crops
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import Collection, open_collection
+from drama_dist.distributed import ranks
 from drama_dist.records import Example, Query, read_records
+from drama_dist.run.folder import fingerprint
 from drama_dist.run.progress import Progress
-from drama_dist.run.runner import make
+from drama_dist.run.runner import Run, make
 from drama_dist.run.shares import Share
-from drama_dist.search.lexical import build_lexical_index
+from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.shards import EmbeddingShards, write_shard
 from drama_dist.search.systems import TeacherSystem
 from drama_dist.settings import AugmentSettings, Settings
@@ -80,16 +84,25 @@ def test_every_example_names_real_passages_and_where_it_comes_from(
         assert set(row.positives) | set(row.negatives) <= known and len(row.positives) == 1
         assert len(set(row.negatives)) == 4 and not set(row.negatives) & {*row.positives, row.provenance["passage"]}
         assert row.provenance["seed"] == 1
-        text = corpus.passages[corpus.passages.position(row.provenance["passage"])].text
-        assert row.query in text
+        text = corpus.passages[corpus.passages.position(row.provenance["passage"])].text.lower()
+        assert set(re.findall(r"\w+", row.query.lower())) <= set(re.findall(r"\w+", text))
     most = Counter(row.positives[0] == row.provenance["passage"] for row in examples)
     assert most[True] > most[False]
+    counts = json.loads((Path(settings.run) / "augment" / "counts.json").read_text("utf-8"))
+    of_kinds = {f"{kind} crops": number for kind, number in kinds_of(examples).items()}
+    assert set(kinds_of(examples)) == set(KINDS) and of_kinds.items() <= counts.items()
+    assert counts["crop examples"] == len(examples) == 128 - counts["repeated crops"]
+
+
+def kinds_of(examples: Sequence[Example]) -> Counter[str]:
+    return Counter(row.provenance["kind"] for row in examples)
 
 
 def test_a_test_query_never_becomes_an_example(
     settings: Settings, corpus: Collection, run: Augment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = list(crops(corpus.passages, settings.augment, settings.seed))
+    lexical = LexicalIndex(make(settings, "encode", system="bm25"))
+    written, _ = crops(corpus.passages, lexical, settings.augment, settings.seed)
     corpus.queries.append(Query("t", f"  {written[0].query.upper()} "))
     monkeypatch.setattr(build_examples, "open_collection", lambda folder: corpus)
     examples = run(settings, LetterCounts())
@@ -109,8 +122,83 @@ def test_an_interrupted_stage_ends_the_same_and_does_not_repeat_its_parts(
     teacher = LetterCounts()
     examples = run(broken, teacher)
     assert teacher.seen == len(examples) - 60
-    first, second = (tmp_path / name / "augment" / "examples.jsonl" for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
+    first, second = (tmp_path / name / "augment" for name in "ab")
+    assert fingerprint(first) == fingerprint(second) and not list((second / "query_vectors").glob("*.sha256"))
+    vectors = EmbeddingShards(second / "query_vectors")
+    assert len(vectors) == len(examples) > 60 and len(examples) % 20  # the last part is shorter
+    expected = LetterCounts().encode_queries([example.query for example in examples])
+    np.testing.assert_array_equal(vectors.rows(range(len(examples))), expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "lowest bit"])
+def test_a_part_whose_vectors_are_damaged_is_made_again(
+    damage: str, settings: Settings, run: Augment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_examples, "_PART", 20)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(settings, LetterCounts(fail_after=45))
+    shard = Path(settings.run) / "augment.partial" / "query_vectors" / "shard-00001.npy"
+    contents = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(contents[:-4] + bytes([contents[-4] ^ 1]) + contents[-3:])
+    teacher = LetterCounts()
+    examples = run(settings, teacher)
+    assert teacher.seen == len(examples) - 40  # parts 0 and 2 are kept
+    vectors = EmbeddingShards(Path(settings.run) / "augment" / "query_vectors")
+    expected = LetterCounts().encode_queries([example.query for example in examples])
+    np.testing.assert_array_equal(vectors.rows(range(len(examples))), expected)
+
+
+def test_ranks_share_the_parts(
+    small_settings: Callable[..., Settings], run: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_examples, "_PART", 20)
+    alone, shared = (small_settings("augment.synthetic_queries=0", f"run={tmp_path / n}") for n in ("alone", "shared"))
+    examples = run(alone, LetterCounts())
+    for name in ("corpus", "encode/corpus/teacher", "encode/corpus/bm25"):
+        Run(shared).make(name)
+    world, own = 3, threading.local()
+    meeting = threading.Barrier(world, timeout=20)
+    told = [0] * world
+
+    def on_every_rank(number: int) -> list[int]:
+        told[own.rank] = number
+        meeting.wait()
+        found = list(told)
+        meeting.wait()
+        return found
+
+    teachers = {rank: LetterCounts() for rank in range(world)}
+
+    def work(rank: int) -> None:
+        own.rank = rank
+        Run(shared).make("augment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherSystem, "load", lambda system, settings: teachers[own.rank])
+        patch.setattr(ranks, "rank", lambda: own.rank)
+        patch.setattr(ranks, "world_size", lambda: world)
+        patch.setattr(ranks, "barrier", meeting.wait)
+        patch.setattr(ranks, "on_every_rank", on_every_rank)
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert fingerprint(tmp_path / "shared" / "augment") == fingerprint(tmp_path / "alone" / "augment")
+    seen = [teacher.seen for teacher in teachers.values()]
+    assert sum(seen) == len(examples) and max(seen) - min(seen) <= 20 and min(seen) > 0
+
+
+def test_a_query_vector_that_is_not_finite_is_refused(settings: Settings, run: Augment) -> None:
+    class Spoilt(LetterCounts):
+        def encode_queries(self, texts: Sequence[str], dim: int | None = None) -> np.ndarray:
+            return np.full_like(super().encode_queries(texts, dim), np.nan)
+
+    with pytest.raises(ValueError, match=r"a query of training: its vector has norm nan, expected 1"):
+        run(settings, Spoilt())
 
 
 def test_too_many_unusable_answers_stop_the_stage(small_settings: Callable[..., Settings], run: Augment) -> None:
@@ -136,7 +224,8 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
 
 
 def test_nothing_written_is_an_error(small_settings: Callable[..., Settings], run: Augment) -> None:
-    settings = small_settings("augment.synthetic_queries=0", "augment.min_crop_words=40")
+    kinds = "augment.crop_kinds={sentence: 1, joined: 1}"
+    settings = small_settings("augment.synthetic_queries=0", "augment.min_crop_words=40", kinds)
     with pytest.raises(ValueError, match="no training query could be written"):
         run(settings, LetterCounts())
 
@@ -158,9 +247,10 @@ def test_ranking_fuses_the_teacher_with_words(corpus: Collection, tmp_path: Path
     embeddings_NK = teacher.encode_passages(contents)
     write_shard(tmp_path, 0, embeddings_NK)
     query, shards = [contents[7][:40]], EmbeddingShards(tmp_path)
-    alone = Ranker(teacher, shards, None, 60).rank(query, 10)
-    fused = Ranker(teacher, shards, build_lexical_index(contents, "en", tmp_path / "bm25"), 60).rank(query, 10)
+    vectors_QT, lexical = teacher.encode_queries(query), build_lexical_index(contents, "en", tmp_path / "bm25")
+    alone = Ranker(teacher, shards, None, 60).rank(query, vectors_QT, 10)
+    fused = Ranker(teacher, shards, lexical, 60).rank(query, vectors_QT, 10)
     assert alone.shape == fused.shape == (1, 10) and fused[0, 0] == 7
-    cosines_N = embeddings_NK @ teacher.encode_queries(query)[0]
+    cosines_N = embeddings_NK @ vectors_QT[0]
     assert alone[0].tolist() == np.argsort(-cosines_N, kind="stable")[:10].tolist()
     assert alone.tolist() != fused.tolist()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from drama_dist.corpus.split import count_words, random_crop, sentences
+import pytest
+
+from drama_dist.corpus.split import count_words, crop, random_span, sentences, word_places
 
 TEXT = "Dr. Smith computes the inverse. It needs a square matrix! Does it always exist?"
 
@@ -27,17 +29,31 @@ def test_chinese_sentences_and_words() -> None:
     assert count_words(text) == 7 and count_words("three words here") == 3
 
 
-def test_a_crop_is_one_of_the_sentences_that_are_long_enough() -> None:
-    crops = {random_crop(TEXT + " Yes.", "en", random.Random(seed), 4, 40) for seed in range(30)}
-    assert crops == set(sentences(TEXT, "en"))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Two  words,\nthree\t", ["Two", "words,", "three"]),
+        ("矩阵的逆矩阵是GPU上的", ["矩阵的逆", "矩阵是", "GPU", "上的"]),
+        ("행렬의 역행렬", ["행렬의", "역행렬"]),  # Korean has spaces
+        ("ที่นี่ที่นี่ที่", ["ที่นี่ที่นี่", "ที่"]),  # letters keep their signs
+        (" \n", []),
+    ],
+)
+def test_words_lie_between_spaces_or_are_a_few_letters(text: str, words: list[str]) -> None:
+    assert [text[begin:end] for begin, end in word_places(text)] == words
+
+
+def test_a_span_comes_from_anywhere_and_is_as_it_stands() -> None:
+    text = "a  b\nc d"
+    places = word_places(text)
+    spans = {random_span(text, places, 2, random.Random(seed)) for seed in range(30)}
+    assert spans == {"a  b", "b\nc", "c d"}
+    assert random_span(text, places, 9, random.Random(1)) == text
 
 
 def test_a_long_sentence_is_cropped_to_a_span_of_it() -> None:
     words = [f"w{number}" for number in range(50)]
     for text, joint, units in ((" ".join(words), " ", 10), ("文" * 120, "", 40)):
-        crop = random_crop(text, "en", random.Random(1), 4, 10)
-        assert crop is not None and crop in text and len(crop.split(joint) if joint else crop) == units
-
-
-def test_without_a_fitting_sentence_there_is_no_crop() -> None:
-    assert random_crop("Too short. Also.", "en", random.Random(1), 4, 40) is None
+        cut = crop(text, 10, random.Random(1))
+        assert cut in text and len(cut.split(joint) if joint else cut) == units
+    assert crop(TEXT, 40, random.Random(1)) == TEXT

@@ -252,7 +252,7 @@ def test_a_missing_or_short_shard_is_refused(tmp_path: Path, passages: PassageTa
 def test_more_shards_than_a_process_may_open_files_and_than_five_digits_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "_shard_path", lambda folder, index: folder / f"shard-{index + 99_950:05d}.npy")
+    monkeypatch.setattr(shards_module, "shard_path", lambda folder, index: folder / f"shard-{index + 99_950:05d}.npy")
     for index in range(120):
         write_shard(tmp_path, index, np.full((1, 2), index))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
