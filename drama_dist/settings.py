@@ -297,7 +297,7 @@ class TrainSettings:
     def _one_of_two_says_when_training_ends(self) -> Self:
         if self.steps is not None and self.minutes is not None:
             raise SettingsError(
-                f"train.steps={self.steps} and train.minutes={self.minutes:g}: only one can say when training ends; "
+                f"train.minutes={self.minutes:g} and train.steps={self.steps}: only one can say when training ends; "
                 "set the other to null"
             )
         if self.minutes is None:

@@ -226,7 +226,7 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.batch_size=", "train.batch_size=None: must be a valid integer"),
         (
             "train.minutes=5",
-            "train.steps=7 and train.minutes=5: only one can say when training ends",
+            "train.minutes=5 and train.steps=7: only one can say when training ends",
         ),
         ("train.minutes=0", "train.minutes='0': must be greater than 0"),
         ("train.minutes=inf", "train.minutes='inf': must be a finite number"),
