@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import pytest
 import torch
 
-from drama_dist.kernels import InfoNCE, info_nce
+from drama_dist.kernels import InfoNCE, SoftTargets, info_nce
 
 K, DIMS, WEIGHTS = 37, [33, 20, 5], [0.5, 0.2, 0.3]
 OPTIONS = ["plain", "same document", "excluded"]
@@ -16,6 +18,33 @@ BACKENDS = {
     "cuda": [torch.float32, torch.float16],
 }
 GPU = torch.cuda.is_available()
+Result = TypeVar("Result", InfoNCE, SoftTargets)
+
+every_backend = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+uninterpreted = pytest.mark.parametrize(  # by default: Triton's interpreter is slow
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in BACKENDS], indirect=True
+)
+
+
+def every_case(
+    shapes: list[tuple[int, int]], options: list[str], interpreted: set[tuple[tuple[int, int], str, torch.dtype]]
+) -> pytest.MarkDecorator:
+    """Every backend, dtype, shape and option; Triton's interpreter takes seconds for each: by default `interpreted`."""
+    cases = [
+        pytest.param(
+            backend,
+            dtype,
+            shape,
+            option,
+            id=f"{backend}-{str(dtype)[6:]}-{shape}-{option}",
+            marks=[pytest.mark.slow] if backend == "cuda" and (shape, option, dtype) not in interpreted else [],
+        )
+        for backend, dtypes in BACKENDS.items()
+        for dtype in dtypes
+        for shape in shapes
+        for option in options
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "shape", "option"), cases, indirect=["backend"])
 
 
 def device_of(backend: str) -> str:
@@ -48,11 +77,18 @@ def options(name: str, rows: int, columns: int, ids: torch.Tensor) -> dict[str, 
 Outcome = tuple[InfoNCE, list[torch.Tensor]]
 
 
-def outcome(backend: str, queries: torch.Tensor, passages: torch.Tensor, *given: Any, **options: Any) -> Outcome:
+def differentiated(
+    loss_of: Callable[..., Result], queries: torch.Tensor, passages: torch.Tensor, *given: Any, **options: Any
+) -> tuple[Result, list[torch.Tensor]]:
     """Result, and gradients of queries and passages in float64, for an upstream gradient of 2.5."""
     leaves = [side.detach().requires_grad_() for side in (queries, passages)]
-    result = info_nce(*leaves, *given, backend=backend, **options)
+    result = loss_of(*leaves, *given, **options)
     return result, [gradient.double() for gradient in torch.autograd.grad(2.5 * result.loss, leaves)]
+
+
+def outcome(backend: str, *given: Any, **options: Any) -> Outcome:
+    """Of a backend's InfoNCE."""
+    return differentiated(info_nce, *given, backend=backend, **options)
 
 
 def ours_and_truth(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import DIMS, WEIGHTS, device_of, inputs
+from cases import DIMS, WEIGHTS, device_of, differentiated, inputs
 
 from drama_dist.kernels import SoftTargets, SparseLogits, TeacherScores, soft_targets
 
@@ -33,13 +33,9 @@ def teacher(kind: str, rows: int, columns: int, device: str = "cpu", scale: floa
     return TeacherScores(*(side.to(device) for side in dense), sparse)
 
 
-def outcome(
-    backend: str, queries: torch.Tensor, passages: torch.Tensor, scores: TeacherScores, **options: Any
-) -> Outcome:
-    """Result, and gradients of queries and passages in float64, for an upstream gradient of 2.5."""
-    leaves = [side.detach().requires_grad_() for side in (queries, passages)]
-    result = soft_targets(*leaves, scores, backend=backend, **options)
-    return result, [gradient.double() for gradient in torch.autograd.grad(2.5 * result.loss, leaves)]
+def outcome(backend: str, *given: Any, **options: Any) -> Outcome:
+    """Of a backend's soft targets."""
+    return differentiated(soft_targets, *given, backend=backend, **options)
 
 
 def ours_and_truth(

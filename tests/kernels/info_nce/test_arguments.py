@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, DIMS, K, device_of, inputs
+from cases import DIMS, K, device_of, every_backend, inputs
 
 from drama_dist.kernels import ColumnPart, info_nce
 
@@ -73,7 +73,7 @@ def test_the_reference_takes_no_part() -> None:
         info_nce(queries, passages, positives, temperature=0.1, passage_ids=ids, part=part, backend="reference")
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+@every_backend
 def test_second_order_gradients_are_refused(backend: str) -> None:
     queries, passages, positives, _ = inputs(3, 5, torch.float32, device_of(backend))
     loss = info_nce(queries, passages, positives, temperature=0.1, dims=DIMS, backend=backend).loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, DIMS, WEIGHTS, allowed, assert_gradients_close, device_of, inputs, outcome
+from cases import BACKENDS, DIMS, WEIGHTS, allowed, assert_gradients_close, device_of, every_backend, inputs, outcome
 
 from drama_dist.kernels import info_nce
 
@@ -49,7 +49,7 @@ def test_zero_vectors_score_nothing_and_get_no_gradient(backend: str, dtype: tor
     torch.testing.assert_close(alone.per_dim.double(), torch.full_like(alone.per_dim, 12).double().log())
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+@every_backend
 def test_vectors_up_to_the_floor_are_zero_and_longer_ones_are_not(backend: str) -> None:
     queries, passages, positives = sides_of(backend, torch.float32)
     queries[1] *= 0.9e-12 / queries[1].norm()
@@ -78,7 +78,7 @@ def test_a_short_prefix_has_the_gradients_of_a_long_one(backend: str, dtype: tor
     assert float(gradients[0].abs().max()) > 100
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+@every_backend
 def test_the_smallest_of_float16_give_no_nan(backend: str) -> None:
     queries, passages, positives = sides_of(backend, torch.float16)
     queries, passages = queries.sign() * 6e-8, passages.sign() * 6e-8
@@ -108,7 +108,7 @@ def test_huge_values_have_the_loss_of_ordinary_ones(backend: str, dtype: torch.d
     assert_gradients_close(gradients, expected, dtype)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+@every_backend
 def test_infinite_values_show_in_the_loss(backend: str) -> None:
     queries, passages, positives = sides_of(backend, torch.float32)
     passages[10, 3] = torch.inf

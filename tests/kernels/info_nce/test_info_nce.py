@@ -11,10 +11,13 @@ from cases import (
     WEIGHTS,
     assert_gradients_close,
     device_of,
+    every_backend,
+    every_case,
     inputs,
     options,
     ours_and_truth,
     outcome,
+    uninterpreted,
 )
 from torch.nn.functional import normalize
 
@@ -25,27 +28,9 @@ from drama_dist.kernels.info_nce.reference import info_nce_reference
 SHAPES = [(1, 1), (1, 5), (7, 9), (33, 70)]
 # Triton's interpreter takes seconds for each: by default one with everything on, and one of each dtype.
 INTERPRETED = {((7, 9), "excluded", torch.float32), ((33, 70), "same document", torch.float16)}
-CASES = [
-    pytest.param(
-        backend,
-        dtype,
-        shape,
-        option,
-        id=f"{backend}-{str(dtype)[6:]}-{shape}-{option}",
-        marks=[pytest.mark.slow] if backend == "cuda" and (shape, option, dtype) not in INTERPRETED else [],
-    )
-    for backend, dtypes in BACKENDS.items()
-    for dtype in dtypes
-    for shape in SHAPES
-    for option in OPTIONS
-]
-every_backend = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
-uninterpreted = pytest.mark.parametrize(  # by default: Triton's interpreter is slow
-    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in BACKENDS], indirect=True
-)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "shape", "option"), CASES, indirect=["backend"])
+@every_case(SHAPES, OPTIONS, INTERPRETED)
 def test_loss_and_gradients_equal_the_reference(
     backend: str, dtype: torch.dtype, shape: tuple[int, int], option: str
 ) -> None:

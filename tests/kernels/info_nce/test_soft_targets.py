@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, DIMS, WEIGHTS, K, allowed, assert_gradients_close, device_of, inputs
+from cases import (
+    DIMS,
+    WEIGHTS,
+    K,
+    allowed,
+    assert_gradients_close,
+    device_of,
+    every_backend,
+    every_case,
+    inputs,
+    uninterpreted,
+)
 from scipy.sparse import csr_matrix
 from teachers import KINDS, T, assert_close, ours_and_truth, outcome, sparse_of, teacher
 from test_backends import Held
@@ -22,25 +33,7 @@ from drama_dist.kernels.info_nce.reference import soft_targets_reference
 SHAPES = [(1, 1), (1, 5), (9, 7), (33, 70)]
 # Triton's interpreter takes seconds for each: by default one of each dtype.
 INTERPRETED = {((9, 7), "both", torch.float32), ((9, 7), "dense", torch.float16)}
-CASES = [
-    pytest.param(
-        backend,
-        dtype,
-        shape,
-        kind,
-        id=f"{backend}-{str(dtype)[6:]}-{shape}-{kind}",
-        marks=[pytest.mark.slow] if backend == "cuda" and (shape, kind, dtype) not in INTERPRETED else [],
-    )
-    for backend, dtypes in BACKENDS.items()
-    for dtype in dtypes
-    for shape in SHAPES
-    for kind in KINDS
-]
 GIVEN: dict[str, Any] = {"temperature": 0.05, "dims": DIMS, "dim_weights": WEIGHTS}
-every_backend = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
-uninterpreted = pytest.mark.parametrize(
-    "backend", ["eager", "cpu", pytest.param("cuda", marks=pytest.mark.slow)], indirect=True
-)
 
 
 def close_in(dtype: torch.dtype) -> float:
@@ -48,11 +41,11 @@ def close_in(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.bfloat16: 2e-4}.get(dtype, 2e-6)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "shape", "kind"), CASES, indirect=["backend"])
+@every_case(SHAPES, KINDS, INTERPRETED)
 def test_loss_and_gradients_equal_the_reference(
-    backend: str, dtype: torch.dtype, shape: tuple[int, int], kind: str
+    backend: str, dtype: torch.dtype, shape: tuple[int, int], option: str
 ) -> None:
-    (ours, gradients), (truth, exact) = ours_and_truth(backend, shape, dtype, kind)
+    (ours, gradients), (truth, exact) = ours_and_truth(backend, shape, dtype, option)
     assert_close(ours, truth, close_in(dtype))
     assert_gradients_close(gradients, exact, dtype)
 
@@ -262,7 +255,7 @@ def test_autocast_changes_nothing_and_the_teacher_gets_no_gradient(backend: str)
     assert queries.grad is not None and scores.queries_BT.grad is None
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
+@every_backend
 def test_second_order_gradients_are_refused(backend: str) -> None:
     queries, passages, *_ = inputs(3, 5, torch.float32, device_of(backend))
     loss = soft_targets(queries, passages, teacher("both", 3, 5, device_of(backend)), backend=backend, **GIVEN).loss
