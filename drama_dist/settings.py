@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
-SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
+SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
@@ -150,19 +150,19 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
-    # Matryoshka; the largest is the hidden size
+    # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
 @dataclass(config=_CONFIG, kw_only=True)
 class PruneSettings:
-    """The shape to prune the LLM to, and how to heal it."""
+    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's."""
 
-    layers: Size = 12
-    hidden: Size = 768
-    heads: Size = 12
-    mlp: Size = 3072
-    layer_choice: Literal["even", "influence"] = "even"
+    layers: Size | None = 12
+    hidden: Size | None = 768
+    heads: Size | None = 12
+    mlp: Size | None = 3072
+    layer_choice: Literal["even", "first", "influence"] = "even"
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
     heal_steps: CountOrZero = 0
@@ -238,6 +238,19 @@ class AugmentSettings:
 
 
 @dataclass(config=_CONFIG, kw_only=True)
+class TargetSettings:
+    """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
+
+    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
+    lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
+
+    @property
+    def uses_bm25(self) -> bool:
+        """Whether BM25 has a part."""
+        return self.teacher_share < 1
+
+
+@dataclass(config=_CONFIG, kw_only=True)
 class TrainSettings:
     """The single training stage."""
 
@@ -245,12 +258,13 @@ class TrainSettings:
     steps: Count = 1000
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    # The objective is a sum of terms: InfoNCE, and the divergence from the mix of the teacher's scores and BM25's.
+    # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors, through a linear head, and the
+    # divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
+    regression_weight: Amount = 0.0
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
-    teacher_share: Fraction = 0.7  # of the teacher in the mix; the rest is BM25's
     learning_rate: LearningRate = 3e-4
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
@@ -281,8 +295,10 @@ class TrainSettings:
                 f"train.batch_size={self.batch_size} with train.hard_negatives={self.hard_negatives}: a batch needs "
                 "two passages to tell apart"
             )
-        if not self.info_nce_weight and not self.soft_target_weight:
-            raise SettingsError("train.info_nce_weight=0, train.soft_target_weight=0: nothing to learn from")
+        if not (self.info_nce_weight or self.regression_weight or self.soft_target_weight):
+            raise SettingsError(
+                "train.info_nce_weight=0, train.regression_weight=0, train.soft_target_weight=0: nothing to learn from"
+            )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
         if self.learning_rate * self.weight_decay >= 1:
@@ -318,7 +334,7 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    # Also random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
+    # Also ridge, random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
@@ -391,6 +407,7 @@ class Settings:
     prune: PruneSettings = field(default_factory=PruneSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
+    targets: TargetSettings = field(default_factory=TargetSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
@@ -402,12 +419,19 @@ class Settings:
         """The LLM that writes: augment.writer, or else the one that is pruned."""
         return self.augment.writer or self.llm
 
+    @property
+    def vector_size(self) -> int | None:
+        """Components of the trained encoder's vectors; None where only a model tells."""
+        if self.train.regression_weight:
+            return max(self.encoder.dims)
+        return self.prune.hidden if self.train.start is None else None
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         dims, weights = self.encoder.dims, self.train.dim_weights
         if weights and len(weights) != len(dims):
             raise SettingsError(f"train.dim_weights={weights}: must be one weight for each of encoder.dims={dims}")
-        if self.train.start is None and max(dims) > self.prune.hidden:
+        if self.vector_size is not None and max(dims) > self.vector_size:
             raise SettingsError(
                 f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
             )

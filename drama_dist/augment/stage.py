@@ -31,6 +31,7 @@ from drama_dist.search.shards import EmbeddingShards, shard_path, write_shard
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 
+QUERY_VECTORS = "query_vectors"  # in the stage's folder: the teacher's, a shard a part, in the order of the examples
 _PART = 512
 
 
@@ -121,7 +122,7 @@ def _rank(
     settings: Settings, folder: StageFolder, collection: Collection, written: list[WrittenQuery], ranker: Ranker
 ) -> list[Example]:
     """The examples in order; the teacher's vectors of their queries are stored in the same order."""
-    table, section, vectors = collection.passages, settings.augment, folder.folder / "query_vectors"
+    table, section, vectors = collection.passages, settings.augment, folder.folder / QUERY_VECTORS
     vectors.mkdir(exist_ok=True)
 
     def rank(index: int, part: Sequence[WrittenQuery]) -> list[Example]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -22,8 +23,9 @@ from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
+from drama_dist.encoder.head import head_size, read_head, write_head
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
-from drama_dist.encoder.pooling import checked_dim, mean_pool, unit_vectors
+from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array, mean_pool
 from drama_dist.encoder.pretrained import load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer, as_texts
@@ -44,17 +46,24 @@ class LeakError(RuntimeError):
 class Encoder(nn.Module):
     """A backbone with its tokenizer and contract.
 
-    Calling it with packed sequences gives pooled float32 vectors, B × K, not normalised: the training loss and the
-    Matryoshka cut normalise for each dim. Several threads may tokenise and encode with one encoder at once.
+    Calling it with packed sequences gives float32 vectors, B × J, not normalised: the training loss and the Matryoshka
+    cut normalise for each dim. head: a linear map of the pooled states; without one these are the vectors. Several
+    threads may tokenise and encode with one encoder at once.
     """
 
-    def __init__(self, backbone: LlamaModel, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings):
+    def __init__(
+        self,
+        backbone: LlamaModel,
+        tokenizer: PreTrainedTokenizerBase,
+        contract: EncoderSettings,
+        head: nn.Linear | None = None,
+    ):
         super().__init__()
         backbone.config._attn_implementation = attention.NAME
-        self.backbone = backbone
+        self.backbone, self.head = backbone, head
         self._tokenizer = wire_tokenizer(tokenizer)
         self._token_ids = TextTokenizer(tokenizer)
-        self.contract = check_dims(contract, backbone.config.hidden_size, "the encoder")
+        self.contract = check_dims(contract, self.size, "the encoder")
         self.tokens_per_batch: int | None = None  # None: what suits the device
 
     @property
@@ -65,6 +74,11 @@ class Encoder(nn.Module):
     @property
     def hidden_size(self) -> int:
         return int(self.backbone.config.hidden_size)
+
+    @property
+    def size(self) -> int:
+        """Components of the vectors."""
+        return self.hidden_size if self.head is None else self.head.out_features
 
     @property
     def device(self) -> torch.device:
@@ -91,8 +105,16 @@ class Encoder(nn.Module):
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
+    def vectors(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """B × J float32, not normalised; embedded_TK as in `hidden_states`."""
+        pooled_BK = mean_pool(self.hidden_states(packed, embedded_TK), packed)
+        if self.head is None:
+            return pooled_BK
+        bias = None if self.head.bias is None else self.head.bias.float()
+        return linear(pooled_BK, self.head.weight.float(), bias)
+
     def forward(self, packed: Packed) -> torch.Tensor:
-        return mean_pool(self.hidden_states(packed), packed)
+        return self.vectors(packed)
 
     def tokenize_queries(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept; raises as `as_texts`."""
@@ -133,11 +155,12 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, sequences: list[list[int]], dim: int | None, progress: Progress | None = None) -> np.ndarray:
-        vectors_ND = np.zeros((len(sequences), checked_dim(dim, self.hidden_size)), dtype=np.float32)
+        vectors_ND = np.zeros((len(sequences), checked_dim(dim, self.size)), dtype=np.float32)
 
         def encode(chunk: list[int]) -> int:
             packed = self.pack([sequences[position] for position in chunk])
-            vectors_ND[chunk] = unit_vectors(self.hidden_states(packed), packed, vectors_ND.shape[1])[: len(chunk)]
+            vectors_BJ = self.vectors(packed)[: len(chunk)].cpu().numpy()
+            vectors_ND[chunk] = matryoshka_cut_array(vectors_BJ, vectors_ND.shape[1])
             return len(chunk)
 
         threaded, shared = self._chunks([len(ids) for ids in sequences])
@@ -184,17 +207,20 @@ class Encoder(nn.Module):
 
         weights: written instead of this module's, by the same names: its own may be partitioned over ranks or rounded.
         """
-        backbone = self.backbone
-        if weights is not None:
-            with torch.device("meta"):
-                backbone = LlamaModel(self.backbone.config)
-            prefix = "backbone."
-            backbone.load_state_dict(
-                {name.removeprefix(prefix): values for name, values in weights.items()}, assign=True
-            )
+        weights = self.state_dict() if weights is None else weights
+        with torch.device("meta"):
+            backbone = LlamaModel(self.backbone.config)
+        backbone.load_state_dict(_within("backbone", weights), assign=True)
         backbone.save_pretrained(folder)
+        if self.head is not None:
+            write_head(folder, _within("head", weights))
         self.tokenizer.save_pretrained(folder)
         write_contract(folder, self.contract)
+
+
+def _within(module: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def load(
@@ -216,7 +242,9 @@ def load(
     tokenizer = read_tokenizer(source, config)
     backbone = load_weights(LlamaModel, source, trust_remote_code=False, config=config, dtype=dtype)
     folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-    encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, config.hidden_size))
+    size = head_size(folder, config.hidden_size)
+    head = read_head(folder, config.hidden_size)
+    encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, size), head)
     encoder.to(device or ranks.device()).eval()
     fuse_layers(encoder.backbone)
     probe(encoder)

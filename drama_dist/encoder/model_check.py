@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from drama_dist.encoder.contract import read_contract, wire_tokenizer
+from drama_dist.encoder.head import head_size
 from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import reachable, resolve
 
@@ -33,4 +34,4 @@ def check_encoder(name: str) -> None:
     config = check_llama(name)
     source = Path(resolve(name))
     if source.is_dir():
-        read_contract(source, config.hidden_size)
+        read_contract(source, head_size(source, config.hidden_size))

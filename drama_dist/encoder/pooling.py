@@ -22,14 +22,6 @@ def mean_pool(hidden_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
     return sums_BK.index_add(0, owner_T, hidden_TK.float()) / lengths_B.unsqueeze(1)
 
 
-def unit_vectors(hidden_TK: torch.Tensor, packed: Packed, dim: int) -> np.ndarray:
-    """Mean pool, Matryoshka cut and normalisation, B × dim float32, without gradients.
-
-    Raises ValueError where `dim` is larger than K.
-    """
-    return matryoshka_cut_array(mean_pool(hidden_TK, packed).cpu().numpy(), dim)
-
-
 def checked_dim(dim: SupportsIndex | None, size: int) -> int:
     """How many of `size` components to keep: all where `dim` is None.
 

@@ -18,6 +18,7 @@ import yaml
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
+from drama_dist.encoder.head import HEAD_FOLDER
 from drama_dist.evaluate.report import results_table
 from drama_dist.run.artefact import verify
 from drama_dist.run.files import write_text
@@ -50,11 +51,12 @@ def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
 
 
 def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
-    """Write backbone, mean pooling, normalisation and prompts in sentence-transformers' own layout."""
+    """Write backbone, mean pooling, linear head, normalisation and prompts in sentence-transformers' own layout."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
     encoder.save(folder)
+    head = [] if encoder.head is None else [Dense.load(str(folder), subfolder=HEAD_FOLDER)]
     contract = encoder.contract
     untrusted = {"trust_remote_code": False}
     transformer = Transformer(
@@ -65,7 +67,7 @@ def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
         config_kwargs={**untrusted},
     )
     model = SentenceTransformer(
-        modules=[transformer, Pooling(encoder.hidden_size, pooling_mode="mean"), Normalize()],
+        modules=[transformer, Pooling(encoder.hidden_size, pooling_mode="mean"), *head, Normalize()],
         prompts={"query": contract.query_prefix, "document": contract.passage_prefix},
         similarity_fn_name="cosine",
         device="cpu",

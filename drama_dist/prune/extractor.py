@@ -36,21 +36,22 @@ class Selection:
 
 
 def select(importance: Importance, prune: PruneSettings) -> Selection:
-    """Select the most important parts; layers evenly spaced, with the first and the last, or by block influence.
+    """Select the most important parts; layers evenly spaced, with the first and the last, the first ones, or by block
+    influence.
 
-    Raises SettingsError as `check_shape` does.
+    Raises SettingsError as `requested_shape` does.
     """
     (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
-    check_shape(prune, layers=count, hidden=len(importance.hidden_H), heads=heads, mlp=neurons)
-    hidden = _top(importance.hidden_H, prune.hidden)
-    layers = _layers(importance.layers_L, prune)
+    shape = requested_shape(prune, Shape(count, len(importance.hidden_H), heads, neurons))
+    hidden = _top(importance.hidden_H, shape.hidden)
+    layers = _layers(importance.layers_L, shape.layers, prune.layer_choice)
     norms = [2 * layer + offset for layer in layers for offset in (0, 1)] + [len(importance.energy) - 1]
     energy = importance.energy[norms]
     return Selection(
         hidden,
         layers,
-        [_top(importance.heads_LA[layer], prune.heads) for layer in layers],
-        [_top(importance.mlp_LF[layer], prune.mlp) for layer in layers],
+        [_top(importance.heads_LA[layer], shape.heads) for layer in layers],
+        [_top(importance.mlp_LF[layer], shape.mlp) for layer in layers],
         (energy[:, hidden].sum(1) / energy.sum(1)).sqrt(),
     )
 
@@ -78,25 +79,42 @@ def shrink(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
     return small
 
 
-def check_shape(prune: PruneSettings, *, layers: int, hidden: int, heads: int, mlp: int) -> None:
-    """Raise SettingsError, naming the setting, if the requested shape is larger than the model's, or not a Llama's.
+@dataclass(frozen=True)
+class Shape:
+    """How many to keep of each part; heads and mlp are those of a layer."""
 
-    A head's size does not depend on either, but transformers refuses a Llama whose heads do not divide its hidden size.
+    layers: int
+    hidden: int
+    heads: int
+    mlp: int
+
+
+def requested_shape(prune: PruneSettings, model: Shape) -> Shape:
+    """What the settings ask for, where null keeps the model's.
+
+    Raises SettingsError, naming the setting, if the requested shape is larger than the model's, or not a Llama's: a
+    head's size does not depend on either, but transformers refuses a Llama whose heads do not divide its hidden size.
     """
-    for name, size in {"layers": layers, "hidden": hidden, "heads": heads, "mlp": mlp}.items():
-        if getattr(prune, name) > size:
-            raise SettingsError(f"prune.{name}={getattr(prune, name)}: the model has only {size}")
-    if prune.hidden % prune.heads:
+    sizes = {}
+    for name, size in vars(model).items():
+        sizes[name] = size if getattr(prune, name) is None else getattr(prune, name)
+        if sizes[name] > size:
+            raise SettingsError(f"prune.{name}={sizes[name]}: the model has only {size}")
+    shape = Shape(**sizes)
+    if shape.hidden % shape.heads:
         raise SettingsError(
-            f"prune.hidden={prune.hidden}: must be a multiple of prune.heads={prune.heads}, or transformers loads no "
+            f"prune.hidden={shape.hidden}: must be a multiple of prune.heads={shape.heads}, or transformers loads no "
             "such Llama; change one of them"
         )
+    return shape
 
 
-def _layers(influence_L: torch.Tensor, prune: PruneSettings) -> list[int]:
-    if prune.layer_choice == "influence":
-        return _top(influence_L, prune.layers).tolist()
-    return torch.linspace(0, len(influence_L) - 1, prune.layers).round().long().tolist()
+def _layers(influence_L: torch.Tensor, count: int, choice: str) -> list[int]:
+    if choice == "influence":
+        return _top(influence_L, count).tolist()
+    if choice == "first":
+        return list(range(count))
+    return torch.linspace(0, len(influence_L) - 1, count).round().long().tolist()
 
 
 def _top(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
@@ -23,7 +24,7 @@ from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
-from drama_dist.prune.extractor import Selection, check_shape, select, shrink
+from drama_dist.prune.extractor import Selection, Shape, requested_shape, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
@@ -42,24 +43,22 @@ def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
     with named_by("llm", settings.llm):
         config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings))
-    check_shape(
-        settings.prune,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        mlp=config.intermediate_size,
-    )
-    check_dims(settings.encoder, settings.prune.hidden, "settings")
+    shape = requested_shape(settings.prune, _shape_of(config))
+    if not settings.train.regression_weight:
+        check_dims(settings.encoder, shape.hidden, "settings")
+
+
+def _shape_of(config: LlamaConfig) -> Shape:
+    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
 
 
 def prune(run: Run, folder: StageFolder) -> None:
     """Prune the LLM: RUN/prune.
 
-    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape or dims do not fit it,
+    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape does not fit it,
     interrupts.Stopped after the step of healing in which a signal asked for it, with a checkpoint saved.
     """
     settings = run.settings
-    check_dims(settings.encoder, settings.prune.hidden, "settings")
     source, tokenizer = _load(settings)
     sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
@@ -106,6 +105,8 @@ def _save(
     backbone = small.model.to("cpu")
     backbone.config.is_causal = False
     backbone.config.architectures = ["LlamaModel"]
+    size = backbone.config.hidden_size  # which dims may exceed: those of a linear head's vectors
+    contract = replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
     encoder = Encoder(backbone, tokenizer, contract).eval()
     probe(encoder)
     encoder.save(folder)

@@ -19,7 +19,8 @@ from drama_dist.run.artefact import PROVENANCE
 from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, mixed, recorded
 
 CORPUS = "corpus"  # the collection that a run trains on
-TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
+# system -> the stage that makes its encoder
+TRAINING = {"drama": "train", "ridge": "ridge", "random-init": "train-random-init"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,19 @@ class Stage:
 
 
 def _of_training(settings: Settings, **_: str) -> list[str]:
-    return ["corpus", "augment", *([] if settings.train.start else ["prune"]), *_of_soft_targets(settings)]
+    train = settings.train
+    start = ["ridge", "targets"] if train.regression_weight else _of_start(settings)
+    scores = _of_targets(settings) if train.soft_target_weight else []
+    return list(dict.fromkeys(["corpus", "augment", *start, *scores]))
 
 
-def _of_soft_targets(settings: Settings) -> list[str]:
-    if not settings.train.soft_target_weight:
-        return []
-    systems = ["teacher", *(["bm25"] if settings.train.teacher_share < 1 else [])]
-    return [f"encode/{CORPUS}/{system}" for system in systems]
+def _of_start(settings: Settings) -> list[str]:
+    return [] if settings.train.start else ["prune"]
+
+
+def _of_targets(settings: Settings) -> list[str]:
+    systems = ["teacher", *(["bm25"] if settings.targets.uses_bm25 else [])]
+    return ["augment", *(f"encode/{CORPUS}/{system}" for system in systems)]
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
@@ -139,11 +145,32 @@ STAGES = (
         processes="node",
     ),
     Stage(
+        name="targets",
+        verb="targets",
+        help="what the vectors of training texts are to become",
+        work="drama_dist.train.target_vectors:write_targets",
+        sections="drama_dist.train.target_vectors:sections",
+        needs=_of_targets,
+        processes="one",
+    ),
+    Stage(
+        name="ridge",
+        verb="ridge",
+        help="fit the linear head that regression begins from",
+        work="drama_dist.train.ridge:ridge",
+        sections=("seed", "encoder"),
+        needs=lambda settings, system: ["corpus", "augment", "targets", *_of_start(settings)],
+        inputs="drama_dist.train.stage:inputs",
+        check="drama_dist.train.stage:check",
+        processes="node",
+        constants={"system": "ridge"},
+    ),
+    Stage(
         name="train",
         verb="train",
         help="train the encoder",
         work="drama_dist.train.stage:train",
-        sections=("seed", "encoder", "train"),
+        sections=("seed", "encoder", "targets", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",
@@ -155,7 +182,7 @@ STAGES = (
         verb="train",
         help="train an encoder of the same shape from random weights",
         work="drama_dist.train.stage:train",
-        sections=("seed", "encoder", "train"),
+        sections=("seed", "encoder", "targets", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",

@@ -1,9 +1,9 @@
 """Lexical search: BM25 over the passages' words, in an index on disk.
 
-Covers how texts become tokens in each language, building the index, and what it tells: rankings and rare words. Words
-are stemmed where Snowball has the language; scripts that do not set words apart with spaces are read as pairs of
-characters.
-Shapes: N passages, Q queries, k hits.
+Covers how texts become tokens in each language, building the index, and what it tells: rankings, weights and rare
+words. Words are stemmed where Snowball has the language; scripts that do not set words apart with spaces are read as
+pairs of characters.
+Shapes: N passages, Q queries, k hits, V words.
 """
 
 from __future__ import annotations
@@ -99,16 +99,28 @@ class LexicalIndex:
 
     def sparse_scores(self, texts: Sequence[str], positions: Sequence[int]) -> csr_matrix:
         """The scores of some passages for each query, (Q, n) float32; nothing is stored where no word is shared."""
-        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
-        ids = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
-        used, columns = np.unique(ids, return_inverse=True)
-        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
-        counts_QU = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(used)))
-        parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
-        scores_NU = csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))[:, used]
-        scores_Qn = (counts_QU @ scores_NU.tocsr()[np.asarray(positions, dtype=np.int64)].T).tocsr()
+        counts_QV = self.counts(texts)
+        used = np.unique(counts_QV.indices)
+        weights_nU = self._weights()[:, used].tocsr()[np.asarray(positions, dtype=np.int64)]
+        scores_Qn = (counts_QV[:, used] @ weights_nU.T).tocsr()
         scores_Qn.sort_indices()
         return scores_Qn
+
+    def counts(self, texts: Sequence[str]) -> csr_matrix:
+        """How often each text has each word of the index, (n, V) float32; a score is counts times `weights`."""
+        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
+        columns = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
+        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
+        shape = len(texts), len(self._bm25.vocab_dict)
+        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+
+    def weights(self) -> csr_matrix:
+        """The weight of every word in every passage, (N, V) float32; in memory, as large as the index."""
+        return self._weights().tocsr()
+
+    def _weights(self) -> csc_matrix:
+        parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
+        return csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))
 
     def rarest_words(self, text: str, count: int) -> list[str]:
         """The words of a text that the fewest passages have, in small letters, rarest first; ties as in the text.

@@ -48,8 +48,8 @@ def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
 def index_sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:
     """The settings that the index depends on; raises ValueError, before anything is made, where faiss refuses them."""
     factory, search = settings.encode.index, settings.encode.index_search
-    if settings.train.start is None:
-        check_factory(factory, settings.prune.hidden, search)
+    if settings.vector_size is not None:
+        check_factory(factory, settings.vector_size, search)
     return {"encode.index": factory, "encode.index_search": search}
 
 

@@ -27,7 +27,6 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine
 from drama_dist.encoder.backbone import Encoder
 from drama_dist.encoder.packing import Packed, token_budget_chunks
-from drama_dist.encoder.pooling import mean_pool
 from drama_dist.train.memory import free_bytes
 
 SHARE_OF_FREE = 0.5  # what the budget "auto" takes; the rest is for one more chunk, the loss and the optimiser
@@ -56,7 +55,7 @@ class GradCache:
         self._times = self._row_of.bincount()
         distinct = list(row_of)
         lengths = [len(sequence) for sequence in distinct]
-        embeddings = torch.empty(len(distinct), self.encoder.hidden_size, device=self.encoder.device)
+        embeddings = torch.empty(len(distinct), self.encoder.size, device=self.encoder.device)
         vocabulary = self._look_up(distinct)
         chunks = token_budget_chunks(lengths, self.chunk_tokens)
         packs = [self.encoder.pack([distinct[row] for row in chunk]) for chunk in chunks]
@@ -130,7 +129,7 @@ class GradCache:
     def _forward(self, packed: Packed, vocabulary: _Vocabulary, keep: bool) -> torch.Tensor:
         def encoded(embedding_WK: torch.Tensor) -> torch.Tensor:
             embedded_TK = embedding(vocabulary.row_V[packed.token_ids_T], embedding_WK)
-            return mean_pool(self.encoder.hidden_states(packed, embedded_TK), packed)
+            return self.encoder.vectors(packed, embedded_TK)
 
         if keep:
             return encoded(vocabulary.embedding_WK)

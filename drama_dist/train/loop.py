@@ -23,6 +23,7 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
 from drama_dist.train.batches import batches, check_batch_size, texts_of
 from drama_dist.train.step import TrainingStep
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import Targets
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.term import joined
@@ -35,16 +36,19 @@ def train_encoder(
     start: Encoder,
     examples: Sequence[Example],
     table: PassageTable,
-    targets: Targets | None = None,
+    scores: Targets | None = None,
+    vectors: VectorTargets | None = None,
 ) -> dict[str, Any]:
     """Train `start` in place and save it in the open folder; returns what provenance.json says of it.
+
+    scores, vectors: the teacher's, where the settings ask for them.
 
     Called inside `interrupts.deferred`, which should last until the folder is finished: see ResumableLoop.run for what
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
     """
     train = settings.train
     check_batch_size(examples, train.batch_size, ranks.world_size())
-    step = TrainingStep(start, train, targets)
+    step = TrainingStep(start, train, scores, vectors)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
     _run_steps(settings, folder, step, examples, table)

@@ -11,6 +11,7 @@ from functools import reduce
 
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.info_nce_term import InfoNCETerm
+from drama_dist.train.regression_term import RegressionTerm
 from drama_dist.train.soft_target_term import SoftTargetTerm
 from drama_dist.train.term import EmbeddedBatch, Term, TermResult, joined
 
@@ -22,6 +23,7 @@ def objective_terms(encoder: EncoderSettings, train: TrainSettings) -> list[Weig
     terms: list[WeightedTerm] = [
         (train.info_nce_weight, InfoNCETerm(encoder, train)),
         (train.soft_target_weight, SoftTargetTerm(encoder, train)),
+        (train.regression_weight, RegressionTerm(encoder, train)),
     ]
     return [(weight, term) for weight, term in terms if weight]
 

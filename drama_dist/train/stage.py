@@ -17,6 +17,8 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
 from drama_dist.train.loop import train_encoder
+from drama_dist.train.ridge import with_ridge_head
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import open_targets
 
 
@@ -32,7 +34,8 @@ def check(settings: Settings, system: str) -> None:
     if start is not None:
         with named_by("train.start", start):
             config = check_llama(start)
-        check_dims(settings.encoder, config.hidden_size, f"train.start={start}")
+        if not settings.train.regression_weight and system != "ridge":
+            check_dims(settings.encoder, config.hidden_size, f"train.start={start}")
 
 
 @interrupts.deferred()
@@ -43,10 +46,16 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     asked for it, with a checkpoint saved.
     """
     settings = run.settings
-    start = load(settings.train.start or run.path("prune"), contract=settings.encoder)
+    regression = settings.train.regression_weight > 0
+    source = run.path("ridge") if regression else settings.train.start or run.path("prune")
+    start = load(source, contract=settings.encoder)
     if system == "random-init":
         start = random_twin(start, settings.seed)
+        if regression:
+            start = with_ridge_head(run, start)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
-    targets = open_targets(run) if settings.train.soft_target_weight else None
-    facts = train_encoder(settings, folder, start, examples, open_collection(run.path("corpus")).passages, targets)
+    scores = open_targets(run) if settings.train.soft_target_weight else None
+    vectors = VectorTargets.open(run.path("targets")) if regression else None
+    table = open_collection(run.path("corpus")).passages
+    facts = train_encoder(settings, folder, start, examples, table, scores, vectors)
     folder.finish(**facts)

@@ -21,8 +21,9 @@ from drama_dist.settings import TrainSettings
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.grad_cache import GradCache
 from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import Targets
-from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
+from drama_dist.train.term import EmbeddedBatch, Relevance, TargetVectors, TermResult
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,15 @@ class StepResult:
 class TrainingStep:
     """An encoder under training, with its optimiser, gradient cache and objective; all ranks call it alike."""
 
-    def __init__(self, encoder: Encoder, settings: TrainSettings, targets: Targets | None = None):
-        """targets: the teacher's, where the settings ask for them."""
-        self.targets = targets
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: TrainSettings,
+        scores: Targets | None = None,
+        vectors: VectorTargets | None = None,
+    ):
+        """scores, vectors: the teacher's, where the settings ask for them."""
+        self.scores, self.vectors = scores, vectors
         ranks.start()  # they agree on a dtype before there is an engine
         self.encoder, self.dtype = encoder, agreed_dtype_name(settings.dtype)
         self.engine = Engine(
@@ -67,8 +74,10 @@ class TrainingStep:
         queries = [batch.queries[row] for row in ranks.rank_slice(len(batch.queries))]
         passages = [batch.passages[column] for column in ranks.rank_slice(len(batch.passages))]
         tokens = self.encoder.tokenize_queries(queries), self.encoder.tokenize_passages(passages)
-        teacher = None if self.targets is None else self.targets.of(batch).to(self.encoder.device)
-        return self.of_tokens(*tokens, batch.relevance, learning_rate, teacher)
+        device = self.encoder.device
+        teacher = None if self.scores is None else self.scores.of(batch).to(device)
+        targets = None if self.vectors is None else self.vectors.of(batch).to(device)
+        return self.of_tokens(*tokens, batch.relevance, learning_rate, teacher, targets)
 
     def of_tokens(
         self,
@@ -77,14 +86,13 @@ class TrainingStep:
         relevance: Relevance,
         learning_rate: float,
         teacher: TeacherScores | None = None,
+        targets: TargetVectors | None = None,
     ) -> StepResult:
-        """The same from the token ids of this rank's queries and passages, and the teacher's scores of them."""
+        """The same from the token ids of this rank's queries and passages, and what the teacher says of them."""
         encoded = self.cache.encode([*queries, *passages])
         embeddings_NK = encoded.embeddings_NK
-        objective = self.objective(
-            EmbeddedBatch(
-                embeddings_NK[: len(queries)], embeddings_NK[len(queries) :], relevance.to(self.encoder.device), teacher
-            )
-        )
+        queries_BK, passages_NK = embeddings_NK[: len(queries)], embeddings_NK[len(queries) :]
+        relevance = relevance.to(self.encoder.device)
+        objective = self.objective(EmbeddedBatch(queries_BK, passages_NK, relevance, teacher, targets))
         self.cache.backward(torch.cat([objective.query_gradient_BK, objective.passage_gradient_NK]))
         return StepResult(objective, self.engine.step(learning_rate), encoded.lengths, encoded.recomputed)

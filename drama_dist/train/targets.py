@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from drama_dist.augment.stage import QUERY_VECTORS
 from drama_dist.distributed import ranks
 from drama_dist.kernels import SparseLogits, TeacherScores
 from drama_dist.run.runner import Run
@@ -25,11 +26,11 @@ from drama_dist.train.teacher_scale import passage_moments, scaled_teacher
 
 def open_targets(run: Run) -> Targets:
     """What the run's artefacts hold."""
-    train = run.settings.train
-    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if train.teacher_share < 1 else None
-    queries = EmbeddingShards(run.path("augment") / "query_vectors")
+    targets, train = run.settings.targets, run.settings.train
+    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if targets.uses_bm25 else None
+    queries = EmbeddingShards(run.path("augment") / QUERY_VECTORS)
     passages = EmbeddingShards(run.path("encode/corpus/teacher"))
-    return Targets(queries, passages, lexical, train.teacher_share, train.teacher_temperature)
+    return Targets(queries, passages, lexical, targets.teacher_share, train.teacher_temperature)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,18 @@ class Relevance:
 
 
 @dataclass(frozen=True)
+class TargetVectors:
+    """queries_BK, passages_NK: float32, of length 1, what this rank's vectors are to become."""
+
+    queries_BK: torch.Tensor
+    passages_NK: torch.Tensor
+
+    def to(self, device: torch.device) -> TargetVectors:
+        """The same on another device."""
+        return TargetVectors(self.queries_BK.to(device), self.passages_NK.to(device))
+
+
+@dataclass(frozen=True)
 class EmbeddedBatch:
     """queries_BK, passages_NK: this rank's embeddings, float32, without graph, not normalised.
 
@@ -44,12 +56,14 @@ class EmbeddedBatch:
     queries for all ranks' passages. Of this rank, because a vector is then read from storage once, by one rank, and
     terms gather one side of them: W ranks that each read the whole batch's would move W (B + N) vectors, this
     B + W N or W B + N.
+    targets: on the embeddings' device, of this rank.
     """
 
     queries_BK: torch.Tensor
     passages_NK: torch.Tensor
     relevance: Relevance
     teacher: TeacherScores | None = None
+    targets: TargetVectors | None = None
 
 
 @dataclass(frozen=True)

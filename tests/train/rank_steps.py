@@ -1,9 +1,10 @@
 """A program for several ranks: ten training steps in every combination asked for; rank 0 writes what came of each.
 
 torchrun tests/train/rank_steps.py MODEL OUT NAME ...; NAME is zero-partition-kept|twice-plain|checkpointed, for
-example 3-queries-twice-plain, and what else of +bfloat16, +positives (examples with three positives each), +unscaled
-(a fault: gradients are averaged over ranks), +save (ends with a checkpoint after SAVED steps) and +resume (goes on from
-that). The name "traffic" is the objective alone. Started by test_ranks.py, which says what must come out.
+example 3-queries-twice-plain, and what else of +bfloat16, +positives (examples with three positives each), +regression
+(the same examples and a linear head, with targets), +unscaled (a fault: gradients are averaged over ranks), +save (ends
+with a checkpoint after SAVED steps) and +resume (goes on from that). The name "traffic" is the objective alone. Started
+by test_ranks.py, which says what must come out.
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.functional import normalize
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
 from drama_dist.distributed.checkpoints import Checkpoints
 from drama_dist.distributed.engine import learning_rate_at
-from drama_dist.encoder.backbone import load
+from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.records import Example, Passage
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.batches import TextBatch, batches, texts_of
 from drama_dist.train.objective import Objective, objective_terms
 from drama_dist.train.step import TrainingStep
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.term import EmbeddedBatch, Relevance
 
 STEPS, SAVED, QUERIES, CHUNK, BUDGET = 10, 4, 7, 40, 200_000
 TRAFFIC = {"queries": 24, "negatives": 7, "dims": [768, 512, 256]}
 DECAY, CLIPPING, RATE, TEMPERATURE = 0.1, 0.5, 1e-3, 0.1
+HEAD, REGRESSION = 20, 3.0
 WORDS = ["the", "river", "has", "water", "flow", "oil", "and", "a", "valve", "spark", "basis", "pivot", "rain", "lake"]
 
 
@@ -89,14 +94,40 @@ def batches_of_examples(steps: int) -> list[TextBatch]:
     return [texts_of(batch, table) for batch in islice(batches(examples(), QUERIES, 1, seed=1), steps)]
 
 
+class Rows:
+    """Vectors in memory, read as EmbeddingShards are."""
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors = vectors
+
+    def rows(self, positions: list[int]) -> np.ndarray:
+        return self.vectors[positions]
+
+
+def targets() -> VectorTargets:
+    """Of the examples' queries and passages."""
+    generator, sizes = torch.Generator().manual_seed(5), (len(examples()), len(passages_of_examples()))
+    drawn = [normalize(torch.randn(size, HEAD, generator=generator)).numpy() for size in sizes]
+    return VectorTargets(*map(Rows, drawn))  # type: ignore[arg-type]
+
+
+def add_head(encoder: Encoder) -> None:
+    """A linear head, the same at every call, and dims that fit it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        encoder.head = torch.nn.Linear(encoder.hidden_size, HEAD)
+    encoder.contract = contract(HEAD)
+
+
 def rate(step: int) -> float:
     return learning_rate_at(step, STEPS, RATE, 0.2)
 
 
-def settings_of(name: str, dtype: str) -> TrainSettings:
+def settings_of(name: str, dtype: str, regression: float = 0.0) -> TrainSettings:
     zero, partition, kept, layers = name.split("-")
     return TrainSettings(
         dtype=dtype,
+        regression_weight=regression,
         zero_stage=int(zero),
         weight_decay=DECAY,
         gradient_clipping=CLIPPING,
@@ -113,19 +144,25 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     name, *extras = full_name.split("+")
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
-    training_step = TrainingStep(encoder, settings_of(name, "bfloat16" if "bfloat16" in extras else "float32"))
+    regression = "regression" in extras
+    if regression:
+        add_head(encoder)
+    settings = settings_of(name, "bfloat16" if "bfloat16" in extras else "float32", REGRESSION * regression)
+    training_step = TrainingStep(encoder, settings, vectors=targets() if regression else None)
     if "unscaled" in extras:
         scaled = training_step.engine.backward
         training_step.engine.backward = lambda loss, last: scaled(loss / ranks.world_size(), last)  # type: ignore[method-assign]
     saved = Checkpoints(out / "checkpoints", keep=1)
     steps = range(training_step.engine.resume(saved) if "resume" in extras else 0, SAVED if "save" in extras else STEPS)
-    texts = batches_of_examples(STEPS) if "positives" in extras else [batch_of(step) for step in range(STEPS)]
+    of_examples = regression or "positives" in extras
+    texts = batches_of_examples(STEPS) if of_examples else [batch_of(step) for step in range(STEPS)]
     results = [training_step(texts[step], rate(step)) for step in steps]
     if "save" in extras:
         training_step.engine.save(saved, SAVED)
         saved.wait()
     return {
         "losses": [result.objective.loss for result in results],
+        "figures": [result.objective.figures for result in results],
         "norms": [result.gradient_norm for result in results],
         "weights": training_step.engine.full_weights(),
     }

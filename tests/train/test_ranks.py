@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rank_steps import (
     CLIPPING,
     DECAY,
+    HEAD,
+    REGRESSION,
     SAVED,
     STEPS,
     TEMPERATURE,
     TRAFFIC,
+    add_head,
     batch_of,
     batches_of_examples,
     contract,
@@ -29,6 +33,7 @@ from rank_steps import (
     passages_of_examples,
     rate,
     run,
+    targets,
 )
 
 from drama_dist.distributed.ranks import _free_port
@@ -43,19 +48,25 @@ NAMES = [
 ]
 FEW = ["1-passages-twice-plain", "2-queries-kept-plain", "3-queries-twice-checkpointed", "0-passages-kept-plain"]
 SEVERAL_POSITIVES = ["1-passages-kept-plain+positives", "2-queries-twice-plain+positives"]
+REGRESSED = ["1-passages-kept-plain+regression", "3-queries-twice-plain+regression"]
 NARROW = "1-queries-kept-plain+bfloat16"
 UNSCALED = "1-passages-kept-plain+unscaled"
 STOPPED = "2-passages-twice-plain+save"
 CLOSE = 1e-5  # relative: of each loss, and of the distance of all weights
 
 
-def plain_steps(model: Path, batches: list[TextBatch], positive_texts: list[list[set[str]]]) -> dict[str, Any]:
+def plain_steps(
+    model: Path, batches: list[TextBatch], positive_texts: list[list[set[str]]], regression: float = 0.0
+) -> dict[str, Any]:
     """The whole batch in one graph, the reference backend in float64 with a dense mask, torch's AdamW.
 
-    positive_texts: for each query of each batch the texts that are no negatives of it.
+    positive_texts: for each query of each batch the texts that are no negatives of it. regression: the term's weight;
+    with any there is a head.
     """
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
+    if regression:
+        add_head(encoder)
     weights = list(encoder.parameters())
     matrices, vectors = [w for w in weights if w.ndim > 1], [w for w in weights if w.ndim == 1]
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0}])
@@ -76,6 +87,8 @@ def plain_steps(model: Path, batches: list[TextBatch], positive_texts: list[list
             excluded_ids=torch.where(masked_BN, columns, -1),
             backend="reference",
         ).loss
+        if regression:
+            loss = loss + regression * distance_of(batch, embeddings, encoder.contract.dims)
         optimiser.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(weights, CLIPPING)))
@@ -85,6 +98,19 @@ def plain_steps(model: Path, batches: list[TextBatch], positive_texts: list[list
         losses.append(float(loss.detach()))
     ends = {name: weight.detach() for name, weight in encoder.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": ends, "start": start}
+
+
+def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    """The mean distance of queries and passages from their targets, in float64, over the dims."""
+    of_queries, of_passages = targets().queries, targets().passages
+    rows = [of_queries.rows(batch.examples), of_passages.rows(batch.positions)]
+    target = torch.from_numpy(np.vstack(rows)).double()
+    means = []
+    for dim in dims:
+        mine, its = embeddings[:, :dim].double(), target[:, :dim]
+        apart = mine / mine.norm(dim=1, keepdim=True) - its / its.norm(dim=1, keepdim=True)
+        means.append(apart.square().sum(1).sqrt().mean())
+    return torch.stack(means).mean()
 
 
 def drawn_texts(batch: TextBatch) -> list[set[str]]:
@@ -111,7 +137,7 @@ def expected(llm: Path) -> dict[str, Any]:
 def two_ranks(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks write of all that the default suite asks them: one start, which takes longer than the steps."""
     out = tmp_path_factory.mktemp("two-ranks")
-    start_ranks(2, llm, out, [*FEW, *SEVERAL_POSITIVES, NARROW, UNSCALED, STOPPED, "traffic"])
+    start_ranks(2, llm, out, [*FEW, *SEVERAL_POSITIVES, *REGRESSED, NARROW, UNSCALED, STOPPED, "traffic"])
     return out
 
 
@@ -218,6 +244,21 @@ def test_other_positives_of_a_query_are_no_negatives_of_it(two_ranks: Path, llm:
     for name in names:
         with pytest.raises(AssertionError):
             compare(torch.load(two_ranks / f"{name}.pt"), drawn_alone)
+
+
+def test_regression_is_that_of_one_process(two_ranks: Path, llm: Path, tmp_path: Path) -> None:
+    """With the gradient cache on and off; the weights of the head are among those compared."""
+    text_of = {passage.id: passage.text for passage in passages_of_examples()}
+    texts_of = {example.query: {text_of[id] for id in example.positives} for example in examples()}
+    batches = batches_of_examples(STEPS)
+    positives = [[texts_of[query] for query in batch.queries] for batch in batches]
+    expected = plain_steps(llm, batches, positives, REGRESSION)
+    torch.save(run(llm, tmp_path, REGRESSED[0]), two_ranks / "one process.pt")
+    names = ["one process", *REGRESSED]
+    compare_all(two_ranks, names, expected)
+    assert expected["weights"]["head.weight"].shape[0] == HEAD
+    with pytest.raises(AssertionError):
+        compare(torch.load(two_ranks / f"{REGRESSED[0]}.pt"), plain_steps(llm, batches, positives, 1.01 * REGRESSION))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_mix_of_a_batch_is_that_of_its_texts(
     share: float, folder: Path, small_settings_in: Callable[..., Settings]
 ) -> None:
-    settings = small_settings_in(folder, *CHANGES, f"train.teacher_share={share}", "train.teacher_temperature=0.5")
+    settings = small_settings_in(folder, *CHANGES, f"targets.teacher_share={share}", "train.teacher_temperature=0.5")
     run = Run(settings)
     names = ["encode/corpus/teacher", "encode/corpus/bm25", "augment", "corpus"]
     run.make(*names)

@@ -1,0 +1,115 @@
+"""The ridge stage: RUN/ridge, the pruned LLM with the linear head that regression begins from, in closed form.
+
+The head is the ridge regression (Hoerl and Kennard 1970) from pooled hidden states to the targets, over a sample of
+training queries and passages. Without any training this is a retriever, the system `ridge`: training that does not beat
+it is worth nothing.
+Shapes: n texts, K hidden components, J components of the targets.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.distributed import ranks
+from drama_dist.distributed.precision import AUTO, dtype_name
+from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.packing import token_budget_chunks
+from drama_dist.records import Example, read_records
+from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import CORPUS as TRAINING_TEXTS
+from drama_dist.run.progress import progress_bar, say
+from drama_dist.run.runner import Run
+from drama_dist.train.target_vectors import VectorTargets
+
+_QUERIES, _PASSAGES = 8192, 4096  # that a head is fitted to
+_HELD_OUT = 10  # of so many one chooses the penalty
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in mean variances of the states
+_CHUNK_TOKENS = 4096
+
+
+def ridge(run: Run, folder: StageFolder, system: str) -> None:
+    """Do the stage, which rank 0 does alone; system: ridge."""
+    ranks.by_rank_0(lambda: _write(run, folder))
+    folder.finish()
+
+
+def with_ridge_head(run: Run, start: Encoder) -> Encoder:
+    """An encoder of the same backbone with a fitted head, and the run's contract. start: has none."""
+    settings = run.settings
+    examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
+    table = open_collection(run.path(TRAINING_TEXTS)).passages
+    queries, passages = _sample(len(examples), len(table), settings.seed)
+    start.contract = replace(settings.encoder, dims=[start.size])
+    states_nK = _pooled(start, examples, table, queries, passages)
+    targets = VectorTargets.open(run.path("targets"))
+    targets_nJ = torch.from_numpy(np.vstack([targets.queries.rows(queries), targets.passages.rows(passages)]))
+    return Encoder(start.backbone, start.tokenizer, settings.encoder, fitted_head(states_nK, targets_nJ, settings.seed))
+
+
+def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> nn.Linear:
+    """The ridge regression from states to targets; the penalty is the one that fits held-out rows best."""
+    states_nK, targets_nJ = states_nK.double(), targets_nJ.double()
+    order_n = torch.randperm(len(states_nK), generator=torch.Generator().manual_seed(seed))
+    held_out = order_n[: max(1, len(order_n) // _HELD_OUT)]
+    rest = order_n[len(held_out) :]
+    errors = [
+        float((_solved(states_nK[rest], targets_nJ[rest], penalty)(states_nK[held_out]) - targets_nJ[held_out]).norm())
+        for penalty in _PENALTIES
+    ]
+    penalty = _PENALTIES[errors.index(min(errors))]
+    say(f"ridge: penalty {penalty:g} of {len(states_nK)} states' mean variance")
+    return _solved(states_nK, targets_nJ, penalty).float()
+
+
+@torch.no_grad()
+def _solved(states_nK: torch.Tensor, targets_nJ: torch.Tensor, penalty: float) -> nn.Linear:
+    """argmin over W, b of |X W + b − Y|² + λ |W|², λ = penalty · trace(cov X) · n / K."""
+    mean_K, mean_J = states_nK.mean(0), targets_nJ.mean(0)
+    centred_nK = states_nK - mean_K
+    products_KK = centred_nK.T @ centred_nK
+    size = len(products_KK)
+    products_KK.diagonal().add_(penalty * products_KK.trace() / size)
+    weight_KJ = torch.linalg.solve(products_KK, centred_nK.T @ (targets_nJ - mean_J))
+    head = nn.Linear(size, targets_nJ.shape[1], dtype=states_nK.dtype)
+    head.weight.copy_(weight_KJ.T)
+    head.bias.copy_(mean_J - mean_K @ weight_KJ)
+    return head
+
+
+def _write(run: Run, folder: StageFolder) -> None:
+    settings = run.settings
+    start = settings.train.start or run.path("prune")
+    fitted = with_ridge_head(run, load(start, dtype=dtype_name(AUTO)))
+    encoder = load(start)  # float32: states in bfloat16 are enough to fit, not to start from
+    Encoder(encoder.backbone, encoder.tokenizer, settings.encoder, fitted.head).save(folder.folder)
+
+
+def _sample(queries: int, passages: int, seed: int) -> tuple[list[int], list[int]]:
+    chance = random.Random(f"{seed} ridge")
+    return tuple(  # type: ignore[return-value]
+        sorted(chance.sample(range(count), min(count, most)))
+        for count, most in ((queries, _QUERIES), (passages, _PASSAGES))
+    )
+
+
+@torch.no_grad()
+def _pooled(
+    encoder: Encoder, examples: Sequence[Example], table: PassageTable, queries: list[int], passages: list[int]
+) -> torch.Tensor:
+    """Pooled states of the queries, then of the passages, float32 (n, K), on the CPU."""
+    texts = encoder.tokenize_queries([examples[row].query for row in queries])
+    texts += encoder.tokenize_passages(table.contents(passages))
+    states_nK = torch.empty(len(texts), encoder.size)
+    bar = progress_bar(len(texts), "ridge", "texts")
+    for chunk in token_budget_chunks([len(ids) for ids in texts], _CHUNK_TOKENS):
+        states_nK[chunk] = encoder(encoder.pack([texts[row] for row in chunk]))[: len(chunk)].cpu()
+        bar.update(len(chunk))
+    bar.close()
+    return states_nK

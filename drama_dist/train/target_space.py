@@ -1,0 +1,90 @@
+"""The space of the regression's targets: the teacher's vectors beside BM25's, in one set of components.
+
+Covers the map from what teacher and BM25 say of a text to its target, and how the map is fitted. Concatenation adds
+scores: the dot product of [√a · t ; √(1 − a) · l] of a query and of a passage is a · (dot of t) + (1 − a) · (dot of l).
+BM25's part l is latent semantic indexing of its weights (Deerwester et al. 1990): the weights of a passage, or the word
+counts of a query, times the weights' leading right singular vectors. The components are then turned onto the principal
+axes of the targets, which leaves dot products as they are and makes prefixes the best targets of fewer components.
+Shapes: n texts, T components of the teacher, V words, L singular vectors, J = T + L, K components that are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
+
+from drama_dist.run.files import put_in_place
+
+_FILE = "space.safetensors"
+
+
+@dataclass(frozen=True)
+class TargetSpace:
+    """teacher_share: a. words_VL: float32, None where BM25 has no part. axes_JK: float32, orthonormal columns."""
+
+    teacher_share: float
+    words_VL: np.ndarray | None
+    axes_JK: np.ndarray
+
+    def targets(self, teacher_nT: np.ndarray, words_nV: csr_matrix | None) -> np.ndarray:
+        """Unit vectors, float32 (n, K). teacher_nT: unit vectors; words_nV: weights of passages, counts of queries."""
+        return _unit(joined(self.teacher_share, teacher_nT, words_nV, self.words_VL) @ self.axes_JK)
+
+    def save(self, folder: Path) -> None:
+        """Write the space to a folder."""
+        parts = {"teacher_share": np.array([self.teacher_share]), "axes": self.axes_JK}
+        if self.words_VL is not None:
+            parts["words"] = self.words_VL
+        temporary = folder / f"{_FILE}.tmp"
+        save_file(parts, temporary)
+        put_in_place(temporary, folder / _FILE)
+
+    @classmethod
+    def open(cls, folder: Path) -> TargetSpace:
+        """Read what `save` wrote."""
+        parts = load_file(folder / _FILE)
+        return cls(float(parts["teacher_share"][0]), parts.get("words"), parts["axes"])
+
+
+def word_vectors(weights_NV: csr_matrix, components: int, seed: int) -> np.ndarray:
+    """The leading right singular vectors of BM25's weights, float32 (V, L); fewer where the matrix has no more."""
+    count = min(components, min(weights_NV.shape) - 1)
+    if count < 1:
+        return np.zeros((weights_NV.shape[1], 0), dtype=np.float32)
+    start = np.random.default_rng(seed).standard_normal(min(weights_NV.shape))
+    _, _, right_LV = svds(weights_NV.astype(np.float32), k=count, v0=start.astype(np.float32))
+    return np.ascontiguousarray(right_LV[::-1].T, dtype=np.float32)
+
+
+def joined(
+    teacher_share: float, teacher_nT: np.ndarray, words_nV: csr_matrix | None, words_VL: np.ndarray | None
+) -> np.ndarray:
+    """The targets before they are turned, float32 (n, J), of length 1."""
+    parts = [np.sqrt(teacher_share) * teacher_nT]
+    if words_VL is not None and words_nV is not None:
+        parts.append(np.sqrt(1 - teacher_share) * _unit(words_nV @ words_VL))
+    return _unit(np.hstack(parts))
+
+
+def principal_axes(moment_JJ: np.ndarray, components: int) -> np.ndarray:
+    """The leading eigenvectors of a moment matrix, float32 (J, K).
+
+    Raises ValueError where there are not as many components.
+    """
+    if components > len(moment_JJ):
+        raise ValueError(
+            f"encoder.dims asks for {components} components, but the targets have {len(moment_JJ)}: the teacher's and "
+            "targets.lexical_components; lower the one or raise the other"
+        )
+    return np.ascontiguousarray(np.linalg.eigh(moment_JJ)[1][:, ::-1][:, :components], dtype=np.float32)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1; rows of zeros stay."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)

@@ -1,0 +1,108 @@
+"""The closed form: its head is the ridge regression's; training begins from it, and what it exports loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+import drama_dist
+from drama_dist.run.runner import Run
+from drama_dist.settings import Settings
+from drama_dist.train.ridge import _PENALTIES, _solved, fitted_head
+from drama_dist.train.target_vectors import VectorTargets
+
+N, K, J = 200, 12, 5
+CHANGES = [
+    "augment.synthetic_queries=0",
+    "prune.heal_steps=0",
+    "evaluate.systems=[drama, ridge, bm25]",
+    "train.info_nce_weight=0",
+    "train.regression_weight=1",
+    "train.steps=60",
+    "train.learning_rate=3e-3",
+    "encoder.dims=[40, 16]",
+    "targets.lexical_components=24",
+]
+
+
+def rows(noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(N, K, generator=generator) * torch.arange(1, K + 1) + 5
+    truth = torch.randn(K, J, generator=generator)
+    return states, states @ truth + 3 + noise * torch.randn(N, J, generator=generator)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 0.5])
+def test_the_closed_form_has_no_gradient(penalty: float) -> None:
+    """Of |X W + b − Y|² + λ |W|², at its solution; at a neighbour it has one."""
+    states, targets = (side.double() for side in rows(noise=1.0))
+    head = _solved(states, targets, penalty)
+    centred = states - states.mean(0)
+    factor = penalty * float(centred.square().sum()) / K
+
+    def gradients() -> list[float]:
+        loss = (head(states) - targets).square().sum() + factor * head.weight.square().sum()
+        return [float(gradient.abs().max()) for gradient in torch.autograd.grad(loss, list(head.parameters()))]
+
+    assert max(gradients()) < 1e-6
+    with torch.no_grad():
+        head.weight[0, 0] += 0.01
+    assert max(gradients()) > 1
+
+
+def test_a_map_that_is_linear_is_found_and_noise_asks_for_a_larger_penalty() -> None:
+    states, targets = rows(noise=0.0)
+    torch.testing.assert_close(fitted_head(states, targets, 1)(states), targets, rtol=1e-3, atol=0.05)
+    generator = torch.Generator().manual_seed(2)
+    few, noise = torch.randn(30, 25, generator=generator), torch.randn(30, J, generator=generator)
+    assert float(fitted_head(few, noise, 1).weight.detach().norm()) < float(
+        _solved(few.double(), noise.double(), _PENALTIES[0]).weight.detach().norm()
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(small_settings_in: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run by regression alone, with vectors of more components than the hidden size."""
+    run = Run(small_settings_in(tmp_path_factory.mktemp("ridge"), *CHANGES))
+    run.make("evaluate/corpus", "export")
+    return run
+
+
+def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> None:
+    lines = [json.loads(line) for line in (trained.path("train") / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert "accuracy" not in lines[0] and set(lines[0]["distance_per_dim"]) == {"40", "16"}
+    start, end = (drama_dist.load(trained.path(name)) for name in ("ridge", "train"))
+    targets = VectorTargets.open(trained.path("targets"))
+    examples = [json.loads(line) for line in (trained.path("augment") / "examples.jsonl").read_text().splitlines()]
+    expected = targets.queries.rows(range(len(examples)))
+
+    def distance(model: drama_dist.Encoder) -> float:
+        vectors = model.encode_queries([example["query"] for example in examples])
+        return float(np.linalg.norm(vectors - expected, axis=1).mean())
+
+    assert lines[0]["distance_of_queries"] == pytest.approx(distance(start), rel=0.1)
+    assert distance(end) < 0.97 * distance(start) < 0.97 * 1.2  # two unit vectors at random are 1.4 apart
+
+
+def test_the_report_has_the_closed_form_beside_the_trained_model(trained: Run) -> None:
+    results = json.loads((trained.path("evaluate/corpus") / "results.json").read_text("utf-8"))
+    assert {(row["system"], row["dim"]) for row in results} >= {("drama", 40), ("drama", 16), ("ridge", 40)}
+
+
+def test_the_head_is_exported_as_a_dense_module(trained: Run) -> None:
+    folder, texts = trained.path("export"), ["the river", "A longer text about a river and its banks. " * 4]
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    assert [type(module).__name__ for module in theirs] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    ours = drama_dist.load(folder)
+    theirs.max_seq_length = ours.contract.max_passage_tokens
+    np.testing.assert_allclose(ours.encode_passages(texts), theirs.encode_document(texts), atol=1e-5)
+    assert ours.encode_passages(texts).shape == (2, 40)
+    assert ours.head is not None
+    with torch.no_grad():
+        ours.head.weight += 0.1
+    assert np.abs(ours.encode_passages(texts) - theirs.encode_document(texts)).max() > 1e-3

@@ -1,0 +1,82 @@
+"""The target space: dot products are the mix of the teacher's and BM25's, prefixes are the best of their size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix, random_array
+
+from drama_dist.train.target_space import TargetSpace, joined, principal_axes, word_vectors
+
+T, V, SHARE = 6, 40, 0.6
+
+
+def texts(count: int, seed: int) -> tuple[np.ndarray, csr_matrix]:
+    chance = np.random.default_rng(seed)
+    teacher = chance.standard_normal((count, T)).astype(np.float32)
+    words = csr_matrix(random_array((count, V), density=0.2, rng=chance, dtype=np.float32))
+    return teacher / np.linalg.norm(teacher, axis=1, keepdims=True), words
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def space_of(components: int, lexical: int) -> TargetSpace:
+    teacher, words = texts(50, 0)
+    basis = word_vectors(words, lexical, seed=1)
+    parts = joined(SHARE, teacher, words, basis)
+    return TargetSpace(SHARE, basis, principal_axes(parts.T @ parts, components))
+
+
+def test_dot_products_are_the_mix_of_both() -> None:
+    (queries, counts), (passages, weights) = texts(9, 1), texts(11, 2)
+    space = space_of(T + V - 1, V - 1)
+    basis = space.words_VL
+    assert basis is not None and basis.shape == (V, V - 1)
+    mix = SHARE * queries @ passages.T + (1 - SHARE) * unit(counts @ basis) @ unit(weights @ basis).T
+    found = space.targets(queries, counts) @ space.targets(passages, weights).T
+    np.testing.assert_allclose(found, mix, atol=1e-5)
+    assert np.abs(found - queries @ passages.T).max() > 0.05
+
+
+def test_with_all_singular_vectors_the_lexical_part_is_the_cosine_of_words() -> None:
+    """Of a matrix with fewer rows than words, whose rows the vectors span but for one."""
+    words = texts(20, 3)[1]
+    basis = word_vectors(words, 1000, seed=1)
+    assert basis.shape == (V, 19)
+    exact = np.linalg.svd(words.toarray())[2][:19].T
+    np.testing.assert_allclose(np.abs((basis * exact).sum(0)), 1, atol=1e-4)
+
+
+def test_prefixes_keep_the_most_of_the_targets() -> None:
+    teacher, words = texts(50, 0)
+    space = space_of(10, 12)
+    rows = joined(SHARE, teacher, words, space.words_VL)
+    kept = np.square(rows @ space.axes_JK).sum(0)
+    assert (np.diff(kept) <= 1e-4).all()
+    assert kept.sum() == pytest.approx(np.linalg.svd(rows)[1][:10].__pow__(2).sum(), rel=1e-4)
+
+
+def test_a_text_without_a_known_word_keeps_its_teachers_direction() -> None:
+    teacher, _ = texts(3, 4)
+    space = space_of(T + 12, 12)
+    nothing = csr_matrix((3, V), dtype=np.float32)
+    found = space.targets(teacher, nothing)
+    np.testing.assert_allclose(found @ found.T, teacher @ teacher.T, atol=1e-5)
+
+
+def test_a_space_comes_back_from_its_folder(tmp_path: Path) -> None:
+    space, (teacher, words) = space_of(8, 5), texts(4, 5)
+    space.save(tmp_path)
+    np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, words), space.targets(teacher, words))
+    alone = TargetSpace(1.0, None, principal_axes(teacher.T @ teacher, 3))
+    alone.save(tmp_path)
+    np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, None), alone.targets(teacher, None))
+
+
+def test_more_components_than_the_targets_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder\.dims asks for 7 components, but the targets have 6"):
+        principal_axes(np.eye(6), 7)
