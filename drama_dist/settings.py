@@ -116,7 +116,9 @@ class CorpusSettings:
     language_keys: Distinct[Text] = Field(default=["language", "lang"])  # where there is none: corpus.language
     max_passages: Count | None = None  # keep this many, chosen by the seed
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
-    lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
+    # Texts in nothing but capitals become small letters, which the LLM that writes, a teacher that sees case and other
+    # models read far better; encoder.lower_case is for our encoder alone.
+    lower_capitals: bool = True
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
@@ -135,6 +137,9 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
+    # Texts and prefixes become small letters in the tokenizer that is saved and exported, so that serving agrees;
+    # false: the tokenizer does with capitals what it did in the LLM.
+    lower_case: bool = True
     # Matryoshka; the largest is the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 

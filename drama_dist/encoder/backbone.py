@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
-from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
+from drama_dist.encoder.contract import check_dims, read_contract, save_tokenizer, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import checked_dim, mean_pool, unit_vectors
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         backbone.config._attn_implementation = attention.NAME
         self.backbone = backbone
-        self._tokenizer = wire_tokenizer(tokenizer)
+        self._tokenizer = wire_tokenizer(tokenizer, contract.lower_case)
         self._token_ids = TextTokenizer(tokenizer)
         self.contract = check_dims(contract, backbone.config.hidden_size, "the encoder")
         self.tokens_per_batch: int | None = None  # None: what suits the device
@@ -193,7 +193,7 @@ class Encoder(nn.Module):
                 {name.removeprefix(prefix): values for name, values in weights.items()}, assign=True
             )
         backbone.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         write_contract(folder, self.contract)
 
 

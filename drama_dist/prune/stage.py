@@ -80,7 +80,7 @@ def _needs_head(settings: Settings) -> bool:
 def _load(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
     config = read_llama_config(source, trust)
-    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust))
+    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust), settings.encoder.lower_case)
     optional = () if _needs_head(settings) else (HEAD,)
     model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, dtype=dtype_of(AUTO))
     if not isinstance(model, LlamaForCausalLM):
