@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
+OWN_COLLECTIONS = ("corpus", "windows")  # of every run: their labels are not for evaluate.collections
 SYSTEMS = ("drama", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
@@ -72,8 +73,9 @@ def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
     for name in names:
         path = Path(name.removeprefix(OTHER_MODEL))
         label = path.name if path.name not in ("", "..") else path.resolve().name
-        label = name if name in reserved or mixed(name) else label
-        taken = label in labels or ((label in reserved or mixed(label)) and label != name)
+        is_system = name in SYSTEMS or bool(mixed(name))
+        label = name if is_system else label
+        taken = label in labels or ((label in reserved or bool(mixed(label))) and not is_system)
         if taken or not label:
             label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
         labels[label] = name
@@ -120,12 +122,25 @@ class CorpusSettings:
     # models read far better; encoder.lower_case is for our encoder alone.
     lower_capitals: bool = True
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
+    # Longer passages are trained on in windows of so many words, one every `window_step` words; they are encoded,
+    # searched and evaluated as they are.
+    window_words: Count = 120
+    window_step: Count = 90
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
     def _packages_are_named(self) -> Self:
         if self.path == PACKAGES_CORPUS and not self.packages:
             raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        if self.window_step > self.window_words:
+            raise SettingsError(
+                f"corpus.window_step={self.window_step} is more than corpus.window_words={self.window_words}: "
+                "the words between two windows would be left out"
+            )
         return self
 
 
@@ -313,7 +328,7 @@ class EvaluateSettings:
     @property
     def collection_labels(self) -> dict[str, str]:
         """What each collection is called in folders and tables, and its path."""
-        return _labels(self.collections, ["corpus"])
+        return _labels(self.collections, OWN_COLLECTIONS)
 
 
 @dataclass(config=_CONFIG, kw_only=True)

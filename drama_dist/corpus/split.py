@@ -11,7 +11,9 @@ import re
 from sentencex import segment
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
+_RUN = re.compile(r"\S+")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
+_LONGEST_WORD = 3  # counted so; a longer run without a space is a text without spaces
 
 
 def sentences(text: str, language: str) -> list[str]:
@@ -23,6 +25,16 @@ def sentences(text: str, language: str) -> list[str]:
 def count_words(text: str) -> int:
     """Number of words; in text without spaces every few letters count as one."""
     return max(len(text.split()), sum(not letter.isascii() for letter in text) // _LETTERS_PER_WORD)
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Begin and end of each word, in characters; in text without spaces every few letters are one."""
+    spans: list[tuple[int, int]] = []
+    for run in _RUN.finditer(text):
+        begin, end = run.span()
+        length = _LETTERS_PER_WORD if count_words(run[0]) > _LONGEST_WORD else end - begin
+        spans += [(at, min(at + length, end)) for at in range(begin, end, length)]
+    return spans
 
 
 def random_crop(text: str, language: str, rng: random.Random, min_words: int, max_words: int) -> str | None:

@@ -29,6 +29,7 @@ from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import CORPUS
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
 
@@ -61,7 +62,7 @@ def prune(run: Run, folder: StageFolder) -> None:
     settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
     source, tokenizer = _load(settings)
-    sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
+    sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
     with interrupts.deferred():

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.run.artefact import PROVENANCE
-from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, mixed, recorded
+from drama_dist.settings import EXACT, OWN_COLLECTIONS, SYSTEMS, Settings, SettingsError, mixed, recorded
 
-CORPUS = "corpus"  # the collection that a run trains on
+CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 TRAINING = {"drama": "train", "random-init": "train-random-init"}  # system -> the stage that trains it
 
 
@@ -60,14 +60,14 @@ class Stage:
 
 
 def _of_training(settings: Settings, **_: str) -> list[str]:
-    return ["corpus", "augment", *([] if settings.train.start else ["prune"]), *_of_soft_targets(settings)]
+    return [TRAINING_TEXTS, "augment", *([] if settings.train.start else ["prune"]), *_of_soft_targets(settings)]
 
 
 def _of_soft_targets(settings: Settings) -> list[str]:
     if not settings.train.soft_target_weight:
         return []
     systems = ["teacher", *(["bm25"] if settings.train.teacher_share < 1 else [])]
-    return ["targets", *(f"encode/{CORPUS}/{system}" for system in systems)]
+    return ["targets", *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
@@ -87,23 +87,33 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 
 def _of_augmentation(settings: Settings) -> list[str]:
     rankers = ["teacher", *(["bm25"] if settings.teacher.fuse_bm25 else [])]
-    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in rankers)]
+    return [CORPUS, TRAINING_TEXTS, *(f"encode/{TRAINING_TEXTS}/{system}" for system in rankers)]
 
 
 def stored_collection(collection: str) -> str:
     """The artefact that holds a collection's passages, queries and judgements."""
-    return "corpus" if collection == CORPUS else f"collections/{collection}"
+    return collection if collection in OWN_COLLECTIONS else f"collections/{collection}"
 
 
 STAGES = (
     Stage(
-        name="corpus",
+        name=CORPUS,
         verb="corpus",
         help="read, clean and store the corpus",
         work="drama_dist.corpus.stage:build_corpus",
-        sections=("seed", "corpus"),
+        sections="drama_dist.corpus.stage:corpus_sections",
         inputs="drama_dist.corpus.stage:corpus_inputs",
         processes="one",
+    ),
+    Stage(
+        name=TRAINING_TEXTS,
+        verb="corpus",
+        help="cut the corpus into the windows that are trained on",
+        work="drama_dist.corpus.stage:build_windows",
+        sections=("corpus.window_words", "corpus.window_step"),
+        needs=lambda settings, **_: [CORPUS],
+        processes="one",
+        constants={"collection": TRAINING_TEXTS},
     ),
     Stage(
         name="collections/{collection}",
@@ -120,7 +130,7 @@ STAGES = (
         help="cut the LLM down to a small encoder",
         work="drama_dist.prune.stage:prune",
         sections=("seed", "llm", "prune", "encoder"),
-        needs=lambda settings: ["corpus"],
+        needs=lambda settings: [CORPUS],
         inputs="drama_dist.prune.stage:inputs",
         check="drama_dist.prune.stage:check",
         processes="node",
@@ -291,7 +301,8 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
 
     Raises SettingsError if the settings have no such collection or system.
     """
-    collection = _label(collection, {CORPUS: CORPUS, **settings.evaluate.collection_labels}, "evaluate.collections")
+    own = {name: name for name in OWN_COLLECTIONS}
+    collection = _label(collection, {**own, **settings.evaluate.collection_labels}, "evaluate.collections")
     encoded = settings.evaluate.encoded_labels
     if parts := mixed(system):
         raise SettingsError(f"--system {system}: a mix has no encoding; name {' or '.join(parts)}")

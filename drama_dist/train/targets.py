@@ -1,6 +1,6 @@
 """The teacher's targets of training: its vectors of the examples' queries, RUN/targets, and the scores of a batch.
 
-The passages' vectors and BM25's index are encodings of the training corpus, as evaluation has them. How raw scores
+The passages' vectors and BM25's index are encodings of the training texts. How raw scores
 become logits is in teacher_scale.py, the loss in soft_target_term.py.
 Shapes: B queries and N passages of a batch, T components of the teacher.
 """
@@ -20,6 +20,7 @@ from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.kernels import SparseLogits, TeacherScores
 from drama_dist.records import Example, Passage, read_records
 from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import Progress
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
@@ -55,8 +56,8 @@ def encode_queries(run: Run, folder: StageFolder) -> None:
 def open_targets(run: Run) -> Targets:
     """What the run's artefacts hold."""
     train = run.settings.train
-    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if train.teacher_share < 1 else None
-    passages = EmbeddingShards(run.path("encode/corpus/teacher"))
+    lexical = LexicalIndex(run.path(f"encode/{TRAINING_TEXTS}/bm25")) if train.teacher_share < 1 else None
+    passages = EmbeddingShards(run.path(f"encode/{TRAINING_TEXTS}/teacher"))
     return Targets(
         EmbeddingShards(run.path("targets")), passages, lexical, train.teacher_share, train.teacher_temperature
     )
