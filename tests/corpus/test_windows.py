@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from drama_dist.corpus.split import count_words, word_spans
 from drama_dist.corpus.windows import cut, windows
 from drama_dist.records import Example, Passage, read_records
 from drama_dist.run.artefact import read_provenance
-from drama_dist.run.folder import OtherSettings
+from drama_dist.run.folder import OtherSettings, fingerprint
 from drama_dist.run.graph import artefacts_of, order_of
 from drama_dist.run.runner import Run, make
 from drama_dist.settings import Settings, SettingsError
@@ -58,6 +59,16 @@ def test_ids_that_are_taken_are_left_to_their_passages() -> None:
     made = list(windows(table, 5, 4))
     assert [passage.id for passage in made] == ["a##0", "a##1", "a#1", "a###0", "a###1", "b#0", "b#1"]
     assert made[1] == Passage("a##1", "4 5 6 7", "A title", "no") and made[2] == table[1]
+
+
+def test_a_table_is_the_same_whenever_it_is_written(tmp_path: Path) -> None:
+    passages = [Passage(f"p{number}", "words", "", "en") for number in range(2500)]
+    for name, count in (("first", 2500), ("second", 2500), ("other", 2499)):
+        PassageTable.write(tmp_path / name, iter(passages[:count]))
+        time.sleep(0.01)
+    assert fingerprint(tmp_path / "first") == fingerprint(tmp_path / "second") != fingerprint(tmp_path / "other")
+    assert not list(tmp_path.glob("*.tmp"))
+    assert list(PassageTable.open(tmp_path / "first").ids) == [passage.id for passage in passages]
 
 
 def test_a_step_beyond_the_window_is_refused(small_settings: Callable[..., Settings]) -> None:
