@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
@@ -62,7 +64,8 @@ def prune(run: Run, folder: StageFolder) -> None:
     settings = run.settings
     check_dims(settings.encoder, settings.prune.hidden, "settings")
     source, tokenizer = _load(settings)
-    sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
+    with counting() as cut:
+        sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
     with interrupts.deferred():
@@ -70,7 +73,8 @@ def prune(run: Run, folder: StageFolder) -> None:
             small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
         if ranks.rank() == 0:
             _save(folder.folder, small, tokenizer, settings.encoder, selection)
-        folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
+        parameters = sum(weight.numel() for weight in small.parameters())
+        folder.finish(parameters=parameters, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
 
 
 def _needs_head(settings: Settings) -> bool:

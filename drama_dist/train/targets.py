@@ -24,7 +24,7 @@ from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import Progress
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards, TextEncoder, write_shards
+from drama_dist.search.shards import EmbeddingShards, TextEncoder, texts_cut, write_shards
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 from drama_dist.train.batches import TextBatch
@@ -50,7 +50,8 @@ def encode_queries(run: Run, folder: StageFolder) -> None:
     encoder, rows = _QueriesAsPassages(teacher.load(settings)), settings.encode.shard_passages
     shards = write_shards(folder.folder, queries, encoder, rows, folder.share, folder.name)
     if shards is not None:
-        folder.finish(passages=len(shards), dim=shards.dim, dtype=teacher.dtype(settings))
+        cut = {"queries": texts_cut(folder.folder)}
+        folder.finish(passages=len(shards), dim=shards.dim, dtype=teacher.dtype(settings), cut=cut)
 
 
 def open_targets(run: Run) -> Targets:
