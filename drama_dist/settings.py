@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
+OWN_COLLECTIONS = ("corpus", "windows")  # of every run: their labels are not for evaluate.collections
 SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
@@ -80,8 +81,9 @@ def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
     for name in names:
         path = Path(name.removeprefix(OTHER_MODEL))
         label = path.name if path.name not in ("", "..") else path.resolve().name
-        label = name if name in reserved or mixed(name) else label
-        taken = label in labels or ((label in reserved or mixed(label)) and label != name)
+        is_system = name in SYSTEMS or bool(mixed(name))
+        label = name if is_system else label
+        taken = label in labels or ((label in reserved or bool(mixed(label))) and not is_system)
         if taken or not label:
             label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
         labels[label] = name
@@ -128,8 +130,14 @@ class CorpusSettings:
     language_keys: Distinct[Text] = Field(default=["language", "lang"])  # where there is none: corpus.language
     max_passages: Count | None = None  # keep this many, chosen by the seed
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
-    lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
+    # Texts in nothing but capitals become small letters, which the LLM that writes, a teacher that sees case and other
+    # models read far better; encoder.lower_case is for our encoder alone.
+    lower_capitals: bool = True
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
+    # Longer passages are trained on in windows of so many words, one every `window_step` words; they are encoded,
+    # searched and evaluated as they are.
+    window_words: Count = 120
+    window_step: Count = 90
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
@@ -142,6 +150,15 @@ class CorpusSettings:
             )
         return self
 
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        if self.window_step > self.window_words:
+            raise SettingsError(
+                f"corpus.window_step={self.window_step} is more than corpus.window_words={self.window_words}: "
+                "the words between two windows would be left out"
+            )
+        return self
+
 
 @dataclass(config=_CONFIG, kw_only=True)
 class EncoderSettings:
@@ -151,6 +168,9 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
+    # Texts and prefixes become small letters in the tokenizer that is saved and exported, so that serving agrees;
+    # false: the tokenizer does with capitals what it did in the LLM.
+    lower_case: bool = True
     # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
@@ -373,7 +393,7 @@ class EvaluateSettings:
     @property
     def collection_labels(self) -> dict[str, str]:
         """What each collection is called in folders and tables, and its path."""
-        return _labels(self.collections, ["corpus"])
+        return _labels(self.collections, OWN_COLLECTIONS)
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -22,6 +22,7 @@ from transformers import (
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_of
+from drama_dist.encoder import cut_texts
 from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import told_as
 from drama_dist.encoder.model_files import check_model_files, read_json_object, refuse_pointers
@@ -166,9 +167,11 @@ class Teacher:
     def _lengths(self, texts: list[str]) -> list[int]:
         """Token counts after truncation."""
         encoded = self.model.tokenizer(
-            texts, truncation=True, max_length=self.model.max_seq_length, padding=False, return_attention_mask=False
+            texts, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
-        return [len(ids) for ids in encoded["input_ids"]]
+        lengths, limit = [len(ids) for ids in encoded["input_ids"]], self.model.max_seq_length
+        cut_texts.note(lengths, limit)
+        return [min(length, limit) for length in lengths]
 
 
 def _check_module(kind: str, folder: Path) -> None:

@@ -19,7 +19,7 @@ from drama_dist.augment.stage import QUERY_VECTORS
 from drama_dist.distributed import ranks
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS as TRAINING_TEXTS
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import progress_bar
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex

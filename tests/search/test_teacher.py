@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from drama_dist.encoder.cut_texts import CutTexts, counting
 from drama_dist.encoder.sources import resolve
 from drama_dist.search.teacher import Teacher, padded_batches
 from drama_dist.settings import TeacherSettings
@@ -52,6 +53,10 @@ def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> Non
 
 def test_texts_are_cut_at_max_tokens(teacher: Teacher) -> None:
     assert max(teacher._lengths(TEXTS)) == 40
+    whole = [len(AutoTokenizer.from_pretrained(teacher.check())(text)["input_ids"]) for text in TEXTS]
+    with counting() as count:
+        teacher.encode_passages(TEXTS)
+    assert count == CutTexts(5, sum(whole), 1, whole[1] - 40)
     long, longer = teacher.encode_passages([TEXTS[1], TEXTS[1] + "and then something else altogether"])
     np.testing.assert_allclose(long, longer, atol=1e-6)
 
