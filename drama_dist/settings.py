@@ -63,6 +63,14 @@ def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
     return weights
 
 
+def _check_windows(section: str, words: int | None, step: int) -> None:
+    if words is not None and step > words:
+        raise SettingsError(
+            f"{section}.window_step={step} is more than {section}.window_words={words}: the words between two windows "
+            "would be left out"
+        )
+
+
 def mixed(name: str) -> tuple[str, ...]:
     """The two systems of a mix; empty for what is none."""
     parts = tuple(name.split(MIX))
@@ -136,8 +144,8 @@ class CorpusSettings:
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
     # Longer passages are trained on in windows of so many words, one every `window_step` words; they are encoded,
     # searched and evaluated as they are.
-    window_words: Count = 120
-    window_step: Count = 90
+    window_words: Count = 300
+    window_step: Count = 225
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
@@ -152,11 +160,7 @@ class CorpusSettings:
 
     @model_validator(mode="after")
     def _windows_leave_nothing_out(self) -> Self:
-        if self.window_step > self.window_words:
-            raise SettingsError(
-                f"corpus.window_step={self.window_step} is more than corpus.window_words={self.window_words}: "
-                "the words between two windows would be left out"
-            )
+        _check_windows("corpus", self.window_words, self.window_step)
         return self
 
 
@@ -201,8 +205,16 @@ class TeacherSettings:
     dtype: Dtype = "float32"
     batch_tokens: CostOnly[Count] = 8192
     max_tokens: TextTokens = 256
+    # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
+    window_words: Count | None = 120
+    window_step: Count = 90
     fuse_bm25: bool = True  # reciprocal rank fusion with BM25
     rrf_k: CountOrZero = 60
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        _check_windows("teacher", self.window_words, self.window_step)
+        return self
 
 
 @dataclass(config=_CONFIG, kw_only=True)

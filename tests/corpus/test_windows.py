@@ -72,7 +72,7 @@ def test_a_table_is_the_same_whenever_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_step_beyond_the_window_is_refused(small_settings: Callable[..., Settings]) -> None:
-    with pytest.raises(SettingsError, match=r"window_step=90 is more than corpus\.window_words=80"):
+    with pytest.raises(SettingsError, match=r"window_step=225 is more than corpus\.window_words=80"):
         small_settings("corpus.window_words=80")
 
 

