@@ -28,11 +28,10 @@ from drama_dist.run.graph import CORPUS, TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards, shard_path, write_shard
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, shard_path, write_shard
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 
-QUERY_VECTORS = "query_vectors"  # in the stage's folder: the teacher's, a shard a part, in the order of the examples
 _PART = 512
 
 

@@ -15,7 +15,6 @@ from sentencex import segment
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"  # scripts without spaces
 _BLANK_LINES = re.compile(r"\n\s*\n")
-_RUN = re.compile(r"\S+")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
 _WORDS = regex.compile(rf"(?:(?=[{UNSPACED}])\X){{1,{_LETTERS_PER_WORD}}}|[^\s{UNSPACED}]+")
 

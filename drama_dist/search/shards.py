@@ -24,6 +24,7 @@ from drama_dist.run.folder import CHECKPOINTS
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
+QUERY_VECTORS = "query_vectors"  # a folder in RUN/augment: the teacher's of the examples' queries, in their order
 _NORM_TOLERANCE = 1e-3
 _CUT = ".cut.json"
 

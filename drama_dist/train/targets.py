@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drama_dist.augment.stage import QUERY_VECTORS
 from drama_dist.distributed import ranks
 from drama_dist.kernels import SparseLogits, TeacherScores
 from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.teacher_scale import passage_moments, scaled_teacher
 

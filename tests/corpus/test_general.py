@@ -77,6 +77,18 @@ def test_the_corpus_stage_stores_it_apart(
         make(small_settings(f"corpus.general={file}"), "corpus")
 
 
+def test_a_share_of_the_texts_to_train_on_is_general_and_none_is_searched(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    long = " ".join(f"word{n}" for n in range(300))
+    file = texts(tmp_path / "general.jsonl", [f"{long} in the text of number {n}" for n in range(30)])
+    settings = small_settings(f"corpus.general={file}", "corpus.general_share=0.36")
+    trained = open_collection(make(settings, "corpus", collection="windows")).passages.ids
+    assert [id.startswith("general:") for id in trained] == [False] * 64 + [True] * 36
+    assert any(id.endswith("#2") for id in trained)  # of windows, too, these are the share
+    assert not any(id.startswith("general:") for id in open_collection(make(settings, "corpus")).passages.ids)
+
+
 def test_docs_of_packages_are_general_text_where_packages_are_named(small_settings: Callable[..., Settings]) -> None:
     with pytest.raises(
         SettingsError, match=r"corpus.general=installed-packages needs names in corpus.general_packages"
