@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--collection",
                 metavar="NAME",
                 default=CORPUS,
-                help="one of evaluate.collections (default: the training corpus)",
+                help="one of evaluate.collections, or windows: the texts to train on (default: the corpus)",
             )
     submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
     submit.add_argument(

@@ -7,59 +7,57 @@ Covers types, ranges and what settings must fit each other. Does not cover how f
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from drama_dist.setting_types import (
+    COST_ONLY,
+    CROP_KINDS,
+    Amount,
+    CostOnly,
+    Count,
+    CountOrZero,
+    CropKinds,
+    Distinct,
+    Dtype,
+    Fraction,
+    FreeText,
+    GibOrAuto,
+    LearningRate,
+    Name,
+    Rank,
+    Size,
+    SomeFraction,
+    SomeKeys,
+    Temperature,
+    Text,
+    TextTokens,
+)
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
+OWN_COLLECTIONS = ("corpus", "windows")  # of every run: their labels are not for evaluate.collections
 SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
-CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_COST_ONLY = object()
 _STEPS = 1000  # of training, where neither train.steps nor train.minutes is set
 
 
-def _one_line(text: str) -> str:
-    if not text.strip() or _CONTROL.search(text):
-        raise ValueError("must be one line of text, not empty")
-    return text
-
-
-def _expand_home(name: str) -> str:
-    return os.path.expanduser(name) if name.startswith("~/") else name
-
-
-def _distinct(values: list[T]) -> list[T]:
-    if len(set(values)) < len(values):
-        raise ValueError("must differ from each other")
-    return values
-
-
-def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
-    try:
-        return validate(value)
-    except ValidationError:
-        raise ValueError("must be auto, or GiB: a number, 0 or more") from None
-
-
-def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
-    if not weights.keys() <= CROP_KINDS.keys() or not sum(weights.values()):
-        raise ValueError(f"must be weights of {', '.join(CROP_KINDS)}, one of them more than 0")
-    return weights
+def _check_windows(section: str, words: int | None, step: int) -> None:
+    if words is not None and step > words:
+        raise SettingsError(
+            f"{section}.window_step={step} is more than {section}.window_words={words}: the words between two windows "
+            "would be left out"
+        )
 
 
 def mixed(name: str) -> tuple[str, ...]:
@@ -80,32 +78,16 @@ def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
     for name in names:
         path = Path(name.removeprefix(OTHER_MODEL))
         label = path.name if path.name not in ("", "..") else path.resolve().name
-        label = name if name in reserved or mixed(name) else label
-        taken = label in labels or ((label in reserved or mixed(label)) and label != name)
+        is_system = name in SYSTEMS or bool(mixed(name))
+        label = name if is_system else label
+        taken = label in labels or ((label in reserved or bool(mixed(label))) and not is_system)
         if taken or not label:
             label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
         labels[label] = name
     return labels
 
 
-FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
-Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
-Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a model; ~/ is the home folder
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
-Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many
-Rank = Annotated[int, Field(ge=1, le=2**16)]  # of a passage for a query; no search looks further down
-TextTokens = Annotated[int, Field(ge=3, le=2**24)]  # BOS and EOS are two
-Amount = Annotated[float, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-SomeFraction = Annotated[float, Field(gt=0, le=1)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]  # Adam moves a weight by about as much in a step
-Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 cannot tell scores apart
 System = Annotated[Text, AfterValidator(_known_system)]
-Dtype = Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the device is fast in it
-Distinct = Annotated[list[T], AfterValidator(_distinct)]
-SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
-CostOnly = Annotated[T, _COST_ONLY]  # see `recorded`
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -128,8 +110,14 @@ class CorpusSettings:
     language_keys: Distinct[Text] = Field(default=["language", "lang"])  # where there is none: corpus.language
     max_passages: Count | None = None  # keep this many, chosen by the seed
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
-    lower_capitals: bool = True  # texts in nothing but capitals become small letters, which LLMs read far better
+    # Texts in nothing but capitals become small letters, which the LLM that writes, a teacher that sees case and other
+    # models read far better; encoder.lower_case is for our encoder alone.
+    lower_capitals: bool = True
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
+    # Longer passages are trained on in windows of so many words, one every `window_step` words; they are encoded,
+    # searched and evaluated as they are.
+    window_words: Count = 300
+    window_step: Count = 225
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
@@ -142,6 +130,11 @@ class CorpusSettings:
             )
         return self
 
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        _check_windows("corpus", self.window_words, self.window_step)
+        return self
+
 
 @dataclass(config=_CONFIG, kw_only=True)
 class EncoderSettings:
@@ -151,6 +144,9 @@ class EncoderSettings:
     passage_prefix: FreeText = ""
     max_query_tokens: TextTokens = 64
     max_passage_tokens: TextTokens = 256
+    # Texts and prefixes become small letters in the tokenizer that is saved and exported, so that serving agrees;
+    # false: the tokenizer does with capitals what it did in the LLM.
+    lower_case: bool = True
     # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
@@ -181,8 +177,16 @@ class TeacherSettings:
     dtype: Dtype = "float32"
     batch_tokens: CostOnly[Count] = 8192
     max_tokens: TextTokens = 256
+    # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
+    window_words: Count | None = 120
+    window_step: Count = 90
     fuse_bm25: bool = True  # reciprocal rank fusion with BM25
     rrf_k: CountOrZero = 60
+
+    @model_validator(mode="after")
+    def _windows_leave_nothing_out(self) -> Self:
+        _check_windows("teacher", self.window_words, self.window_step)
+        return self
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -195,9 +199,7 @@ class AugmentSettings:
     # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
     # min_crop_words or more; joined: two of them; keywords: some of the passage's rarest words; title: the title, or
     # the first sentence where there is none. A passage that cannot give the kind drawn gives another.
-    crop_kinds: Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)] = field(
-        default_factory=lambda: dict(CROP_KINDS)
-    )
+    crop_kinds: CropKinds = field(default_factory=lambda: dict(CROP_KINDS))
     min_crop_words: Count = 4
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
@@ -286,7 +288,7 @@ class TrainSettings:
     chunk_tokens: CostOnly[Count] = 8192  # token budget of a micro-batch
     # Memory for graphs that are kept for the backward pass, in GiB for each rank; what does not fit is encoded
     # twice. "auto" measures: half of what is free.
-    activation_budget: CostOnly[Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]] = "auto"
+    activation_budget: CostOnly[GibOrAuto] = "auto"
     # keep only the inputs of layers, and compute each twice: for long passages
     checkpoint_layers: CostOnly[bool] = False
     tensorboard: CostOnly[bool] = True  # event files in train/tensorboard
@@ -373,7 +375,7 @@ class EvaluateSettings:
     @property
     def collection_labels(self) -> dict[str, str]:
         """What each collection is called in folders and tables, and its path."""
-        return _labels(self.collections, ["corpus"])
+        return _labels(self.collections, OWN_COLLECTIONS)
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -490,5 +492,5 @@ def recorded(section: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in as_dict(section).items()
-        if _COST_ONLY not in getattr(hints[name], "__metadata__", ())
+        if COST_ONLY not in getattr(hints[name], "__metadata__", ())
     }

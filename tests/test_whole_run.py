@@ -18,6 +18,7 @@ import pytest
 
 import drama_dist
 from drama_dist.corpus.collection import open_collection
+from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.runner import make
 from drama_dist.search.shards import EmbeddingShards
@@ -57,6 +58,13 @@ def test_a_run_leaves_every_artefact_and_repeating_it_does_nothing(small_setting
     assert not list(run.rglob("*.partial")) and not list(run.rglob("*.bin"))
     report = json.loads((run / "report.json").read_text("utf-8"))
     assert report["results"] == rows(run) and report["seconds"]["train"] > 0
+    with_texts = ("prune", "train", "encode/corpus/drama", "encode/windows/teacher", "evaluate/corpus")
+    cut = {(row["artefact"], row["what"]): row for row in report["texts_cut"]}
+    assert {artefact for artefact, _ in cut} >= set(with_texts)
+    assert cut["encode/corpus/drama", "passages"]["texts"] == 64 and cut["train", "queries"]["texts"] == 4 * 12
+    assert {what for artefact, what in cut if artefact == "evaluate/corpus"} == {
+        f"queries of {system}" for system in ("drama", "random-init", "llm-unpruned", "teacher")
+    }
     encoder = drama_dist.load(run / "export")
     assert encoder.encode_queries(["the bread"], dim=16).shape == (1, 16)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "report" not in path.name}
@@ -135,6 +143,8 @@ def test_a_run_that_is_killed_ends_with_the_same_table(
     assert rows(run) == rows(Path(whole.run))
     assert [line["step"] for line in steps(run)] == list(range(1, 41))
     assert [line["loss"] for line in steps(run)] == [line["loss"] for line in steps(Path(whole.run))]
+    for artefact in ("train", "encode/corpus/drama"):
+        assert read_provenance(run / artefact)["cut"] == read_provenance(Path(whole.run) / artefact)["cut"]
     for file in ("augment/examples.jsonl", "augment/set_aside.jsonl", "train/model.safetensors"):
         assert (run / file).read_bytes() == (Path(whole.run) / file).read_bytes(), file
 

@@ -17,21 +17,21 @@ from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.augment.written import WrittenQuery
-from drama_dist.corpus.collection import Collection, open_collection
+from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
-from drama_dist.records import Example, write_records
+from drama_dist.records import Example, Query, write_records
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import CHECKPOINTS, StageFolder
+from drama_dist.run.graph import CORPUS, TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards, shard_path, write_shard
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, shard_path, write_shard
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings
 
-QUERY_VECTORS = "query_vectors"  # in the stage's folder: the teacher's, a shard a part, in the order of the examples
 _PART = 512
 
 
@@ -56,12 +56,12 @@ def augment(run: Run, folder: StageFolder) -> None:
     A share of the work writes only its synthetic queries, since the rest needs all of them. Raises ValueError if no
     query could be written, or too many of the LLM's answers are unusable.
     """
-    settings, collection = run.settings, open_collection(run.path("corpus"))
+    settings, table = run.settings, open_collection(run.path(TRAINING_TEXTS)).passages
     if not folder.share.whole:
-        _synthetic(settings, folder, collection)
+        _synthetic(settings, folder, table)
         return
-    written, aside, notes = _write(run, folder, collection)
-    examples = _rank(settings, folder, collection, written, _ranker(run))
+    written, aside, notes = _write(run, folder, table, open_collection(run.path(CORPUS)).queries)
+    examples = _rank(settings, folder, table, written, _ranker(run))
     counts = _counts(examples, aside) | notes
     if ranks.rank() == 0:
         write_records(folder.folder / "examples.jsonl", examples)
@@ -75,26 +75,26 @@ def _ranker(run: Run) -> Ranker:
     teacher, settings = SYSTEMS["teacher"], run.settings
     assert isinstance(teacher, DenseSystem)
     lexical = _words(run) if settings.teacher.fuse_bm25 else None
-    shards = EmbeddingShards(run.path("encode/corpus/teacher"))
+    shards = EmbeddingShards(run.path(f"encode/{TRAINING_TEXTS}/teacher"))
     return Ranker(teacher.load(settings), shards, lexical, settings.teacher.rrf_k)
 
 
 def _words(run: Run) -> LexicalIndex:
-    return LexicalIndex(run.path("encode/corpus/bm25"))
+    return LexicalIndex(run.path(f"encode/{TRAINING_TEXTS}/bm25"))
 
 
 def _write(
-    run: Run, folder: StageFolder, collection: Collection
+    run: Run, folder: StageFolder, table: PassageTable, test_queries: Sequence[Query]
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]], dict[str, int]]:
     """All written queries except test queries, what was set aside, and what else is to be counted."""
     settings = run.settings
     lexical = _words(run) if settings.augment.draws_keywords else None
-    written, notes = crops(collection.passages, lexical, settings.augment, settings.seed)
+    written, notes = crops(table, lexical, settings.augment, settings.seed)
     aside: list[dict[str, Any]] = []
     if settings.augment.synthetic_queries:
-        synthetic, aside = _synthetic(settings, folder, collection)
+        synthetic, aside = _synthetic(settings, folder, table)
         written += synthetic
-    tests = {_folded(query.text) for query in collection.queries}
+    tests = {_folded(query.text) for query in test_queries}
     for query in written:
         if _folded(query.query) in tests:
             aside.append({"passage": query.passage_id, "reason": "is a test query", "value": query.query})
@@ -108,10 +108,10 @@ def _write(
 
 
 def _synthetic(
-    settings: Settings, folder: StageFolder, collection: Collection
+    settings: Settings, folder: StageFolder, table: PassageTable
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
     parts = folder.folder / CHECKPOINTS / "synthetic"
-    return write_queries(parts, collection.passages, _writer(settings), settings.augment, settings.seed, folder.share)
+    return write_queries(parts, table, _writer(settings), settings.augment, settings.seed, folder.share)
 
 
 def _writer(settings: Settings) -> LanguageModel:
@@ -119,10 +119,10 @@ def _writer(settings: Settings) -> LanguageModel:
 
 
 def _rank(
-    settings: Settings, folder: StageFolder, collection: Collection, written: list[WrittenQuery], ranker: Ranker
+    settings: Settings, folder: StageFolder, table: PassageTable, written: list[WrittenQuery], ranker: Ranker
 ) -> list[Example]:
     """The examples in order; the teacher's vectors of their queries are stored in the same order."""
-    table, section, vectors = collection.passages, settings.augment, folder.folder / QUERY_VECTORS
+    section, vectors = settings.augment, folder.folder / QUERY_VECTORS
     vectors.mkdir(exist_ok=True)
 
     def rank(index: int, part: Sequence[WrittenQuery]) -> list[Example]:

@@ -13,9 +13,12 @@ from functools import cached_property
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.table import MemoryMappedTable
 
 from drama_dist.corpus.formats import open_dataset
 from drama_dist.records import BadRecord, Passage, Query, read_records, write_records
+from drama_dist.run.files import hash_file
 
 Qrels = dict[str, dict[str, int]]
 _FEATURES = Features({name: Value("string") for name in ("id", "text", "title", "language")})
@@ -37,12 +40,20 @@ class PassageTable:
     @classmethod
     def in_memory(cls, passages: Iterable[Passage]) -> PassageTable:
         """A table of these passages that lies on no disk."""
-        return cls(_dataset(passages))
+        return cls(Dataset.from_list([vars(passage) for passage in passages], features=_FEATURES))
 
     @staticmethod
     def write(folder: Path, passages: Iterable[Passage]) -> None:
-        """Store passages in the given order."""
-        _dataset(passages).save_to_disk(str(folder))
+        """Store passages in the given order; memory holds a few of them at a time."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        rows = folder.with_name(f"{folder.name}.tmp")  # save_to_disk refuses to read from the folder that it writes
+        with ArrowWriter(path=str(rows), features=_FEATURES) as writer:
+            for passage in passages:
+                writer.write(vars(passage))
+            writer.finalize()
+        table = MemoryMappedTable.from_file(str(rows))
+        Dataset(table, fingerprint=hash_file(rows)).save_to_disk(str(folder))  # by itself it has the time in it
+        rows.unlink()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -74,10 +85,6 @@ class PassageTable:
         """The contents of all passages in order; memory holds a few of them at a time."""
         for start in range(0, len(self), _TEXTS_AT_ONCE):
             yield from self.contents(range(start, min(start + _TEXTS_AT_ONCE, len(self))))
-
-
-def _dataset(passages: Iterable[Passage]) -> Dataset:
-    return Dataset.from_list([vars(passage) for passage in passages], features=_FEATURES)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ def write_general(corpus: Path, passages: Iterable[Passage]) -> None:
     PassageTable.write(corpus / _FOLDER, (replace(passage, id=f"general:{passage.id}") for passage in passages))
 
 
-def read_general(corpus: Path) -> Iterator[Passage]:
-    """What `write_general` stored, in its order; nothing where it stored nothing."""
-    if (corpus / _FOLDER).exists():
-        table = PassageTable.open(corpus / _FOLDER)
-        yield from (table[position] for position in range(len(table)))
+def open_general(corpus: Path) -> PassageTable | None:
+    """What `write_general` stored, in its order; None where it stored nothing."""
+    folder = corpus / _FOLDER
+    return PassageTable.open(folder) if folder.exists() else None
 
 
 def with_general(own: Iterable[Passage], general: Iterable[Passage], share: float) -> Iterator[Passage]:

@@ -18,7 +18,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
 _WORDS = regex.compile(rf"(?:(?=[{UNSPACED}])\X){{1,{_LETTERS_PER_WORD}}}|[^\s{UNSPACED}]+")
 
-Place = tuple[int, int]  # where a word begins and ends in its text
+Span = tuple[int, int]  # where a word begins and ends in its text
 
 
 def sentences(text: str, language: str) -> list[str]:
@@ -33,18 +33,18 @@ def count_words(text: str) -> int:
     return max(len(text.split()), foreign // _LETTERS_PER_WORD)
 
 
-def word_places(text: str) -> list[Place]:
+def word_spans(text: str) -> list[Span]:
     """Where the words of a text are; in scripts without spaces, every few letters are one."""
     return [match.span() for match in _WORDS.finditer(text)]
 
 
-def random_span(text: str, places: Sequence[Place], words: int, rng: random.Random) -> str:
-    """So many consecutive words of a text from anywhere in it, or all where it has fewer. places: of its words."""
-    begin = rng.randrange(max(1, len(places) - words + 1))
-    chosen = places[begin : begin + words]
+def random_span(text: str, spans: Sequence[Span], words: int, rng: random.Random) -> str:
+    """So many consecutive words of a text from anywhere in it, or all where it has fewer. spans: of its words."""
+    begin = rng.randrange(max(1, len(spans) - words + 1))
+    chosen = spans[begin : begin + words]
     return text[chosen[0][0] : chosen[-1][1]]
 
 
 def crop(sentence: str, most: int, rng: random.Random) -> str:
     """A sentence, or a random span of `most` words where it is longer."""
-    return sentence if count_words(sentence) <= most else random_span(sentence, word_places(sentence), most, rng)
+    return sentence if count_words(sentence) <= most else random_span(sentence, word_spans(sentence), most, rng)

@@ -1,5 +1,7 @@
 """The corpus stage: read, clean, hold out test queries and store; the same for other collections to evaluate on.
 
+The windows stage cuts the corpus into texts to train on (windows.py).
+
 If the corpus comes with judgements, they are the test set, and every passage is kept. Otherwise the first sentences of
 some passages become test queries and are removed from those passages. General text to train on beside the corpus is
 stored in a table of its own, which nothing searches.
@@ -15,21 +17,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.collection import write_collection
-from drama_dist.corpus.general import write_general
+from drama_dist.corpus.collection import PassageTable, open_collection, write_collection
+from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, sentences
+from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
 from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
+from drama_dist.run.graph import CORPUS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
+from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict, recorded
 
 _COLLECTIONS = "evaluate.collections"
 _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")
+_OF_WINDOWS = ("window_words", "window_step", "general_share")
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
 _CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
@@ -63,6 +68,12 @@ def _own(corpus: CorpusSettings) -> _Source:
 
 def _general(corpus: CorpusSettings) -> _Source | None:
     return _Source("corpus.general", corpus.general, corpus.general_packages) if corpus.general else None
+
+
+def corpus_sections(settings: Settings) -> dict[str, Any]:
+    """The settings that the training corpus depends on."""
+    corpus = {name: value for name, value in recorded(settings.corpus).items() if name not in _OF_WINDOWS}
+    return {"seed": settings.seed, "corpus": corpus}
 
 
 def corpus_inputs(run: Run) -> dict[str, str]:
@@ -104,6 +115,21 @@ def _store_general(
     random.Random(f"{seed} general").shuffle(passages)
     write_general(folder.folder, passages)
     say(f"{source.setting}: {len(passages)} passages to train on beside the corpus")
+
+
+def build_windows(run: Run, folder: StageFolder, collection: str) -> None:
+    """Store the texts to train on, general ones among them: RUN/windows, a collection without queries."""
+    corpus, facts = run.settings.corpus, {}
+    if ranks.rank() == 0:
+        whole, general = open_collection(run.path(CORPUS)).passages, open_general(run.path(CORPUS))
+        texts = windows(whole, corpus.window_words, corpus.window_step)
+        if general is not None:
+            others = windows(general, corpus.window_words, corpus.window_step)
+            texts = with_general(texts, others, corpus.general_share)
+        write_collection(folder.folder, texts, [], {})
+        facts = {"passages": len(PassageTable.open(folder.folder / "passages"))}
+        say(f"{folder.name}: {facts['passages']} texts to train on, of {len(whole)} passages")
+    folder.finish(**facts)
 
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:

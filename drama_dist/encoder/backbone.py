@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
-from drama_dist.encoder.contract import check_dims, read_contract, wire_tokenizer, write_contract
+from drama_dist.encoder.contract import check_dims, read_contract, save_tokenizer, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.head import head_size, read_head, write_head
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         super().__init__()
         backbone.config._attn_implementation = attention.NAME
         self.backbone, self.head = backbone, head
-        self._tokenizer = wire_tokenizer(tokenizer)
+        self._tokenizer = wire_tokenizer(tokenizer, contract.lower_case)
         self._token_ids = TextTokenizer(tokenizer)
         self.contract = check_dims(contract, self.size, "the encoder")
         self.tokens_per_batch: int | None = None  # None: what suits the device
@@ -214,7 +214,7 @@ class Encoder(nn.Module):
         backbone.save_pretrained(folder)
         if self.head is not None:
             write_head(folder, _within("head", weights))
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         write_contract(folder, self.contract)
 
 

@@ -1,7 +1,7 @@
 """The encoder contract on disk: drama.json beside the weights, or a sentence-transformers folder's configuration.
 
-Covers the prefixes, lengths and dims that a model was trained with, and the tokenisation (BOS, prefix, text, EOS;
-truncation keeps EOS), which is configured in the tokenizer so that every program that loads it agrees.
+Covers the prefixes, lengths and dims that a model was trained with, and the tokenisation (small letters; BOS, prefix,
+text, EOS; truncation keeps EOS), which is configured in the tokenizer so that every program that loads it agrees.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from tokenizers.normalizers import Lowercase, Normalizer, Sequence
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -22,18 +23,18 @@ FILE = "drama.json"
 
 
 def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
-    """The contract that a model folder declares; defaults where it declares none.
+    """The contract that a model folder declares; defaults where it declares none, but for `lower_case`: false.
 
     Raises ValueError where a sentence-transformers folder pools otherwise than by the mean,
     SettingsError where a file has an unknown key, a value of another type or a dim beyond the hidden size.
     """
     if (folder / FILE).exists():
-        read_json_object(folder / FILE)
-        contract = read_json(EncoderSettings, (folder / FILE).read_bytes(), str(folder / FILE))
+        declared = {"lower_case": False, **read_json_object(folder / FILE)}  # older than this key: as it was trained
+        contract = read_json(EncoderSettings, json.dumps(declared), str(folder / FILE))
         return check_dims(contract, hidden_size, str(folder / FILE))
     if (folder / "modules.json").exists():
         return _from_sentence_transformers(folder, hidden_size)
-    return EncoderSettings(dims=[hidden_size])
+    return EncoderSettings(lower_case=False, dims=[hidden_size])
 
 
 def write_contract(folder: Path, contract: EncoderSettings) -> None:
@@ -51,10 +52,16 @@ def check_dims(contract: EncoderSettings, hidden_size: int, source: str) -> Enco
     return contract
 
 
-def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreTrainedTokenizerBase:
     """Make the tokenizer put BOS first and EOS last, pad on the right, and truncate before EOS.
 
     Removes the chat template: sentence-transformers would wrap every text in it.
+
+    lower_case: fold letters before whatever else the tokenizer's normaliser does, in prefixes as in texts. Special
+    tokens stay, since tokenizers find them in the text before it is normalised. Each character becomes its own small
+    letter in Unicode, whatever the language and the letters beside it: É becomes é and keeps its accent, İ becomes i
+    and a combining dot, I becomes i in Turkish too (there ı is another letter), Σ becomes σ at the end of a word too,
+    and ß stays, so that STRASSE and straße differ. False leaves the normaliser as it is.
 
     Raises ValueError if the tokenizer has no fast backend, no BOS or no EOS.
     """
@@ -67,11 +74,32 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
         single=f"{bos} $A {eos}",
         special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
     )
+    if lower_case:
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = _lower_case_first(backend.normalizer)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = eos
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer so that transformers takes all of it from tokenizer.json.
+
+    Tokenizers of some classes (GPT2Tokenizer, Qwen2Tokenizer, GemmaTokenizer) are put together anew when they are
+    loaded, without the normaliser that was saved.
+    """
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    values = {**read_json_object(config), "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_text(config, json.dumps(values, indent=2) + "\n")
+
+
+def _lower_case_first(normalizer: Normalizer | None) -> Normalizer:
+    first = normalizer[0] if isinstance(normalizer, Sequence) and len(normalizer) else normalizer
+    folding = [] if isinstance(first, Lowercase) else [Lowercase()]
+    return Sequence([*folding, *([] if normalizer is None else [normalizer])])
 
 
 def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettings:
@@ -92,7 +120,13 @@ def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettin
     limit = read_json(_Length, _json_of(_Length, length), str(longest)).max_seq_length
     passage = named.passage if named.document is None else named.document
     limits = {} if limit is None else {"max_query_tokens": limit, "max_passage_tokens": limit}
-    return EncoderSettings(query_prefix=named.query or "", passage_prefix=passage or "", dims=[hidden_size], **limits)
+    return EncoderSettings(
+        query_prefix=named.query or "",
+        passage_prefix=passage or "",
+        lower_case=False,
+        dims=[hidden_size],
+        **limits,
+    )
 
 
 @dataclass(kw_only=True)

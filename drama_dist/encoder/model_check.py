@@ -23,7 +23,7 @@ def check_llama(name: str, trust_remote_code: bool = False, with_head: bool = Fa
     """
     source = reachable(resolve(name))
     config = read_llama_config(source, trust_remote_code)
-    wire_tokenizer(read_tokenizer(source, config, trust_remote_code))
+    wire_tokenizer(read_tokenizer(source, config, trust_remote_code), lower_case=False)
     if Path(source).is_dir():
         check_weights(LlamaForCausalLM if with_head else LlamaModel, Path(source), config)
     return config

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from drama_dist.encoder import cut_texts
+
 
 def as_texts(texts: Any) -> list[str]:
     """The texts of a list, tuple, iterator, numpy array, or column of pandas or datasets, in order.
@@ -68,5 +70,6 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         """Token ids of each text; of one with more than `limit` the first limit − 1, and the last, which is EOS."""
-        encodings = self._backend.encode_batch(list(texts))
-        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in (e.ids for e in encodings)]
+        whole = [encoding.ids for encoding in self._backend.encode_batch(list(texts))]
+        cut_texts.note(map(len, whole), limit)
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]

@@ -21,7 +21,7 @@ from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
-from drama_dist.run.artefact import PROVENANCE, seconds_of, verify
+from drama_dist.run.artefact import PROVENANCE, read_provenance, seconds_of, verify
 from drama_dist.run.files import write_text
 from drama_dist.run.graph import CORPUS, TRAINING, in_order
 from drama_dist.run.progress import say
@@ -65,7 +65,9 @@ def write_report(run: Path, settings: Settings) -> Path:
     results, seconds = _results(run, settings), stage_seconds(run)
     rows = results[CORPUS]
     others = {name: rows for name, rows in results.items() if name != CORPUS}
-    record = {"results": rows, "collections": others, "seconds": seconds, "settings": as_dict(settings)}
+    cut = _texts_cut(run)
+    record = {"results": rows, "collections": others, "seconds": seconds, "texts_cut": cut}
+    record["settings"] = as_dict(settings)
     write_text(run / "report.json", json.dumps(record, indent=2) + "\n")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -86,6 +88,7 @@ def write_report(run: Path, settings: Settings) -> Path:
         meaning={label: meaning_and_colour(label, settings)[0] for label in settings.evaluate.labels},
         cost=_training_cost(_metrics(run / "train")),
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
+        cut=cut,
         counts=_json(run / "augment" / "counts.json") or {},
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
     )
@@ -117,6 +120,16 @@ def _finished(run: Path) -> list[str]:
     """The finished artefacts of a run, in the order in which stages run."""
     names = [path.parent.relative_to(run).as_posix() for path in run.rglob(PROVENANCE)]
     return in_order(name for name in names if ".partial" not in name)
+
+
+def _texts_cut(run: Path) -> list[dict[str, Any]]:
+    """What each finished artefact counted of the texts that it read and cut: the fields of CutTexts."""
+    return [
+        {"artefact": name, "what": what, **count}
+        for name in _finished(run)
+        for what, count in read_provenance(run / name).get("cut", {}).items()
+        if count["texts"]
+    ]
 
 
 def _results(run: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:

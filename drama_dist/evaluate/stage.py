@@ -7,11 +7,13 @@ judged queries has no results.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
+from drama_dist.encoder.cut_texts import counting
 from drama_dist.evaluate.scoring import score
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
@@ -39,11 +41,14 @@ def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
 
     if not stored.queries:
         say(f"{folder.name}: the collection has no judged queries, so there is nothing to compare the systems by")
+    cut: dict[str, dict[str, int]] = {}
     if ranks.rank() == 0:
         queries = [query.text for query in stored.queries]
         rows = []
         for label in settings.evaluate.labels if queries else ():
-            for ranking in rankings(label, settings, encoded, queries, settings.evaluate.depth):
-                rows.append(score(label, ranking, stored, folder.folder).as_row())
+            with counting() as count:
+                for ranking in rankings(label, settings, encoded, queries, settings.evaluate.depth):
+                    rows.append(score(label, ranking, stored, folder.folder).as_row())
+            cut[f"queries of {label}"] = asdict(count)
         write_text(folder.folder / "results.json", json.dumps(rows, indent=2) + "\n")
-    folder.finish(queries=len(stored.queries))
+    folder.finish(queries=len(stored.queries), cut=cut)

@@ -29,7 +29,7 @@ from drama_dist.settings import Settings, as_dict
 
 _CARD = Path(__file__).with_name("model_card.md")
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-_PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "x", "word " * 600]
+_PROBES = ["how do I invert a matrix", "A passage. It has two sentences.", "CAPITALS, É AND ß", "x", "word " * 600]
 
 
 def export(run: Run, folder: StageFolder) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
@@ -30,6 +31,7 @@ from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import CORPUS
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
 
@@ -60,7 +62,8 @@ def prune(run: Run, folder: StageFolder) -> None:
     """
     settings = run.settings
     source, tokenizer = _load(settings)
-    sequences = _calibration(tokenizer, open_collection(run.path("corpus")).passages, settings)
+    with counting() as cut:
+        sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
     with interrupts.deferred():
@@ -68,7 +71,8 @@ def prune(run: Run, folder: StageFolder) -> None:
             small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
         if ranks.rank() == 0:
             _save(folder.folder, small, tokenizer, settings.encoder, selection)
-        folder.finish(parameters=sum(weight.numel() for weight in small.parameters()), dtype=dtype_name(AUTO))
+        parameters = sum(weight.numel() for weight in small.parameters())
+        folder.finish(parameters=parameters, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
 
 
 def _needs_head(settings: Settings) -> bool:
@@ -79,7 +83,7 @@ def _needs_head(settings: Settings) -> bool:
 def _load(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
     config = read_llama_config(source, trust)
-    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust))
+    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust), settings.encoder.lower_case)
     optional = () if _needs_head(settings) else (HEAD,)
     model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, dtype=dtype_of(AUTO))
     if not isinstance(model, LlamaForCausalLM):

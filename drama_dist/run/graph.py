@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.run.artefact import PROVENANCE
-from drama_dist.settings import EXACT, SYSTEMS, Settings, SettingsError, mixed, recorded
+from drama_dist.settings import EXACT, OWN_COLLECTIONS, SYSTEMS, Settings, SettingsError, mixed, recorded
 
-CORPUS = "corpus"  # the collection that a run trains on
+CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 # system -> the stage that makes its encoder
 TRAINING = {"drama": "train", "ridge": "ridge", "random-init": "train-random-init"}
 
@@ -64,7 +64,7 @@ def _of_training(settings: Settings, **_: str) -> list[str]:
     train = settings.train
     start = ["ridge", "targets"] if train.regression_weight else _of_start(settings)
     scores = _of_targets(settings) if train.soft_target_weight else []
-    return list(dict.fromkeys(["corpus", "augment", *start, *scores]))
+    return list(dict.fromkeys([TRAINING_TEXTS, "augment", *start, *scores]))
 
 
 def _of_start(settings: Settings) -> list[str]:
@@ -73,7 +73,7 @@ def _of_start(settings: Settings) -> list[str]:
 
 def _of_targets(settings: Settings) -> list[str]:
     systems = ["teacher", *(["bm25"] if settings.targets.uses_bm25 else [])]
-    return ["augment", *(f"encode/{CORPUS}/{system}" for system in systems)]
+    return ["augment", *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
@@ -94,23 +94,33 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 def _of_augmentation(settings: Settings) -> list[str]:
     words_count = settings.teacher.fuse_bm25 or settings.augment.draws_keywords
     systems = ["teacher", *(["bm25"] if words_count else [])]
-    return ["corpus", *(f"encode/{CORPUS}/{system}" for system in systems)]
+    return [CORPUS, TRAINING_TEXTS, *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
 
 
 def stored_collection(collection: str) -> str:
     """The artefact that holds a collection's passages, queries and judgements."""
-    return "corpus" if collection == CORPUS else f"collections/{collection}"
+    return collection if collection in OWN_COLLECTIONS else f"collections/{collection}"
 
 
 STAGES = (
     Stage(
-        name="corpus",
+        name=CORPUS,
         verb="corpus",
         help="read, clean and store the corpus",
         work="drama_dist.corpus.stage:build_corpus",
-        sections=("seed", "corpus"),
+        sections="drama_dist.corpus.stage:corpus_sections",
         inputs="drama_dist.corpus.stage:corpus_inputs",
         processes="one",
+    ),
+    Stage(
+        name=TRAINING_TEXTS,
+        verb="corpus",
+        help="cut the corpus into the windows that are trained on",
+        work="drama_dist.corpus.stage:build_windows",
+        sections=("corpus.window_words", "corpus.window_step", "corpus.general_share"),
+        needs=lambda settings, **_: [CORPUS],
+        processes="one",
+        constants={"collection": TRAINING_TEXTS},
     ),
     Stage(
         name="collections/{collection}",
@@ -127,7 +137,7 @@ STAGES = (
         help="cut the LLM down to a small encoder",
         work="drama_dist.prune.stage:prune",
         sections=("seed", "llm", "prune", "encoder"),
-        needs=lambda settings: ["corpus"],
+        needs=lambda settings: [CORPUS],
         inputs="drama_dist.prune.stage:inputs",
         check="drama_dist.prune.stage:check",
         processes="node",
@@ -159,7 +169,7 @@ STAGES = (
         help="fit the linear head that regression begins from",
         work="drama_dist.train.ridge:ridge",
         sections=("seed", "encoder"),
-        needs=lambda settings, system: ["corpus", "augment", "targets", *_of_start(settings)],
+        needs=lambda settings, system: [TRAINING_TEXTS, "augment", "targets", *_of_start(settings)],
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",
         processes="node",
@@ -309,7 +319,8 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
 
     Raises SettingsError if the settings have no such collection or system.
     """
-    collection = _label(collection, {CORPUS: CORPUS, **settings.evaluate.collection_labels}, "evaluate.collections")
+    own = {name: name for name in OWN_COLLECTIONS}
+    collection = _label(collection, {**own, **settings.evaluate.collection_labels}, "evaluate.collections")
     encoded = settings.evaluate.encoded_labels
     if parts := mixed(system):
         raise SettingsError(f"--system {system}: a mix has no encoding; name {' or '.join(parts)}")

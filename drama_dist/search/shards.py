@@ -7,7 +7,9 @@ Shapes: N passages, K components, n passages of one shard or block.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +17,16 @@ import numpy as np
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
+from drama_dist.encoder.cut_texts import CutTexts, counting
 from drama_dist.run.artefact import PROVENANCE, SHARDS, read_provenance
-from drama_dist.run.files import matches_checksum, put_in_place, write_checksum
+from drama_dist.run.files import matches_checksum, put_in_place, write_checksum, write_text
 from drama_dist.run.folder import CHECKPOINTS
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
+QUERY_VECTORS = "query_vectors"  # a folder in RUN/augment: the teacher's of the examples' queries, in their order
 _NORM_TOLERANCE = 1e-3
+_CUT = ".cut.json"
 
 
 class TextEncoder(Protocol):
@@ -131,12 +136,15 @@ def write_shards(
         raise ValueError(f"{name}: the corpus has no passages to encode")
     mine = share.indices_of(-(-len(passages) // shard_passages))
     spans = {i: range(i * shard_passages, min((i + 1) * shard_passages, len(passages))) for i in mine}
-    missing = [i for i in mine if not matches_checksum(shard_path(folder, i), _checksum_path(folder, i))]
+    missing = [i for i in mine if not _is_whole(folder, i)]
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     total = sum(map(len, spans.values()))
     bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
     for i in missing:
-        write_shard(folder, i, _encode(encoder, passages, spans[i], bar.update))
+        with counting() as cut:
+            vectors_nK = _encode(encoder, passages, spans[i], bar.update)
+        write_shard(folder, i, vectors_nK)
+        write_text(_cut_path(folder, i), json.dumps(asdict(cut)))
         write_checksum(shard_path(folder, i), _checksum_path(folder, i))
     bar.close()
     ranks.barrier()
@@ -169,6 +177,15 @@ def check_vectors(vectors_nK: np.ndarray, texts: Sequence[str], name: Callable[[
         )
 
 
+def texts_cut(folder: Path) -> dict[str, int]:
+    """What was cut of the texts of all shards, as the fields of CutTexts, by whatever ranks and attempts.
+
+    folder: of a stage that is not finished: the counts are among its checkpoints.
+    """
+    counts = [CutTexts(**json.loads(path.read_text("utf-8"))) for path in (folder / CHECKPOINTS).glob(f"*{_CUT}")]
+    return asdict(sum(counts, CutTexts()))
+
+
 def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
     """Write the shard `index`, from 0, under a temporary name; rename it when it is on the disk."""
     path = shard_path(folder, index)
@@ -181,6 +198,16 @@ def write_shard(folder: Path, index: int, vectors_nK: np.ndarray) -> None:
 def shard_path(folder: Path, index: int) -> Path:
     """Where `write_shard` writes."""
     return folder / f"shard-{index:05d}.npy"
+
+
+def _is_whole(folder: Path, index: int) -> bool:
+    checked = matches_checksum(shard_path(folder, index), _checksum_path(folder, index))
+    return checked and _cut_path(folder, index).is_file()
+
+
+def _cut_path(folder: Path, index: int) -> Path:
+    """Beside the checksum, which is written after it."""
+    return folder / CHECKPOINTS / f"{shard_path(folder, index).name}{_CUT}"
 
 
 def _checksum_path(folder: Path, index: int) -> Path:

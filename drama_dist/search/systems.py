@@ -29,7 +29,7 @@ from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
 from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
-from drama_dist.search.shards import EmbeddingShards, TextEncoder, write_shards
+from drama_dist.search.shards import EmbeddingShards, TextEncoder, texts_cut, write_shards
 from drama_dist.search.teacher import Teacher
 from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed, recorded
 
@@ -101,7 +101,8 @@ class DenseSystem(System):
         encoder, rows = self.load(settings), settings.encode.shard_passages
         shards = write_shards(folder.folder, collection.passages, encoder, rows, folder.share, folder.name)
         if shards is not None:
-            folder.finish(passages=len(shards), dim=shards.dim, dtype=self.dtype(settings))
+            cut = {"passages": texts_cut(folder.folder)}
+            folder.finish(passages=len(shards), dim=shards.dim, dtype=self.dtype(settings), cut=cut)
 
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
         shards = EmbeddingShards(encoded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from drama_dist.corpus.windows import cut
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_of
+from drama_dist.encoder import cut_texts
 from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import told_as
 from drama_dist.encoder.model_files import check_model_files, read_json_object, refuse_pointers
@@ -132,11 +135,21 @@ class Teacher:
     ) -> np.ndarray:
         """Unit vectors of passages, float32 (N, dim); dim None is the model's size.
 
-        progress: called with the number of texts of each encoded batch.
-        Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
+        A text of more than `window_words` words has the mean of its windows' vectors. progress: told how many texts are
+        encoded. Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
+        windows = [self._windows(text) for text in as_texts(texts)]
+        flat, counts_N = list(chain(*windows)), np.array([len(parts) for parts in windows], dtype=np.int64)
+        told = None if progress is None else _in_texts(progress, len(windows), len(flat))
         with self._turn:
-            return self._encode(as_texts(texts), dim, self.model.encode_document, _PASSAGE_PROMPTS, progress)
+            vectors_nK = self._encode(flat, None, self.model.encode_document, _PASSAGE_PROMPTS, told)
+        if len(flat) > len(windows):
+            vectors_nK = np.add.reduceat(vectors_nK, counts_N.cumsum() - counts_N)
+        return matryoshka_cut_array(vectors_nK, checked_dim(dim, vectors_nK.shape[1]))
+
+    def _windows(self, text: str) -> list[str]:
+        words = self.settings.window_words
+        return [text] if words is None else cut(text, words, self.settings.window_step)
 
     def _encode(
         self,
@@ -166,9 +179,23 @@ class Teacher:
     def _lengths(self, texts: list[str]) -> list[int]:
         """Token counts after truncation."""
         encoded = self.model.tokenizer(
-            texts, truncation=True, max_length=self.model.max_seq_length, padding=False, return_attention_mask=False
+            texts, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
-        return [len(ids) for ids in encoded["input_ids"]]
+        lengths, limit = [len(ids) for ids in encoded["input_ids"]], self.model.max_seq_length
+        cut_texts.note(lengths, limit)
+        return [min(length, limit) for length in lengths]
+
+
+def _in_texts(progress: Progress, texts: int, windows: int) -> Progress:
+    """Tells `progress` of texts, in proportion to the windows that it is told of."""
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        progress(done * texts // windows - before * texts // windows)
+
+    return told
 
 
 def _check_module(kind: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 from drama_dist.corpus.collection import PassageTable
@@ -17,7 +18,8 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.encoder.backbone import Encoder
-from drama_dist.records import Example
+from drama_dist.encoder.cut_texts import CutTexts
+from drama_dist.records import Example, read_json_lines
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
@@ -53,7 +55,7 @@ def train_encoder(
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
     done = _run_steps(settings, folder, step, examples, table)
     _save_encoder(folder, start, step.engine)
-    return {"examples": len(examples), **done, "dtype": step.dtype}
+    return {"examples": len(examples), **done, "dtype": step.dtype, "cut": _texts_cut(folder)}
 
 
 def _run_steps(
@@ -89,6 +91,16 @@ def _run_steps(
 
     with closing(telemetry):
         return loop.run(folder.name, do_step)
+
+
+def _texts_cut(folder: StageFolder) -> dict[str, dict[str, int]]:
+    """What was cut of the texts of all steps on all ranks; a text counts in every step that has it."""
+    steps = [line for _, line in read_json_lines(folder.folder / "metrics.jsonl")] if ranks.rank() == 0 else []
+    totals = {"queries": CutTexts(), "passages": CutTexts()}
+    for line in steps:
+        for what in totals:
+            totals[what] += CutTexts(**line.get(f"{what}_cut", {}))
+    return {what: asdict(total) for what, total in totals.items()}
 
 
 def _progress(figures: dict[str, Any]) -> str:

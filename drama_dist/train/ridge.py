@@ -23,7 +23,7 @@ from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS as TRAINING_TEXTS
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
 from drama_dist.train.target_vectors import VectorTargets

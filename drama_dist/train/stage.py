@@ -14,6 +14,7 @@ from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, read_records
 from drama_dist.run import interrupts
 from drama_dist.run.folder import StageFolder
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
 from drama_dist.train.loop import train_encoder
@@ -56,6 +57,6 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None
-    table = open_collection(run.path("corpus")).passages
+    table = open_collection(run.path(TRAINING_TEXTS)).passages
     facts = train_encoder(settings, folder, start, examples, table, scores, vectors)
     folder.finish(**facts)

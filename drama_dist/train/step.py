@@ -8,7 +8,7 @@ ranks and the benchmarks call it. Which texts make up a batch is in batches.py, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.precision import agreed_dtype_name
 from drama_dist.encoder.backbone import Encoder
+from drama_dist.encoder.cut_texts import CutTexts, counting
 from drama_dist.kernels import TeacherScores
 from drama_dist.settings import TrainSettings
 from drama_dist.train.batches import TextBatch
@@ -29,13 +30,16 @@ from drama_dist.train.term import EmbeddedBatch, Relevance, TargetVectors, TermR
 @dataclass(frozen=True)
 class StepResult:
     """objective: of the global batch. gradient_norm: of all weights, before clipping. lengths: of the sequences that
-    this rank encoded, in tokens; of these tokens the `recomputed` share was encoded twice.
+    this rank encoded, in tokens; of these tokens the `recomputed` share was encoded twice. queries_cut, passages_cut:
+    what was cut of this rank's texts.
     """
 
     objective: TermResult
     gradient_norm: float
     lengths: list[int]
     recomputed: float
+    queries_cut: CutTexts = field(default_factory=CutTexts)
+    passages_cut: CutTexts = field(default_factory=CutTexts)
 
 
 class TrainingStep:
@@ -73,11 +77,15 @@ class TrainingStep:
         """One step on this rank's share of a global batch. Raises FloatingPointError as Engine.step does."""
         queries = [batch.queries[row] for row in ranks.rank_slice(len(batch.queries))]
         passages = [batch.passages[column] for column in ranks.rank_slice(len(batch.passages))]
-        tokens = self.encoder.tokenize_queries(queries), self.encoder.tokenize_passages(passages)
+        with counting() as queries_cut:
+            query_tokens = self.encoder.tokenize_queries(queries)
+        with counting() as passages_cut:
+            passage_tokens = self.encoder.tokenize_passages(passages)
         device = self.encoder.device
         teacher = None if self.scores is None else self.scores.of(batch).to(device)
         targets = None if self.vectors is None else self.vectors.of(batch).to(device)
-        return self.of_tokens(*tokens, batch.relevance, learning_rate, teacher, targets)
+        result = self.of_tokens(query_tokens, passage_tokens, batch.relevance, learning_rate, teacher, targets)
+        return replace(result, queries_cut=queries_cut, passages_cut=passages_cut)
 
     def of_tokens(
         self,

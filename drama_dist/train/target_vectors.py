@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from drama_dist.augment.stage import QUERY_VECTORS
 from drama_dist.distributed import ranks
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS as TRAINING_TEXTS
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import progress_bar
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards, write_shard
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, write_shard
 from drama_dist.settings import Settings, recorded
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.target_space import TargetSpace, joined, principal_axes, word_vectors

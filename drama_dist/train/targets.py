@@ -1,8 +1,8 @@
 """The teacher's targets of training: its scores of a batch, and BM25's.
 
 The queries' vectors are those that ranking the examples took, RUN/augment/query_vectors; the passages' vectors and
-BM25's index are encodings of the training corpus, as evaluation has them. How raw scores become logits is in
-teacher_scale.py, the loss in soft_target_term.py.
+BM25's index are encodings of the training texts. How raw scores become logits is in teacher_scale.py, the loss in
+soft_target_term.py.
 Shapes: B queries and N passages of a batch, T components of the teacher.
 """
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drama_dist.augment.stage import QUERY_VECTORS
 from drama_dist.distributed import ranks
 from drama_dist.kernels import SparseLogits, TeacherScores
+from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.search.shards import EmbeddingShards
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.teacher_scale import passage_moments, scaled_teacher
 
@@ -27,9 +27,9 @@ from drama_dist.train.teacher_scale import passage_moments, scaled_teacher
 def open_targets(run: Run) -> Targets:
     """What the run's artefacts hold."""
     targets, train = run.settings.targets, run.settings.train
-    lexical = LexicalIndex(run.path("encode/corpus/bm25")) if targets.uses_bm25 else None
+    lexical = LexicalIndex(run.path(f"encode/{TRAINING_TEXTS}/bm25")) if targets.uses_bm25 else None
     queries = EmbeddingShards(run.path("augment") / QUERY_VECTORS)
-    passages = EmbeddingShards(run.path("encode/corpus/teacher"))
+    passages = EmbeddingShards(run.path(f"encode/{TRAINING_TEXTS}/teacher"))
     return Targets(queries, passages, lexical, targets.teacher_share, train.teacher_temperature)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder
+from drama_dist.encoder.cut_texts import CutTexts
 from drama_dist.encoder.flops import training_flops
 from drama_dist.train.memory import peak_bytes, reset_peak
 from drama_dist.train.step import StepResult
@@ -44,12 +46,14 @@ class Telemetry:
     def figures(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """What metrics.jsonl holds of a step's cost, and of its distributions. All ranks must call it."""
         tokens, flops = sum(result.lengths), training_flops(self.encoder.backbone.config, result.lengths)
+        cut = [*astuple(result.queries_cut), *astuple(result.passages_cut)]
         on_this_rank = torch.tensor(
-            [tokens, len(result.lengths), flops, result.recomputed * tokens],
+            [tokens, len(result.lengths), flops, result.recomputed * tokens, *cut],
             dtype=torch.float64,
             device=self.encoder.device,
         )
-        tokens, sequences, operations, repeated = ranks.sum_over_ranks(on_this_rank).tolist()
+        tokens, sequences, operations, repeated, *cut = ranks.sum_over_ranks(on_this_rank).tolist()
+        queries_cut, passages_cut = (CutTexts(*map(int, part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
         longest = max(ranks.on_every_rank(max(result.lengths)))
         return {
             "tokens": int(tokens),
@@ -59,6 +63,8 @@ class Telemetry:
             "recomputed_share": round(repeated / tokens, 4),
             "peak_memory_gib": round(peak_bytes(self.encoder.device) / 2**30, 3),
             "bytes_sent": ranks.take_traffic(),
+            "queries_cut": asdict(queries_cut),
+            "passages_cut": asdict(passages_cut),
             **{name: _histogram(values) for name, values in result.objective.distributions.items()},
         }
 

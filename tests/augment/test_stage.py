@@ -215,8 +215,8 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
     expected = run(alone, LetterCounts())
     for index, parts in ((1, {"part-00001.jsonl"}), (0, {f"part-0000{n}.jsonl" for n in range(3)})):
         if index:
-            make(shared, "encode", system="teacher")
-            make(shared, "encode", system="bm25")
+            make(shared, "encode", collection="windows", system="teacher")
+            make(shared, "encode", collection="windows", system="bm25")
         folder = make(shared, "augment", Share(index, 2))
         assert folder == tmp_path / "shared" / "augment.partial" and not (folder / "checkpoints" / "ranked").exists()
         assert {path.name for path in (folder / "checkpoints" / "synthetic").glob("*.jsonl")} == parts

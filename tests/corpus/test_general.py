@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from drama_dist.corpus.collection import open_collection
-from drama_dist.corpus.general import read_general, with_general
+from drama_dist.corpus.general import open_general, with_general
 from drama_dist.records import Passage
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.runner import make
@@ -41,6 +41,12 @@ def test_too_little_general_text_is_taken_whole_and_said(capsys: pytest.CaptureF
     assert "corpus.general" not in capsys.readouterr().err
 
 
+def passages_of(folder: Path) -> list[Passage]:
+    table = open_general(folder)
+    assert table is not None
+    return [table[position] for position in range(len(table))]
+
+
 def texts(path: Path, rows: list[str]) -> Path:
     path.write_text("".join(json.dumps({"_id": f"{n}", "text": row}) + "\n" for n, row in enumerate(rows)), "utf-8")
     return path
@@ -55,11 +61,12 @@ def test_the_corpus_stage_stores_it_apart(
     plain = make(small_settings(f"run={tmp_path / 'plain'}"), "corpus")
     folder = make(small_settings(f"corpus.general={file}"), "corpus")
     assert list(open_collection(folder).passages.texts()) == list(open_collection(plain).passages.texts())
-    general, nothing = list(read_general(folder)), list(read_general(plain))
+    general = passages_of(folder)
     assert {passage.id: passage.text for passage in general} == {f"general:{n}": rows[n] for n in range(30)}
-    assert [passage.text for passage in general] != rows[:30] and not nothing  # in an order drawn by the seed
+    assert [passage.text for passage in general] != rows[:30]  # in an order drawn by the seed
+    assert open_general(plain) is None
     other = make(small_settings(f"corpus.general={file}", "seed=2", f"run={tmp_path / 'other'}"), "corpus")
-    assert [passage.id for passage in read_general(other)] != [passage.id for passage in general]
+    assert [passage.id for passage in passages_of(other)] != [passage.id for passage in general]
     aside = [json.loads(line) for line in (folder / "set_aside.jsonl").read_text("utf-8").splitlines()]
     assert [row["reason"] for row in aside] == [
         "trivial: fewer words than corpus.min_words",
@@ -70,13 +77,25 @@ def test_the_corpus_stage_stores_it_apart(
         make(small_settings(f"corpus.general={file}"), "corpus")
 
 
+def test_a_share_of_the_texts_to_train_on_is_general_and_none_is_searched(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    long = " ".join(f"word{n}" for n in range(300))
+    file = texts(tmp_path / "general.jsonl", [f"{long} in the text of number {n}" for n in range(30)])
+    settings = small_settings(f"corpus.general={file}", "corpus.general_share=0.36")
+    trained = open_collection(make(settings, "corpus", collection="windows")).passages.ids
+    assert [id.startswith("general:") for id in trained] == [False] * 64 + [True] * 36
+    assert any(id.endswith("#2") for id in trained)  # of windows, too, these are the share
+    assert not any(id.startswith("general:") for id in open_collection(make(settings, "corpus")).passages.ids)
+
+
 def test_docs_of_packages_are_general_text_where_packages_are_named(small_settings: Callable[..., Settings]) -> None:
     with pytest.raises(
         SettingsError, match=r"corpus.general=installed-packages needs names in corpus.general_packages"
     ):
         small_settings("corpus.general=installed-packages")
     folder = make(small_settings("corpus.general=installed-packages", "corpus.general_packages=[yaml]"), "corpus")
-    general = list(read_general(folder))
+    general = passages_of(folder)
     assert general and all(passage.id.startswith("general:yaml") for passage in general)
 
 

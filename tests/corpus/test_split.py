@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from drama_dist.corpus.split import count_words, crop, random_span, sentences, word_places
+from drama_dist.corpus.split import count_words, crop, random_span, sentences, word_spans
 
 TEXT = "Dr. Smith computes the inverse. It needs a square matrix! Does it always exist?"
 
@@ -40,15 +40,15 @@ def test_chinese_sentences_and_words() -> None:
     ],
 )
 def test_words_lie_between_spaces_or_are_a_few_letters(text: str, words: list[str]) -> None:
-    assert [text[begin:end] for begin, end in word_places(text)] == words
+    assert [text[begin:end] for begin, end in word_spans(text)] == words
 
 
 def test_a_span_comes_from_anywhere_and_is_as_it_stands() -> None:
     text = "a  b\nc d"
-    places = word_places(text)
-    spans = {random_span(text, places, 2, random.Random(seed)) for seed in range(30)}
-    assert spans == {"a  b", "b\nc", "c d"}
-    assert random_span(text, places, 9, random.Random(1)) == text
+    spans = word_spans(text)
+    found = {random_span(text, spans, 2, random.Random(seed)) for seed in range(30)}
+    assert found == {"a  b", "b\nc", "c d"}
+    assert random_span(text, spans, 9, random.Random(1)) == text
 
 
 def test_a_long_sentence_is_cropped_to_a_span_of_it() -> None:

@@ -41,7 +41,7 @@ def test_two_ranks_of_mpirun_write_and_encode_what_one_process_does(
     for done in (start("drama", "augment", str(paths[0])), mpirun("drama", "augment", str(paths[1]))):
         assert done.returncode == 0, done.stdout + done.stderr
     run, whole = Path(two.run), Path(single.run)
-    for folder in ("augment", "encode/corpus/teacher"):
+    for folder in ("augment", "encode/windows/teacher"):
         assert '"world_size": 2' in (run / folder / "provenance.json").read_text("utf-8")
         names = {file.name for file in (whole / folder).iterdir()} - {"provenance.json"}
         assert names == {file.name for file in (run / folder).iterdir()} - {"provenance.json"}

@@ -185,8 +185,8 @@ def test_tokens_are_bos_prefix_text_eos_and_truncation_keeps_eos(encoder: Encode
     for row in [*queries, *passages]:
         assert row[0] == bos and row[-1] == eos and row.count(eos) == 1
     assert (len(queries[2]), len(passages[2])) == (16, 24)
-    assert encoder.tokenizer.decode(queries[0][1:-1]) == "Query: The bread has flour"
-    assert encoder.tokenizer.decode(passages[0][1:-1]) == "The bread has flour"
+    assert encoder.tokenizer.decode(queries[0][1:-1]) == "query: the bread has flour"
+    assert encoder.tokenizer.decode(passages[0][1:-1]) == "the bread has flour"
 
 
 def test_vectors_are_float32_units_and_the_cut_is_normalised_again(encoder: Encoder) -> None:

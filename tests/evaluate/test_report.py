@@ -18,6 +18,8 @@ ROWS = [
     {"system": "drama", "dim": 16, "ndcg@10": 0.4, "recall@100": 0.8, "mrr@10": 0.3},
     {"system": "bm25", "dim": None, "ndcg@10": 0.6, "recall@100": 0.7, "mrr@10": 0.4},
 ]
+COUNT = {"texts": 2000, "tokens": 90_000, "cut_texts": 500, "cut_tokens": 9000}
+CUT = {"passages": COUNT, "queries": dict.fromkeys(COUNT, 0)}  # nothing is said of texts that there were none of
 COST = {
     "per_dim": {"32": 1.0, "16": 2.0},
     "margins": {"counts": [1, 3], "edges": [-2.0, 0.0, 1.0]},
@@ -44,13 +46,14 @@ def run(small_settings: Callable[..., Settings]) -> Settings:
             for name_of, values in (("drama-32", [0.4, 0.6]), ("bm25", [0.5, 0.7])):
                 values_of = {f"q{n}": value for n, value in enumerate(values)}
                 (stage.folder / f"{name_of}.ndcg.json").write_text(json.dumps(values_of), "utf-8")
-        stage.finish()
+        stage.finish(cut=CUT if name == "train" else {})
     return settings
 
 
 def test_the_json_holds_results_and_seconds(run: Settings) -> None:
     write_report(Path(run.run), run)
     report = json.loads((Path(run.run) / "report.json").read_text("utf-8"))
+    assert report["texts_cut"] == [{"artefact": "train", "what": "passages", **COUNT}]
     assert report["results"] == ROWS and set(report["seconds"]) == {"train", "evaluate/corpus"}
 
 
@@ -58,6 +61,7 @@ def test_the_page_holds_table_figures_and_comparison_and_loads_nothing(run: Sett
     page = write_report(Path(run.run), run).read_text("utf-8")
     assert page.count("<svg") == 6 and "0.600" in page and "drama" in page
     assert all(value in page for value in ("12.5%", "30.0%", "25.0%", "6.00 GiB", "32 components", "step 5"))
+    assert "<td>500 (25.0%)</td><td>90,000</td><td>9,000 (10.0%)</td>" in page
     assert "\N{MINUS SIGN}0.100" in page  # drama against bm25, paired
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!\#)|<script|@import|url\((?!\#)""", page)
 

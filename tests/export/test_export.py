@@ -18,7 +18,7 @@ from drama_dist.export.stage import export_encoder, model_card
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings
 
-TEXTS = ["the bread", "x", "A longer text about a river and its banks. " * 9]
+TEXTS = ["the bread", "THE BREAD", "x", "A longer text about a river and its banks. " * 9]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> N
     ):
         theirs.max_seq_length = length
         np.testing.assert_allclose(our_encode(TEXTS), their_encode(TEXTS), atol=1e-5)
+        np.testing.assert_array_equal(*our_encode(TEXTS[:2]))
     cut = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
     vectors = cut.encode_query(TEXTS[:2], normalize_embeddings=True)
     np.testing.assert_allclose(ours.encode_queries(TEXTS[:2], dim=16), vectors, atol=1e-5)

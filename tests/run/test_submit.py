@@ -15,8 +15,12 @@ from drama_dist.cli import main
 from drama_dist.run.submit import chain, script, submit
 from drama_dist.settings import Settings, write_settings
 
-TEACHER, DRAMA = ([f"encode-corpus-{name}-array", f"encode-corpus-{name}"] for name in ("teacher", "drama"))
-CHAIN = ["corpus", *TEACHER, "encode-corpus-bm25", "augment-array", "augment", "prune", "train", *DRAMA, "rest"]
+TEACHER, DRAMA = ([f"encode-{name}-array", f"encode-{name}"] for name in ("windows-teacher", "corpus-drama"))
+EXAMPLES = ["corpus", "windows", *TEACHER, "encode-windows-bm25", "augment-array", "augment"]
+CHAIN = [*EXAMPLES, "prune", "train", *DRAMA, "encode-corpus-bm25", "rest"]
+
+
+FOR_EXAMPLES = ["corpus", "windows", "encode/windows/teacher", "encode/windows/bm25"]
 
 
 def options(text: str) -> dict[str, str]:
@@ -41,7 +45,7 @@ def finished(settings: Settings, *names: str) -> Settings:
 
 
 def trained(settings: Settings) -> Settings:
-    return finished(settings, "corpus", "encode/corpus/teacher", "encode/corpus/bm25", "augment", "prune", "train")
+    return finished(settings, *FOR_EXAMPLES, "augment", "prune", "train", "encode/corpus/bm25")
 
 
 def names(settings: Settings, verb: str = "run") -> list[str]:
@@ -53,13 +57,14 @@ def test_the_whole_job_is_a_chain_and_skips_what_is_not_needed(small_settings: C
     without = names(small_settings("augment.synthetic_queries=0", "train.start=models/x"))
     assert without == [name for name in CHAIN if name not in ("augment-array", "prune")]
     assert names(small_settings("evaluate.systems=[bm25]")) == ["corpus", "encode-corpus-bm25", "rest"]
-    assert names(small_settings("evaluate.systems=[teacher]")) == ["corpus", *TEACHER, "rest"]
+    teacher = ["encode-corpus-teacher-array", "encode-corpus-teacher"]
+    assert names(small_settings("evaluate.systems=[teacher]")) == ["corpus", *teacher, "rest"]
     ends = {verb: names(small_settings(), verb) for verb in ("augment", "train", "encode")}
-    assert ends == {"augment": CHAIN[:6], "train": CHAIN[:8], "encode": CHAIN[:10]}
+    assert ends == {"augment": EXAMPLES, "train": [*EXAMPLES, "prune", "train"], "encode": CHAIN[:-2]}
 
 
 def test_what_is_finished_is_not_submitted_again(small_settings: Callable[..., Settings]) -> None:
-    settings = finished(small_settings(), "corpus", "encode/corpus/teacher", "encode/corpus/bm25")
+    settings = finished(small_settings(), *FOR_EXAMPLES, "encode/corpus/bm25")
     assert names(settings, "train") == ["augment-array", "augment", "prune", "train"]
     finished(settings, "augment", "prune", "train")
     assert names(settings, "encode") == DRAMA and names(settings) == [*DRAMA, "rest"]
@@ -84,7 +89,8 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
     assert several == {"train", "train-random-init"}
     assert {name for name, options in of_jobs.items() if options["ntasks-per-node"] != "2"} == {
         "corpus",
-        "encode-corpus-bm25",
+        "windows",
+        "encode-windows-bm25",
     }
 
 
@@ -142,7 +148,15 @@ def test_jobs_wait_for_one_another(
     waits = [match[1] if (match := re.search(r"--dependency=(\S+)", call)) else "" for call in calls]
 
     # After arrays: however their tasks ended.
-    assert waits == ["", "afterok:3", "afterok:3,afterany:4", "afterok:5", "afterok:6", "afterok:6,afterany:7"]
+    assert waits == [
+        "",
+        "afterok:3",
+        "afterok:4",
+        "afterok:4,afterany:5",
+        "afterok:6",
+        "afterok:7",
+        "afterok:7,afterany:8",
+    ]
 
 
 def test_where_a_job_is_refused_those_before_it_are_cancelled(

@@ -14,12 +14,14 @@ from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
+from drama_dist.encoder import cut_texts
 from drama_dist.records import Passage
+from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import StageFolder, fingerprint, open_stage
 from drama_dist.run.progress import Progress
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.search import shards as shards_module
-from drama_dist.search.shards import EmbeddingShards, write_shard, write_shards
+from drama_dist.search.shards import EmbeddingShards, texts_cut, write_shard, write_shards
 
 
 class LetterCounts:
@@ -35,6 +37,7 @@ class LetterCounts:
         if self.fail_after is not None and len(self.seen) >= self.fail_after:
             raise RuntimeError("power cut")
         self.seen += texts
+        cut_texts.note(map(len, texts), 13)
         if progress is not None:
             for _ in texts:
                 progress(1)
@@ -65,7 +68,14 @@ def encode_corpus(
 ) -> Path:
     """What a stage does: write the shards, and finish where they are all there."""
     shards = write_shards(stage.folder, passages, encoder, shard_passages, share, stage.name)
-    return stage.folder if shards is None else stage.finish(passages=len(shards), dim=shards.dim)
+    if shards is None:
+        return stage.folder
+    return stage.finish(passages=len(shards), dim=shards.dim, cut=texts_cut(stage.folder))
+
+
+def cut_of(folder: Path) -> dict[str, int]:
+    counted: dict[str, int] = read_provenance(folder)["cut"]
+    return counted
 
 
 def vectors_of(folder: Path, rows: int = 3) -> np.ndarray:
@@ -89,6 +99,7 @@ def test_embeddings_are_the_encoders_in_corpus_order(tmp_path: Path, passages: P
     }
     shards = EmbeddingShards(folder)
     assert (len(shards), shards.dim) == (10, 8)
+    assert cut_of(folder) == {"texts": 10, "tokens": 10 * 14, "cut_texts": 10, "cut_tokens": 10}
     for rows in (1, 3, 4, 9, 10, 1000):
         vectors = vectors_of(folder, rows)
         assert vectors.dtype == np.float32
@@ -122,7 +133,18 @@ def test_an_interrupted_run_encodes_only_what_is_missing_and_ends_the_same(
     assert stage.resumed
     folder = encode_corpus(stage, passages, encoder, shard_passages=3)
     assert encoder.seen == texts_of(10)[6:]
-    assert fingerprint(folder) == fingerprint(whole)
+    assert fingerprint(folder) == fingerprint(whole) and cut_of(folder) == cut_of(whole)
+
+
+def test_a_shard_without_its_count_is_encoded_again(tmp_path: Path, passages: PassageTable) -> None:
+    stage = open_encode(tmp_path)
+    with pytest.raises(RuntimeError):
+        encode_corpus(stage, passages, LetterCounts(fail_after=5), shard_passages=5)
+    (left,) = (stage.folder / "checkpoints").glob("*.cut.json")
+    left.unlink()
+    encoder = LetterCounts()
+    assert cut_of(encode_corpus(open_encode(tmp_path), passages, encoder, shard_passages=5))["texts"] == 10
+    assert encoder.seen == texts_of(10)
 
 
 @pytest.mark.parametrize("damage", ["cut", "rows", "nan", "float64", "lowest bit"])
@@ -185,7 +207,8 @@ def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypa
     for thread in threads:
         thread.join()
     assert [len(encoder.seen) for encoder in encoders] == [6, 4]
-    assert fingerprint(tmp_path / "run" / "encode" / "letters") == fingerprint(alone)
+    folder = tmp_path / "run" / "encode" / "letters"
+    assert fingerprint(folder) == fingerprint(alone) and cut_of(folder) == cut_of(alone)
 
 
 def test_tasks_without_a_process_group_leave_shards_and_a_plain_run_finishes(
@@ -206,6 +229,7 @@ def test_tasks_without_a_process_group_leave_shards_and_a_plain_run_finishes(
     last = LetterCounts()
     folder = encode_corpus(open_encode(tmp_path), passages, last, shard_passages=2)
     assert last.seen == texts_of(10)[8:] and fingerprint(folder) == fingerprint(alone)
+    assert cut_of(folder) == cut_of(alone)
 
 
 def test_shards_of_another_number_of_passages_are_refused(tmp_path: Path, passages: PassageTable) -> None:

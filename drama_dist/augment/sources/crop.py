@@ -16,7 +16,7 @@ import numpy as np
 
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
-from drama_dist.corpus.split import count_words, crop, random_span, sentences, word_places
+from drama_dist.corpus.split import Span, count_words, crop, random_span, sentences, word_spans
 from drama_dist.records import Passage
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.settings import AugmentSettings
@@ -84,10 +84,10 @@ class Pieces:
     def span(self, rng: random.Random) -> str | None:
         """Consecutive words from anywhere."""
         least, most = _SPAN_WORDS
-        if len(self._places) < least:
+        if len(self._spans) < least:
             return None
-        words = rng.randint(least, min(most, len(self._places)))
-        return random_span(self._passage.text, self._places, words, rng)
+        words = rng.randint(least, min(most, len(self._spans)))
+        return random_span(self._passage.text, self._spans, words, rng)
 
     def sentence(self, rng: random.Random) -> str | None:
         """A sentence, or a span of a long one."""
@@ -116,8 +116,8 @@ class Pieces:
         return crop(sentence, self._augment.max_crop_words, rng)
 
     @cached_property
-    def _places(self) -> list[tuple[int, int]]:
-        return word_places(self._passage.text)
+    def _spans(self) -> list[Span]:
+        return word_spans(self._passage.text)
 
     @cached_property
     def _sentences(self) -> list[str]:

@@ -1,0 +1,68 @@
+"""The types that settings are declared with: ranges of numbers, kinds of text, and what a setting is not part of.
+
+What each setting means, and what must fit each other, is in settings.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+
+T = TypeVar("T")
+CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+COST_ONLY = object()  # marks fields, see `recorded` in settings.py
+
+
+def _one_line(text: str) -> str:
+    if not text.strip() or _CONTROL.search(text):
+        raise ValueError("must be one line of text, not empty")
+    return text
+
+
+def _expand_home(name: str) -> str:
+    return os.path.expanduser(name) if name.startswith("~/") else name
+
+
+def _distinct(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("must differ from each other")
+    return values
+
+
+def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("must be auto, or GiB: a number, 0 or more") from None
+
+
+def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
+    if not weights.keys() <= CROP_KINDS.keys() or not sum(weights.values()):
+        raise ValueError(f"must be weights of {', '.join(CROP_KINDS)}, one of them more than 0")
+    return weights
+
+
+FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
+Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a model; ~/ is the home folder
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many
+Rank = Annotated[int, Field(ge=1, le=2**16)]  # of a passage for a query; no search looks further down
+TextTokens = Annotated[int, Field(ge=3, le=2**24)]  # BOS and EOS are two
+Amount = Annotated[float, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+SomeFraction = Annotated[float, Field(gt=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]  # Adam moves a weight by about as much in a step
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 cannot tell scores apart
+Dtype = Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the device is fast in it
+Distinct = Annotated[list[T], AfterValidator(_distinct)]
+SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
+CostOnly = Annotated[T, COST_ONLY]  # see `recorded`
+GibOrAuto = Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]
+CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)]
