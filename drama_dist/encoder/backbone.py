@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -23,7 +22,7 @@ from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, save_tokenizer, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
-from drama_dist.encoder.head import head_size, read_head, write_head
+from drama_dist.encoder.head import LinearHead, head_size, read_head, write_head
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array, mean_pool
 from drama_dist.encoder.pretrained import load_weights, read_llama_config, read_tokenizer
@@ -56,7 +55,7 @@ class Encoder(nn.Module):
         backbone: LlamaModel,
         tokenizer: PreTrainedTokenizerBase,
         contract: EncoderSettings,
-        head: nn.Linear | None = None,
+        head: LinearHead | None = None,
     ):
         super().__init__()
         backbone.config._attn_implementation = attention.NAME
@@ -108,10 +107,8 @@ class Encoder(nn.Module):
     def vectors(self, packed: Packed, embedded_TK: torch.Tensor | None = None) -> torch.Tensor:
         """B × J float32, not normalised; embedded_TK as in `hidden_states`."""
         pooled_BK = mean_pool(self.hidden_states(packed, embedded_TK), packed)
-        if self.head is None:
-            return pooled_BK
-        bias = None if self.head.bias is None else self.head.bias.float()
-        return linear(pooled_BK, self.head.weight.float(), bias)
+        vectors_BJ: torch.Tensor = pooled_BK if self.head is None else self.head(pooled_BK)
+        return vectors_BJ
 
     def forward(self, packed: Packed) -> torch.Tensor:
         return self.vectors(packed)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import linear
 
 from drama_dist.encoder.contract import read_modules
 from drama_dist.encoder.model_files import read_json_object
@@ -22,6 +23,14 @@ from drama_dist.run.files import write_text
 HEAD_FOLDER = "2_Dense"  # as sentence-transformers names its third module
 _WEIGHTS = "model.safetensors"
 _IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+class LinearHead(nn.Linear):
+    """A linear map of pooled states, computed in float32 whatever its weights' dtype."""
+
+    def forward(self, pooled_BK: torch.Tensor) -> torch.Tensor:
+        """B × K float32 to B × J float32."""
+        return linear(pooled_BK, self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def head_folder(folder: Path) -> Path | None:
@@ -52,7 +61,7 @@ def head_size(folder: Path, hidden_size: int) -> int:
     return size
 
 
-def read_head(folder: Path, hidden_size: int) -> nn.Linear | None:
+def read_head(folder: Path, hidden_size: int) -> LinearHead | None:
     """The head of the model in a folder, float32; None if it has none.
 
     Raises ValueError as `head_size` does, and where its weights are damaged or missing.
@@ -65,7 +74,7 @@ def read_head(folder: Path, hidden_size: int) -> nn.Linear | None:
         stored = {name.removeprefix("linear."): tensor for name, tensor in load_file(place / _WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{place / _WEIGHTS}: not a whole safetensors file ({error}); fetch it again") from error
-    head = nn.Linear(hidden_size, size, bias="bias" in stored)
+    head = LinearHead(hidden_size, size, bias="bias" in stored)
     shapes = {name: tuple(weight.shape) for name, weight in head.named_parameters()}
     if {name: tuple(tensor.shape) for name, tensor in stored.items()} != shapes:
         raise ValueError(f"{place / _WEIGHTS}: expected a weight of {size} × {hidden_size}; fetch it again")

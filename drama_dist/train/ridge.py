@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.head import LinearHead
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
@@ -53,34 +53,32 @@ def with_ridge_head(run: Run, start: Encoder) -> Encoder:
     return Encoder(start.backbone, start.tokenizer, settings.encoder, fitted_head(states_nK, targets_nJ, settings.seed))
 
 
-def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> nn.Linear:
+def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> LinearHead:
     """The ridge regression from states to targets; the penalty is the one that fits held-out rows best."""
     states_nK, targets_nJ = states_nK.double(), targets_nJ.double()
     order_n = torch.randperm(len(states_nK), generator=torch.Generator().manual_seed(seed))
     held_out = order_n[: max(1, len(order_n) // _HELD_OUT)]
     rest = order_n[len(held_out) :]
-    errors = [
-        float((_solved(states_nK[rest], targets_nJ[rest], penalty)(states_nK[held_out]) - targets_nJ[held_out]).norm())
-        for penalty in _PENALTIES
-    ]
+    errors = []
+    for penalty in _PENALTIES:
+        weight_KJ, bias_J = solution(states_nK[rest], targets_nJ[rest], penalty)
+        errors.append(float((states_nK[held_out] @ weight_KJ + bias_J - targets_nJ[held_out]).norm()))
     penalty = _PENALTIES[errors.index(min(errors))]
     say(f"ridge: penalty {penalty:g} of {len(states_nK)} states' mean variance")
-    return _solved(states_nK, targets_nJ, penalty).float()
+    weight_KJ, bias_J = solution(states_nK, targets_nJ, penalty)
+    head = LinearHead(*weight_KJ.shape)
+    head.load_state_dict({"weight": weight_KJ.T, "bias": bias_J})
+    return head
 
 
-@torch.no_grad()
-def _solved(states_nK: torch.Tensor, targets_nJ: torch.Tensor, penalty: float) -> nn.Linear:
-    """argmin over W, b of |X W + b − Y|² + λ |W|², λ = penalty · trace(cov X) · n / K."""
+def solution(states_nK: torch.Tensor, targets_nJ: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """W, K × J, and b that are least in |X W + b − Y|² + λ |W|², where λ = penalty · n · trace(cov X) / K."""
     mean_K, mean_J = states_nK.mean(0), targets_nJ.mean(0)
     centred_nK = states_nK - mean_K
     products_KK = centred_nK.T @ centred_nK
-    size = len(products_KK)
-    products_KK.diagonal().add_(penalty * products_KK.trace() / size)
+    products_KK.diagonal().add_(penalty * products_KK.trace() / len(products_KK))
     weight_KJ = torch.linalg.solve(products_KK, centred_nK.T @ (targets_nJ - mean_J))
-    head = nn.Linear(size, targets_nJ.shape[1], dtype=states_nK.dtype)
-    head.weight.copy_(weight_KJ.T)
-    head.bias.copy_(mean_J - mean_K @ weight_KJ)
-    return head
+    return weight_KJ, mean_J - mean_K @ weight_KJ
 
 
 def _write(run: Run, folder: StageFolder) -> None:

@@ -26,6 +26,7 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.checkpoints import Checkpoints
 from drama_dist.distributed.engine import learning_rate_at
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.head import LinearHead
 from drama_dist.records import Example, Passage
 from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.batches import TextBatch, batches, texts_of
@@ -115,7 +116,7 @@ def add_head(encoder: Encoder) -> None:
     """A linear head, the same at every call, and dims that fit it."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
-        encoder.head = torch.nn.Linear(encoder.hidden_size, HEAD)
+        encoder.head = LinearHead(encoder.hidden_size, HEAD)
     encoder.contract = contract(HEAD)
 
 
