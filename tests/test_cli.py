@@ -109,6 +109,7 @@ def test_search_answers_from_a_finished_run_and_says_what_is_missing(
     assert main(["search", settings.run, "the river"]) == 2
     assert "make it first: drama run SETTINGS run=" in capsys.readouterr().err
     make(settings, "encode")
+    make(settings, "encode", system="bm25")
     capsys.readouterr()
     assert main(["search", settings.run, "the river", "-k", "3", "--dim", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -327,7 +327,8 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
     system = _label(system, {**{name: name for name in SYSTEMS}, **encoded}, "evaluate.systems")
     if verb == "run":
         trained = [stage for name, stage in TRAINING.items() if name in encoded]
-        served = [*_encoding(settings, CORPUS, "drama"), "export"] if "drama" in encoded else []
+        searched = [*_encoding(settings, CORPUS, "drama"), *_encoding(settings, CORPUS, "bm25")]
+        served = [*searched, "export"] if "drama" in encoded else []
         return [*trained, *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)

@@ -91,6 +91,7 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
         "corpus",
         "windows",
         "encode-windows-bm25",
+        "encode-corpus-bm25",
     }
 
 
