@@ -12,8 +12,8 @@ quickstart: .venv/ready ## environment, then the main job: a retriever for Pytho
 	$(BIN)/drama run configs/quickstart.yaml
 	@echo 'Now try: $(BIN)/drama search runs/quickstart "how do I invert a matrix"'
 
-test: .venv/ready ## the default test suite
-	$(BIN)/pytest
+test: .venv/ready ## the default test suite, in two processes
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready ## the tests marked slow
 	$(BIN)/pytest -m slow -o faulthandler_timeout=3600

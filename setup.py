@@ -65,6 +65,7 @@ setup(
             "mypy",
             "openmpi>=5.0",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "types-PyYAML",
             "types-psutil",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to the other worker
 
 import torch
 
@@ -37,6 +38,24 @@ CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
 )
+
+
+# Begun first, so that at the end no worker of pytest-xdist is alone with one of them.
+LONGEST_FILES = (
+    "test_whole_run.py",
+    "test_ranks.py",
+    "test_graph.py",
+    "test_interrupts.py",
+    "test_mpi.py",
+    "test_damage.py",
+    "test_learning.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in LONGEST_FILES come first, in its order; the others stay in theirs."""
+    place = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def passages(count: int = 64) -> list[dict[str, str]]:
