@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
@@ -54,7 +55,10 @@ def with_ridge_head(run: Run, start: Encoder) -> Encoder:
 
 
 def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> LinearHead:
-    """The ridge regression from states to targets; the penalty is the one that fits held-out rows best."""
+    """The ridge regression from states to targets, which are of length 1.
+
+    The penalty is the one whose vectors of held-out rows, of length 1 as well, are nearest to their targets.
+    """
     states_nK, targets_nJ = states_nK.double(), targets_nJ.double()
     order_n = torch.randperm(len(states_nK), generator=torch.Generator().manual_seed(seed))
     held_out = order_n[: max(1, len(order_n) // _HELD_OUT)]
@@ -62,7 +66,8 @@ def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) ->
     errors = []
     for penalty in _PENALTIES:
         weight_KJ, bias_J = solution(states_nK[rest], targets_nJ[rest], penalty)
-        errors.append(float((states_nK[held_out] @ weight_KJ + bias_J - targets_nJ[held_out]).norm()))
+        difference_nJ = normalize(states_nK[held_out] @ weight_KJ + bias_J) - targets_nJ[held_out]
+        errors.append(float(difference_nJ.norm(dim=1).mean()))
     penalty = _PENALTIES[errors.index(min(errors))]
     say(f"ridge: penalty {penalty:g} of {len(states_nK)} states' mean variance")
     weight_KJ, bias_J = solution(states_nK, targets_nJ, penalty)
