@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
-from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.contract import check_dims, wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_llama
@@ -109,9 +109,8 @@ def _save(
     backbone = small.model.to("cpu")
     backbone.config.is_causal = False
     backbone.config.architectures = ["LlamaModel"]
-    size = backbone.config.hidden_size  # which dims may exceed: those of a linear head's vectors
-    contract = replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
-    encoder = Encoder(backbone, tokenizer, contract).eval()
+    # The run's dims may exceed the hidden size: they are those of a linear head's vectors.
+    encoder = Encoder(backbone, tokenizer, with_dims_within(contract, backbone.config.hidden_size)).eval()
     probe(encoder)
     encoder.save(folder)
     record = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.contract import with_dims_within
 from drama_dist.encoder.head import LinearHead
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.records import Example, read_records
@@ -42,12 +42,16 @@ def ridge(run: Run, folder: StageFolder, system: str) -> None:
 
 
 def with_ridge_head(run: Run, start: Encoder) -> Encoder:
-    """An encoder of the same backbone with a fitted head, and the run's contract. start: has none."""
+    """An encoder of the same backbone with a fitted head, and the run's contract.
+
+    start: is changed: it loses its own head, since the new one maps pooled states, and gets a contract without it.
+    """
     settings = run.settings
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     table = open_collection(run.path(TRAINING_TEXTS)).passages
     queries, passages = _sample(len(examples), len(table), settings.seed)
-    start.contract = replace(settings.encoder, dims=[start.size])
+    start.head = None
+    start.contract = with_dims_within(settings.encoder, start.size)
     states_nK = _pooled(start, examples, table, queries, passages)
     targets = VectorTargets.open(run.path("targets"))
     targets_nJ = torch.from_numpy(np.vstack([targets.queries.rows(queries), targets.passages.rows(passages)]))

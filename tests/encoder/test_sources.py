@@ -45,7 +45,7 @@ def cached(model: Path, cache: Path, name: str) -> Path:
     shutil.copytree(model, folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit, "utf-8")
-    for file in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+    for file in ("drama.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         if not (model / file).exists():
             (folder / ".no_exist" / commit).mkdir(parents=True, exist_ok=True)
             (folder / ".no_exist" / commit / file).touch()

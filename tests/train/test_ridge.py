@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +15,13 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
 
 import drama_dist
+from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.encoder.contract import with_dims_within
+from drama_dist.encoder.model_check import check_encoder
 from drama_dist.run.runner import Run
-from drama_dist.settings import Settings
-from drama_dist.train.ridge import _PENALTIES, fitted_head, solution
+from drama_dist.settings import Settings, SettingsError
+from drama_dist.train import stage
+from drama_dist.train.ridge import _PENALTIES, fitted_head, solution, with_ridge_head
 from drama_dist.train.target_vectors import VectorTargets
 
 N, K, J = 200, 12, 5
@@ -106,3 +113,46 @@ def test_the_head_is_exported_as_a_dense_module(trained: Run) -> None:
     with torch.no_grad():
         ours.head.weight += 0.1
     assert np.abs(ours.encode_passages(texts) - theirs.encode_document(texts)).max() > 1e-3
+
+
+def test_a_head_is_fitted_to_pooled_states_whatever_head_the_start_has(trained: Run) -> None:
+    texts = ["the river", "A longer text about a river."]
+    plain, headed = load(trained.path("prune")), load(trained.path("ridge"))
+    assert headed.head is not None
+    with torch.no_grad():
+        headed.head.weight *= -1
+    expected, found = (with_ridge_head(trained, start) for start in (plain, headed))
+    np.testing.assert_allclose(found.encode_passages(texts), expected.encode_passages(texts), atol=1e-5)
+    assert found.contract == trained.settings.encoder
+
+
+def test_random_weights_are_trained_by_regression_and_keep_the_heads_shape(trained: Run) -> None:
+    start = load(trained.path("train"))
+    twin = random_twin(start, 1)
+    assert start.head is not None and twin.head is not None
+    assert twin.head.weight.shape == start.head.weight.shape and not torch.equal(twin.head.weight, start.head.weight)
+    run = Run(replace(trained.settings, train=replace(trained.settings.train, steps=2)))
+    run.make("train-random-init")
+    assert load(run.path("train-random-init")).encode_queries(["x"]).shape == (1, 40)
+
+
+def test_dims_are_cut_to_a_size(trained: Run) -> None:
+    contract = trained.settings.encoder
+    assert [with_dims_within(contract, size).dims for size in (40, 39, 15)] == [[40, 16], [16], [15]]
+
+
+def test_a_starts_own_head_is_checked_with_its_weights(
+    trained: Run, small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(trained.path("export"), start)
+    assert check_encoder(str(start)) == 40
+    stage.check(small_settings(f"train.start={start}", "encoder.dims=[40]"), "drama")
+    too_many = small_settings(f"train.start={start}", "encoder.dims=[41]")
+    with pytest.raises(SettingsError, match="asks for 41 components, but the model's vectors have 40"):
+        stage.check(too_many, "drama")
+    stage.check(replace(too_many, train=replace(too_many.train, regression_weight=1.0)), "drama")
+    weights = start / "2_Dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(SettingsError, match=r"2_Dense/model\.safetensors: not a whole safetensors file"):
+        stage.check(too_many, "drama")
