@@ -11,7 +11,7 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
@@ -25,7 +25,7 @@ from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
-from drama_dist.prune.extractor import Selection, Shape, requested_shape, select, shrink
+from drama_dist.prune.extractor import Selection, requested_shape, select, shape_of, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
@@ -45,13 +45,9 @@ def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
     with named_by("llm", settings.llm):
         config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings))
-    shape = requested_shape(settings.prune, _shape_of(config))
+    shape = requested_shape(settings.prune, shape_of(config))
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")
-
-
-def _shape_of(config: LlamaConfig) -> Shape:
-    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
 
 
 def prune(run: Run, folder: StageFolder) -> None:

@@ -55,7 +55,9 @@ def with_ridge_head(run: Run, start: Encoder) -> Encoder:
     states_nK = _pooled(start, examples, table, queries, passages)
     targets = VectorTargets.open(run.path("targets"))
     targets_nJ = torch.from_numpy(np.vstack([targets.queries.rows(queries), targets.passages.rows(passages)]))
-    return Encoder(start.backbone, start.tokenizer, settings.encoder, fitted_head(states_nK, targets_nJ, settings.seed))
+    known_n = targets_nJ.any(dim=1)  # without the teacher a text without a word has no target
+    head = fitted_head(states_nK[known_n], targets_nJ[known_n], settings.seed)
+    return Encoder(start.backbone, start.tokenizer, settings.encoder, head)
 
 
 def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> LinearHead:
