@@ -96,6 +96,7 @@ def report(cost: StepCost) -> Iterator[str]:
     yield (
         f"parameters  {cost.parameters / 1e6:.1f} million: embeddings {cost.embedding_parameters / 1e6:.1f}, "
         f"layers {cost.layer_parameters / 1e6:.1f}"
+        + (f", linear head {cost.head_parameters / 1e6:.1f}" if cost.head_parameters else "")
     )
     queries, passages = (f"{largest_share(count, cost.ranks)} of {count}" for count in cost.batch)
     yield (

@@ -57,7 +57,7 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
         start = random_twin(start, settings.seed)
         if regression:
             # On every rank: it takes minutes at most, and rounding may differ, since DeepSpeed broadcasts rank 0's.
-            start = with_ridge_head(run, start)
+            start, _ = with_ridge_head(run, start)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None

@@ -18,10 +18,11 @@ import drama_dist
 from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.encoder.contract import with_dims_within
 from drama_dist.encoder.model_check import check_encoder
+from drama_dist.export.stage import model_card
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train import stage
-from drama_dist.train.ridge import _PENALTIES, fitted_head, solution, with_ridge_head
+from drama_dist.train.ridge import _PENALTIES, chosen_penalty, fitted_head, solution, with_ridge_head
 from drama_dist.train.target_vectors import VectorTargets
 
 N, K, J = 200, 12, 5
@@ -69,7 +70,7 @@ def test_a_map_that_is_linear_is_found_and_noise_asks_for_a_larger_penalty() -> 
     generator = torch.Generator().manual_seed(2)
     few, noise = torch.randn(30, 25, generator=generator), normalize(torch.randn(30, J, generator=generator))
     loosest = solution(few.double(), noise.double(), _PENALTIES[0])[0]
-    assert float(fitted_head(few, noise, 1).weight.detach().norm()) < float(loosest.norm())
+    assert float(fitted_head(few, noise, chosen_penalty(few, noise, 1)).weight.detach().norm()) < float(loosest.norm())
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,15 @@ def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> No
 
     assert lines[0]["distance_of_queries"] == pytest.approx(distance(start), rel=0.1)
     assert distance(end) < 0.97 * distance(start) < 0.97 * 1.2  # two unit vectors at random are 1.4 apart
+
+
+def test_what_the_fit_took_is_recorded(trained: Run) -> None:
+    record = json.loads((trained.path("ridge") / "provenance.json").read_text("utf-8"))
+    examples = (trained.path("augment") / "examples.jsonl").read_text("utf-8").splitlines()
+    assert record["penalty"] in _PENALTIES and record["dtype"] in ("bfloat16", "float32")
+    of_queries, of_passages = record["cut"]["queries"], record["cut"]["passages"]
+    assert of_queries["texts"] == len(examples)
+    assert record["texts"] == of_queries["texts"] + of_passages["texts"] > of_queries["texts"]
 
 
 def test_the_report_has_the_closed_form_beside_the_trained_model(trained: Run) -> None:
@@ -121,7 +131,7 @@ def test_a_head_is_fitted_to_pooled_states_whatever_head_the_start_has(trained: 
     assert headed.head is not None
     with torch.no_grad():
         headed.head.weight *= -1
-    expected, found = (with_ridge_head(trained, start) for start in (plain, headed))
+    expected, found = (with_ridge_head(trained, start)[0] for start in (plain, headed))
     np.testing.assert_allclose(found.encode_passages(texts), expected.encode_passages(texts), atol=1e-5)
     assert found.contract == trained.settings.encoder
 
@@ -134,6 +144,17 @@ def test_random_weights_are_trained_by_regression_and_keep_the_heads_shape(train
     run = Run(replace(trained.settings, train=replace(trained.settings.train, steps=2)))
     run.make("train-random-init")
     assert load(run.path("train-random-init")).encode_queries(["x"]).shape == (1, 40)
+
+
+def test_the_model_card_tells_of_the_head_and_the_targets(trained: Run) -> None:
+    card = (trained.path("export") / "README.md").read_text("utf-8")
+    assert "Mean pooling, a linear layer to 40 components\n(0.0 million weights), cosine similarity;" in card
+    assert "targets:\n  teacher_share: 0.7\n" in card and "General texts" not in card
+    corpus = replace(trained.settings.corpus, general="installed-packages", general_packages=["numpy"])
+    plain = load(trained.path("prune"))
+    card = model_card(replace(trained.settings, corpus=corpus), plain)
+    assert "\nGeneral texts beside it, as 20% of the passages: `installed-packages numpy`.\n" in card
+    assert "Mean pooling, cosine similarity;" in card
 
 
 def test_dims_are_cut_to_a_size(trained: Run) -> None:
