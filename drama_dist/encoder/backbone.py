@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         return self._token_ids([prefix + text for text in as_texts(texts)], limit)
 
     def encode_queries(self, texts: Iterable[str], dim: int | None = None) -> np.ndarray:
-        """Unit vectors of queries, float32 (n, dim); dim None is the hidden size.
+        """Unit vectors of queries, float32 (n, dim); dim None is all of them.
 
         Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
     def encode_passages(
         self, texts: Iterable[str], dim: int | None = None, progress: Progress | None = None
     ) -> np.ndarray:
-        """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
+        """Unit vectors of passages, float32 (n, dim); dim None is all of them.
 
         progress: called with the number of texts of each encoded batch.
         Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.

@@ -91,6 +91,7 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
         settings=settings,
         config=config,
         contract=encoder.contract,
+        size=encoder.size,
         dims=sorted(encoder.contract.dims, reverse=True),
         backbone_weights=weights - embeddings,
         embedding_weights=embeddings,

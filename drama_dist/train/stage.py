@@ -33,9 +33,8 @@ def check(settings: Settings, system: str) -> None:
     """Raise SettingsError if train.start cannot be trained, or has fewer components than encoder.dims asks for."""
     start = settings.train.start
     if start is not None:
-        fits_a_head = (
-            settings.train.regression_weight > 0 or system == "ridge"
-        )  # of as many components as are asked for
+        # A head that is fitted has as many components as encoder.dims asks for.
+        fits_a_head = settings.train.regression_weight > 0 or system == "ridge"
         with named_by("train.start", start):
             size = check_encoder(start, None if fits_a_head else settings.encoder)
         if not fits_a_head:
