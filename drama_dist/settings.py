@@ -247,6 +247,14 @@ class TargetSettings:
     teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
     lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
 
+    @model_validator(mode="after")
+    def _there_is_something_to_learn_from(self) -> Self:
+        if not self.teacher_share and not self.lexical_components:
+            raise SettingsError(
+                "targets.teacher_share=0 with targets.lexical_components=0: the vectors would be zeros; raise one"
+            )
+        return self
+
     @property
     def uses_bm25(self) -> bool:
         """Whether BM25 has a part."""

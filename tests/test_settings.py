@@ -302,6 +302,14 @@ def test_a_bad_value_is_refused_with_the_allowed_ones(read: Read, override: str,
     assert str(error.value).startswith(f"override {override!r}: ") and len(str(error.value).splitlines()) == 1
 
 
+def test_targets_without_any_part_are_refused(read: Read) -> None:
+    with pytest.raises(
+        SettingsError, match=r"targets\.teacher_share=0 with targets\.lexical_components=0: the vectors"
+    ):
+        read("targets.teacher_share=0", "targets.lexical_components=0")
+    assert read("targets.teacher_share=0").targets.uses_bm25
+
+
 def test_steps_or_minutes_say_when_training_ends(read: Read, tmp_path: Path) -> None:
     def ends(settings: Settings) -> tuple[int | None, float | None]:
         return settings.train.steps, settings.train.minutes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 
@@ -16,17 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, save_tokenizer, wire_tokenizer, write_contract
 from drama_dist.encoder.fused_layers import fuse_layers
-from drama_dist.encoder.head import LinearHead, head_size, read_head, write_head
+from drama_dist.encoder.head import LinearHead, read_head, write_head
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array, mean_pool
 from drama_dist.encoder.pretrained import load_weights, read_llama_config, read_tokenizer
-from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.encoder.sources import fetched, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer, as_texts
 from drama_dist.encoder.threads import side_by_side
 from drama_dist.run.progress import Progress
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         return self._token_ids([prefix + text for text in as_texts(texts)], limit)
 
     def encode_queries(self, texts: Iterable[str], dim: int | None = None) -> np.ndarray:
-        """Unit vectors of queries, float32 (n, dim); dim None is the hidden size.
+        """Unit vectors of queries, float32 (n, dim); dim None is all of them.
 
         Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
         """
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
     def encode_passages(
         self, texts: Iterable[str], dim: int | None = None, progress: Progress | None = None
     ) -> np.ndarray:
-        """Unit vectors of passages, float32 (n, dim); dim None is the hidden size.
+        """Unit vectors of passages, float32 (n, dim); dim None is all of them.
 
         progress: called with the number of texts of each encoded batch.
         Raises TypeError or ValueError for texts as `as_texts` does, for the dim as `checked_dim` does.
@@ -233,14 +233,15 @@ def load(
     Raises FileNotFoundError if there is no such model, or files of it are missing; ValueError if it is not of Llama
     type, or its files are damaged or do not fit each other; LeakError if the probe fails.
     """
-    source = reachable(resolve(str(folder_or_name)))
+    resolved = resolve(str(folder_or_name))
+    source = reachable(resolved)
     config = read_llama_config(source)
     config.is_causal = not bidirectional
     tokenizer = read_tokenizer(source, config)
     backbone = load_weights(LlamaModel, source, trust_remote_code=False, config=config, dtype=dtype)
-    folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-    size = head_size(folder, config.hidden_size)
+    folder = fetched(resolved)
     head = read_head(folder, config.hidden_size)
+    size = config.hidden_size if head is None else head.out_features
     encoder = Encoder(backbone, tokenizer, contract or read_contract(folder, size), head)
     encoder.to(device or ranks.device()).eval()
     fuse_layers(encoder.backbone)
@@ -249,21 +250,29 @@ def load(
 
 
 def from_config(
-    config: LlamaConfig, tokenizer: PreTrainedTokenizerBase, contract: EncoderSettings, seed: int
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: EncoderSettings,
+    seed: int,
+    head: LinearHead | None = None,
 ) -> Encoder:
-    """A randomly initialised encoder of a given shape, bidirectional, float32."""
+    """A randomly initialised encoder of a given shape, bidirectional, float32. head: its weights are drawn anew."""
     config.is_causal = False
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = Encoder(LlamaModel(config), tokenizer, contract)
+        backbone = LlamaModel(config)
+        if head is not None:
+            head.reset_parameters()
+    encoder = Encoder(backbone, tokenizer, contract, head)
     fuse_layers(encoder.backbone)
     return encoder.eval()
 
 
 def random_twin(encoder: Encoder, seed: int) -> Encoder:
-    """A randomly initialised encoder of another's shape, tokenizer and contract."""
+    """A randomly initialised encoder of another's shape, linear head included, tokenizer and contract."""
     config = AutoConfig.for_model(**encoder.backbone.config.to_dict())
-    return from_config(config, encoder.tokenizer, encoder.contract, seed).to(encoder.device)
+    head = deepcopy(encoder.head).cpu() if encoder.head is not None else None  # drawn by the CPU's generator
+    return from_config(config, encoder.tokenizer, encoder.contract, seed, head).to(encoder.device)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ text, EOS; truncation keeps EOS), which is configured in the tokenizer so that e
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from tokenizers.normalizers import Lowercase, Normalizer, Sequence
@@ -22,19 +22,19 @@ from drama_dist.settings_file import read_json
 FILE = "drama.json"
 
 
-def read_contract(folder: Path, hidden_size: int) -> EncoderSettings:
+def read_contract(folder: Path, size: int) -> EncoderSettings:
     """The contract that a model folder declares; defaults where it declares none, but for `lower_case`: false.
 
-    Raises ValueError where a sentence-transformers folder pools otherwise than by the mean,
-    SettingsError where a file has an unknown key, a value of another type or a dim beyond the hidden size.
+    size: components of the model's vectors. Raises ValueError where a sentence-transformers folder pools otherwise than
+    by the mean, SettingsError where a file has an unknown key, a value of another type or a dim beyond the size.
     """
     if (folder / FILE).exists():
         declared = {"lower_case": False, **read_json_object(folder / FILE)}  # older than this key: as it was trained
         contract = read_json(EncoderSettings, json.dumps(declared), str(folder / FILE))
-        return check_dims(contract, hidden_size, str(folder / FILE))
+        return check_dims(contract, size, str(folder / FILE))
     if (folder / "modules.json").exists():
-        return _from_sentence_transformers(folder, hidden_size)
-    return EncoderSettings(lower_case=False, dims=[hidden_size])
+        return _from_sentence_transformers(folder, size)
+    return EncoderSettings(lower_case=False, dims=[size])
 
 
 def write_contract(folder: Path, contract: EncoderSettings) -> None:
@@ -42,14 +42,19 @@ def write_contract(folder: Path, contract: EncoderSettings) -> None:
     write_text(folder / FILE, json.dumps(asdict(contract), indent=2) + "\n")
 
 
-def check_dims(contract: EncoderSettings, hidden_size: int, source: str) -> EncoderSettings:
-    """Return the contract; raise SettingsError, naming its source, if a dim is larger than the hidden size."""
-    if max(contract.dims) > hidden_size:
+def check_dims(contract: EncoderSettings, size: int, source: str) -> EncoderSettings:
+    """Return the contract; raise SettingsError, naming its source, if a dim is larger than the vectors' size."""
+    if max(contract.dims) > size:
         raise SettingsError(
             f"{source}: encoder.dims={contract.dims} asks for {max(contract.dims)} components, "
-            f"but the model's hidden size is {hidden_size}; lower the dim or keep more in prune.hidden"
+            f"but the model's vectors have {size}; lower the dim or keep more in prune.hidden"
         )
     return contract
+
+
+def with_dims_within(contract: EncoderSettings, size: int) -> EncoderSettings:
+    """The contract with those of its dims that vectors of this size have; with the size itself where it has none."""
+    return replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
 
 
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreTrainedTokenizerBase:
@@ -102,7 +107,7 @@ def _lower_case_first(normalizer: Normalizer | None) -> Normalizer:
     return Sequence([*folding, *([] if normalizer is None else [normalizer])])
 
 
-def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettings:
+def _from_sentence_transformers(folder: Path, size: int) -> EncoderSettings:
     for module in read_modules(folder):
         config_file = folder / module["path"] / "config.json"
         if module["type"].endswith("Pooling") and config_file.exists():
@@ -124,7 +129,7 @@ def _from_sentence_transformers(folder: Path, hidden_size: int) -> EncoderSettin
         query_prefix=named.query or "",
         passage_prefix=passage or "",
         lower_case=False,
-        dims=[hidden_size],
+        dims=[size],
         **limits,
     )
 

@@ -11,17 +11,18 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 
 from drama_dist.encoder.contract import read_modules
-from drama_dist.encoder.model_files import read_json_object
+from drama_dist.encoder.model_files import check_model_files, read_json_object
 from drama_dist.run.files import write_text
 
 HEAD_FOLDER = "2_Dense"  # as sentence-transformers names its third module
 _WEIGHTS = "model.safetensors"
+_PREFIX = "linear."  # of the weights' names
+_OWN_MODULES = "sentence_transformers."
 _IDENTITY = "torch.nn.modules.linear.Identity"
 
 
@@ -34,52 +35,65 @@ class LinearHead(nn.Linear):
 
 
 def head_folder(folder: Path) -> Path | None:
-    """Where a model folder keeps its head; None if it has none."""
-    if (folder / "modules.json").is_file():
-        paths = [module["path"] for module in read_modules(folder) if module["type"].endswith(".Dense")]
-    else:
-        paths = [HEAD_FOLDER] if (folder / HEAD_FOLDER).is_dir() else []
-    if len(paths) > 1:
-        raise ValueError(f"{folder / 'modules.json'}: has {len(paths)} Dense modules; only one is supported")
-    return folder / paths[0] if paths else None
+    """Where a model folder keeps its head; None if it has none.
+
+    Raises ValueError where modules.json has a Dense module that is not sentence-transformers' own, or stands elsewhere
+    than between pooling and normalisation.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return folder / HEAD_FOLDER if (folder / HEAD_FOLDER).is_dir() else None
+    modules = read_modules(folder)
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if "Dense" not in kinds:
+        return None
+    place = kinds.index("Dense")
+    own = modules[place]["type"].startswith(_OWN_MODULES)
+    if not own or kinds[place - 1 : place] != ["Pooling"] or kinds[place + 1 :] not in ([], ["Normalize"]):
+        raise ValueError(
+            f"{file}: has {', '.join(module['type'] for module in modules)}; only one Dense module of "
+            "sentence-transformers, between Pooling and Normalize, is supported"
+        )
+    return folder / modules[place]["path"]
 
 
 def head_size(folder: Path, hidden_size: int) -> int:
-    """Components of the vectors of the model in a folder: its head's, or the hidden size.
+    """Components of the vectors of the model in a folder: its head's, or the hidden size. Reads no weights.
 
-    Raises ValueError where the head is none that we compute, or does not fit the hidden size.
+    Raises ValueError where the head is none that we compute, does not fit the hidden size, or its weights are damaged;
+    FileNotFoundError where they are missing.
     """
     place = head_folder(folder)
+    return hidden_size if place is None else _checked(place, hidden_size)[0]
+
+
+def read_head(folder: Path, hidden_size: int) -> LinearHead | None:
+    """The head of the model in a folder, float32; None if it has none. Raises as `head_size` does."""
+    place = head_folder(folder)
     if place is None:
-        return hidden_size
-    config = read_json_object(place / "config.json")
-    size, file = config.get("out_features"), place / "config.json"
+        return None
+    size, bias = _checked(place, hidden_size)
+    head = LinearHead(hidden_size, size, bias=bias)
+    head.load_state_dict({name.removeprefix(_PREFIX): part for name, part in load_file(place / _WEIGHTS).items()})
+    return head
+
+
+def _checked(place: Path, hidden_size: int) -> tuple[int, bool]:
+    """Components of the head's vectors, and whether it has a bias."""
+    file = place / "config.json"
+    config = read_json_object(file)
+    size, bias = config.get("out_features"), config.get("bias", True)
     if config.get("activation_function", _IDENTITY) != _IDENTITY or config.get("use_residual"):
         raise ValueError(f"{file}: is more than a linear map; only a Dense with Identity for activation is supported")
     if config.get("in_features") != hidden_size or type(size) is not int or size < 1:
         raise ValueError(f"{file}: maps {config.get('in_features')} to {size} components, after {hidden_size}")
-    return size
-
-
-def read_head(folder: Path, hidden_size: int) -> LinearHead | None:
-    """The head of the model in a folder, float32; None if it has none.
-
-    Raises ValueError as `head_size` does, and where its weights are damaged or missing.
-    """
-    place = head_folder(folder)
-    if place is None:
-        return None
-    size = head_size(folder, hidden_size)
-    try:
-        stored = {name.removeprefix("linear."): tensor for name, tensor in load_file(place / _WEIGHTS).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{place / _WEIGHTS}: not a whole safetensors file ({error}); fetch it again") from error
-    head = LinearHead(hidden_size, size, bias="bias" in stored)
-    shapes = {name: tuple(weight.shape) for name, weight in head.named_parameters()}
-    if {name: tuple(tensor.shape) for name, tensor in stored.items()} != shapes:
-        raise ValueError(f"{place / _WEIGHTS}: expected a weight of {size} × {hidden_size}; fetch it again")
-    head.load_state_dict(stored)
-    return head.float()
+    expected = {f"{_PREFIX}weight": (size, hidden_size), **({f"{_PREFIX}bias": (size,)} if bias else {})}
+    if check_model_files(place) != expected:
+        raise ValueError(
+            f"{place / _WEIGHTS}: expected a weight of {size} × {hidden_size}{' and a bias' if bias else ''}; "
+            "fetch it again"
+        )
+    return size, bool(bias)
 
 
 def write_head(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -95,5 +109,5 @@ def write_head(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         "module_input_name": "sentence_embedding",
         "module_output_name": "sentence_embedding",
     }
-    save_file({f"linear.{name}": tensor.contiguous() for name, tensor in weights.items()}, place / _WEIGHTS)
+    save_file({f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}, place / _WEIGHTS)
     write_text(place / "config.json", json.dumps(config, indent=2) + "\n")

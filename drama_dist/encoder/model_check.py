@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from drama_dist.encoder.contract import read_contract, wire_tokenizer
 from drama_dist.encoder.head import head_size
 from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
-from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.encoder.sources import fetched, reachable, resolve
+from drama_dist.settings import EncoderSettings
 
 
 def check_llama(name: str, trust_remote_code: bool = False, with_head: bool = False) -> LlamaConfig:
@@ -29,9 +30,14 @@ def check_llama(name: str, trust_remote_code: bool = False, with_head: bool = Fa
     return config
 
 
-def check_encoder(name: str) -> None:
-    """Check a Llama-type encoder and the contract in its folder; raises ValueError or FileNotFoundError."""
+def check_encoder(name: str, contract: EncoderSettings | None = None) -> int:
+    """Check a Llama-type encoder, its linear head and its folder's contract; return how many components vectors have.
+
+    contract: replaces the folder's, as in `load`. Raises ValueError or FileNotFoundError.
+    """
     config = check_llama(name)
-    source = Path(resolve(name))
-    if source.is_dir():
-        read_contract(source, head_size(source, config.hidden_size))
+    folder = fetched(resolve(name))
+    size = head_size(folder, config.hidden_size)
+    if contract is None:
+        read_contract(folder, size)
+    return size

@@ -41,7 +41,11 @@ def matryoshka_cut_array(embeddings_NK: np.ndarray, dim: int) -> np.ndarray:
 
     Raises as `checked_dim` does.
     """
-    dim = checked_dim(dim, embeddings_NK.shape[1])
-    cut = np.asarray(embeddings_NK[:, :dim], dtype=np.float32)
-    norms = np.linalg.norm(cut, axis=1, keepdims=True)
-    return cut / np.maximum(norms, np.finfo(np.float32).tiny)
+    return unit_rows(embeddings_NK[:, : checked_dim(dim, embeddings_NK.shape[1])])
+
+
+def unit_rows(rows_NK: np.ndarray) -> np.ndarray:
+    """Rows of length 1, float32; rows of zeros stay."""
+    rows_NK = np.asarray(rows_NK, dtype=np.float32)
+    norms = np.linalg.norm(rows_NK, axis=1, keepdims=True)
+    return rows_NK / np.maximum(norms, np.finfo(np.float32).tiny)

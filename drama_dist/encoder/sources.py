@@ -21,6 +21,8 @@ from drama_dist.run.progress import say
 
 _PACKAGE = "package:"
 _ALWAYS_READ = ("config.json", "tokenizer_config.json", "tokenizer.json")
+# What an encoder may say of itself
+_DESCRIPTIONS = ("drama.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _TIMEOUT = 10  # seconds, for the hub's answer
 
 
@@ -80,6 +82,19 @@ def reachable(source: str, also: Iterable[str] = ()) -> str:
         return source
     _revision(source)
     return str(_whole_snapshot(source, also) or source)
+
+
+def fetched(source: str) -> Path:
+    """The folder of what `resolve` returned; of a hub name with the modules' files, which transformers does not fetch.
+
+    Where the hub cannot be reached, which a single request tells, the folder is as it was cached.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(source).exists():
+        return Path(source)
+    whole = _whole_snapshot(source, _DESCRIPTIONS)
+    return whole or Path(snapshot_download(source, allow_patterns=["*.json", "*/model.safetensors"]))
 
 
 def _whole_snapshot(name: str, also: Iterable[str]) -> Path | None:

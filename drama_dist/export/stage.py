@@ -80,20 +80,22 @@ def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
 def model_card(settings: Settings, encoder: Encoder) -> str:
     """The model card: what it is, how to use it, data, settings, results."""
     config, run = encoder.backbone.config, Path(settings.run)
-    weights = sum(weight.numel() for weight in encoder.parameters())
+    weights = sum(weight.numel() for weight in encoder.backbone.parameters())
     embeddings = config.vocab_size * config.hidden_size
     if is_finished(run, f"evaluate/{CORPUS}"):
         verify(run, f"evaluate/{CORPUS}")
     rows = _json(run / "evaluate" / CORPUS / "results.json")
-    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "train")}
+    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "targets", "train")}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(_CARD.read_text("utf-8")).render(
         settings=settings,
         config=config,
         contract=encoder.contract,
+        size=encoder.size,
         dims=sorted(encoder.contract.dims, reverse=True),
         backbone_weights=weights - embeddings,
         embedding_weights=embeddings,
+        head_weights=0 if encoder.head is None else sum(weight.numel() for weight in encoder.head.parameters()),
         counts=_json(run / "augment" / "counts.json") or {},
         settings_yaml=yaml.safe_dump({"seed": settings.seed, **told}, sort_keys=False),
         results=results_table(rows, markdown=True) if rows else None,

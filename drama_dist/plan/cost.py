@@ -36,8 +36,8 @@ Memory = Counter[str]  # bytes by part
 class StepCost:
     """A training step of rank 0, whose share of the batch is the largest.
 
-    config: the encoder's. lengths: tokens of each of the rank's texts, of which no two are equal; lengths_from: where
-    they come from.
+    config: the encoder's backbone; a linear head is counted where regression gives it one. lengths: tokens of each of
+    the rank's texts, of which no two are equal; lengths_from: where they come from.
     """
 
     config: LlamaConfig
@@ -69,8 +69,18 @@ class StepCost:
         return int(self.config.num_hidden_layers * (layer_weights(self.config) + 2 * hidden) + hidden)
 
     @property
+    def vector_size(self) -> int:
+        """Components of the vectors."""
+        return max(self.encoder.dims) if self.train.regression_weight else int(self.config.hidden_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the linear head, which only regression has."""
+        return self.vector_size * (int(self.config.hidden_size) + 1) if self.train.regression_weight else 0
+
+    @property
     def parameters(self) -> int:
-        return self.embedding_parameters + self.layer_parameters
+        return self.embedding_parameters + self.layer_parameters + self.head_parameters
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -80,7 +90,7 @@ class StepCost:
     @property
     def gathers_queries(self) -> bool:
         """Whether every rank has all queries for the loss, and its own passages; else all passages, and its queries."""
-        return self.ranks > 1 and gathers_queries(*self.batch, self.config.hidden_size, self.encoder, self.train)
+        return self.ranks > 1 and gathers_queries(*self.batch, self.vector_size, self.encoder, self.train)
 
     @property
     def scores_shape(self) -> tuple[int, int]:
@@ -166,7 +176,9 @@ class StepCost:
         whole_weights = self.weight_size * self.parameters if self.train.zero_stage == 3 and self.ranks > 1 else 0
         held = self.state + Counter(embeddings=self._embedding_bytes, exchange=whole_weights)
         loss = held + Counter(activations=self.kept_tokens * self.graph_bytes) + self._loss_parts
-        backward = held + Counter(activations=self._graphs, gradients=self.weight_size * self.layer_parameters)
+        backward = held + Counter(
+            activations=self._graphs, gradients=self.weight_size * (self.layer_parameters + self.head_parameters)
+        )
         update = self.state + Counter(gradients=self._update_bytes)
         if self.device.is_cpu and self.train.zero_stage < 3:
             update |= backward + Counter(allocator=_HOLES)
@@ -198,7 +210,9 @@ class StepCost:
         """Different tokens and, twice, texts' vectors, with gradients; an index by token; token ids and positions."""
         hidden, different = self.config.hidden_size, min(self.tokens, self.config.vocab_size)
         integers = _INDEX * (self.config.vocab_size + 2 * self.tokens)
-        return int(2 * self.weight_size * different * hidden + integers + 4 * SINGLE * len(self.lengths) * hidden)
+        return int(
+            2 * self.weight_size * different * hidden + integers + 4 * SINGLE * len(self.lengths) * self.vector_size
+        )
 
     @property
     def _loss_parts(self) -> Memory:
@@ -207,7 +221,7 @@ class StepCost:
         backend = select_backend(torch.device("cpu" if self.device.is_cpu else "cuda"), torch.float32)
         tiles = backend.held_bytes(rows, columns, self.encoder.dims, torch.get_num_threads())
         copies = 3 * gathered if self.ranks > 1 else 0  # each rank's part padded, the parts, and joined
-        return Counter({"loss tiles": tiles, "exchange": copies * SINGLE * self.config.hidden_size})
+        return Counter({"loss tiles": tiles, "exchange": copies * SINGLE * self.vector_size})
 
     @property
     def _graphs(self) -> int:

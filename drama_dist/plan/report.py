@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
+from drama_dist.prune.extractor import Shape, requested_shape, shape_of
 from drama_dist.settings import Settings, SettingsError, TrainSettings
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
@@ -60,19 +61,32 @@ def read_shape(settings: Settings) -> LlamaConfig:
         config = _read_config("llm", settings.llm)
     except SettingsError as error:
         raise SettingsError(f"{error}; to plan without it, say --vocabulary and --head instead") from error
-    return pruned_shape(settings, config.vocab_size, config.head_dim)
+    return _pruned(settings, shape_of(config), config.vocab_size, config.head_dim)
 
 
 def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
-    """What pruning makes of an LLM with so many tokens and components of a head."""
-    kept = settings.prune
+    """What pruning makes of an LLM of which only the number of tokens and the components of a head are known.
+
+    Raises SettingsError where the prune section keeps something that is not known.
+    """
+    kept = {part.name: getattr(settings.prune, part.name) for part in fields(Shape)}
+    for name, size in kept.items():
+        if size is None:
+            raise SettingsError(
+                f"prune.{name}=null keeps the LLM's, which --vocabulary and --head do not tell; give it a number"
+            )
+    return _pruned(settings, Shape(**kept), vocabulary, head)
+
+
+def _pruned(settings: Settings, model: Shape, vocabulary: int, head: int) -> LlamaConfig:
+    shape = requested_shape(settings.prune, model)
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=kept.hidden,
-        num_hidden_layers=kept.layers,
-        num_attention_heads=kept.heads,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         head_dim=head,
-        intermediate_size=kept.mlp,
+        intermediate_size=shape.mlp,
     )
 
 
@@ -82,6 +96,7 @@ def report(cost: StepCost) -> Iterator[str]:
     yield (
         f"parameters  {cost.parameters / 1e6:.1f} million: embeddings {cost.embedding_parameters / 1e6:.1f}, "
         f"layers {cost.layer_parameters / 1e6:.1f}"
+        + (f", linear head {cost.head_parameters / 1e6:.1f}" if cost.head_parameters else "")
     )
     queries, passages = (f"{largest_share(count, cost.ranks)} of {count}" for count in cost.batch)
     yield (

@@ -17,7 +17,7 @@ def traffic_per_step(cost: StepCost) -> dict[str, int]:
         return {}
     queries, passages = cost.batch
     gathered = queries if cost.gathers_queries else passages
-    share, vector = largest_share(gathered, cost.ranks), SINGLE * cost.config.hidden_size
+    share, vector = largest_share(gathered, cost.ranks), SINGLE * cost.vector_size
     there, back = (cost.ranks - 1) * share * vector, (gathered - share) * vector
     if not cost.gathers_queries:
         return {"passages": there, "passage gradients": back} | _deepspeed(cost)

@@ -89,6 +89,11 @@ class Shape:
     mlp: int
 
 
+def shape_of(config: LlamaConfig) -> Shape:
+    """That of a model with this configuration."""
+    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+
+
 def requested_shape(prune: PruneSettings, model: Shape) -> Shape:
     """What the settings ask for, where null keeps the model's.
 

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import Encoder, probe
-from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.contract import check_dims, wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
-from drama_dist.prune.extractor import Selection, Shape, requested_shape, select, shrink
+from drama_dist.prune.extractor import Selection, requested_shape, select, shape_of, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.run import interrupts
@@ -45,13 +45,9 @@ def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
     with named_by("llm", settings.llm):
         config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings))
-    shape = requested_shape(settings.prune, _shape_of(config))
+    shape = requested_shape(settings.prune, shape_of(config))
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")
-
-
-def _shape_of(config: LlamaConfig) -> Shape:
-    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
 
 
 def prune(run: Run, folder: StageFolder) -> None:
@@ -109,9 +105,8 @@ def _save(
     backbone = small.model.to("cpu")
     backbone.config.is_causal = False
     backbone.config.architectures = ["LlamaModel"]
-    size = backbone.config.hidden_size  # which dims may exceed: those of a linear head's vectors
-    contract = replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
-    encoder = Encoder(backbone, tokenizer, contract).eval()
+    # The run's dims may exceed the hidden size: they are those of a linear head's vectors.
+    encoder = Encoder(backbone, tokenizer, with_dims_within(contract, backbone.config.hidden_size)).eval()
     probe(encoder)
     encoder.save(folder)
     record = {

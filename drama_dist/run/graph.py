@@ -180,7 +180,7 @@ STAGES = (
         verb="train",
         help="train the encoder",
         work="drama_dist.train.stage:train",
-        sections=("seed", "encoder", "targets", "train"),
+        sections=("seed", "encoder", "targets.teacher_share", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",
@@ -192,7 +192,7 @@ STAGES = (
         verb="train",
         help="train an encoder of the same shape from random weights",
         work="drama_dist.train.stage:train",
-        sections=("seed", "encoder", "targets", "train"),
+        sections=("seed", "encoder", "targets.teacher_share", "train"),
         needs=_of_training,
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",
@@ -308,9 +308,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def command_of(artefact: Artefact) -> list[str]:
-    """Verb and options of the command that makes an artefact; options only where they differ from the defaults."""
+    """Verb and options of the command that makes an artefact; options only where they differ from the defaults.
+
+    A stage that is called like its verb is all that the verb makes: it needs no options.
+    """
     defaults = {"collection": CORPUS, "system": "drama"}
-    options = {name: value for name, value in artefact.parameters.items() if value != defaults[name]}
+    given = {} if artefact.name == artefact.stage.verb else artefact.parameters
+    options = {name: value for name, value in given.items() if value != defaults[name]}
     return [artefact.stage.verb, *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 

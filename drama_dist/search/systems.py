@@ -20,10 +20,12 @@ from drama_dist.corpus.collection import Collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_name
 from drama_dist.encoder.backbone import load
-from drama_dist.encoder.contract import check_dims
+from drama_dist.encoder.contract import with_dims_within
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.pooling import matryoshka_cut_array
+from drama_dist.encoder.pretrained import read_llama_config
+from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
@@ -129,11 +131,11 @@ class UnprunedSystem(DenseSystem):
 
     def check(self, settings: Settings) -> None:
         with named_by("llm", settings.llm):
-            config = check_llama(settings.llm)
-        check_dims(settings.encoder, config.hidden_size, f"{self.name} in evaluate.systems")
+            check_llama(settings.llm)
 
     def load(self, settings: Settings) -> TextEncoder:
-        return _encoder(settings, settings.llm, contract=settings.encoder, bidirectional=False)
+        size = read_llama_config(reachable(resolve(settings.llm))).hidden_size  # which the run's dims may exceed
+        return _encoder(settings, settings.llm, contract=with_dims_within(settings.encoder, size), bidirectional=False)
 
 
 class TeacherSystem(DenseSystem):

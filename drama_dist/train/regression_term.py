@@ -52,6 +52,6 @@ class RegressionTerm:
 
 
 def _distances(vectors_nK: torch.Tensor, targets_nK: torch.Tensor) -> torch.Tensor:
-    """n; the norm's gradient at a distance of 0 is 0."""
+    """n; the norm's gradient at a distance of 0 is 0, and so is it for a target of zeros, from which all are 1 away."""
     difference_nK = normalize(vectors_nK, dim=1) - normalize(targets_nK, dim=1)
     return torch.linalg.vector_norm(difference_nK, dim=1)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, load
+from drama_dist.encoder.contract import with_dims_within
+from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.head import LinearHead
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.records import Example, read_records
@@ -37,27 +40,41 @@ _CHUNK_TOKENS = 4096
 
 def ridge(run: Run, folder: StageFolder, system: str) -> None:
     """Do the stage, which rank 0 does alone; system: ridge."""
-    ranks.by_rank_0(lambda: _write(run, folder))
-    folder.finish()
+    facts: dict[str, Any] = {}
+    ranks.by_rank_0(lambda: facts.update(_write(run, folder)))
+    folder.finish(**facts)
 
 
-def with_ridge_head(run: Run, start: Encoder) -> Encoder:
-    """An encoder of the same backbone with a fitted head, and the run's contract. start: has none."""
+def with_ridge_head(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
+    """An encoder of the same backbone with a fitted head, and the run's contract; and what is recorded of the fit.
+
+    start: is changed: it loses its own head, since the new one maps pooled states, and gets a contract without it.
+    """
     settings = run.settings
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     table = open_collection(run.path(TRAINING_TEXTS)).passages
     queries, passages = _sample(len(examples), len(table), settings.seed)
-    start.contract = replace(settings.encoder, dims=[start.size])
-    states_nK = _pooled(start, examples, table, queries, passages)
+    start.head = None
+    start.contract = with_dims_within(settings.encoder, start.size)
+    with counting() as cut_queries:
+        texts = start.tokenize_queries([examples[row].query for row in queries])
+    with counting() as cut_passages:
+        texts += start.tokenize_passages(table.contents(passages))
     targets = VectorTargets.open(run.path("targets"))
     targets_nJ = torch.from_numpy(np.vstack([targets.queries.rows(queries), targets.passages.rows(passages)]))
-    return Encoder(start.backbone, start.tokenizer, settings.encoder, fitted_head(states_nK, targets_nJ, settings.seed))
+    known_n = targets_nJ.any(dim=1)  # without the teacher a text without a word has no target
+    states_nK, targets_nJ = _pooled(start, texts)[known_n], targets_nJ[known_n]
+    penalty = chosen_penalty(states_nK, targets_nJ, settings.seed)
+    say(f"ridge: penalty {penalty:g} of {len(states_nK)} states' mean variance")
+    fitted = Encoder(start.backbone, start.tokenizer, settings.encoder, fitted_head(states_nK, targets_nJ, penalty))
+    cut = {"queries": asdict(cut_queries), "passages": asdict(cut_passages)}
+    return fitted, {"penalty": penalty, "texts": len(states_nK), "cut": cut}
 
 
-def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> LinearHead:
-    """The ridge regression from states to targets, which are of length 1.
+def chosen_penalty(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) -> float:
+    """The penalty with which vectors of held-out rows, made of length 1, are nearest to their targets.
 
-    The penalty is the one whose vectors of held-out rows, of length 1 as well, are nearest to their targets.
+    targets_nJ: of length 1.
     """
     states_nK, targets_nJ = states_nK.double(), targets_nJ.double()
     order_n = torch.randperm(len(states_nK), generator=torch.Generator().manual_seed(seed))
@@ -68,9 +85,12 @@ def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, seed: int) ->
         weight_KJ, bias_J = solution(states_nK[rest], targets_nJ[rest], penalty)
         difference_nJ = normalize(states_nK[held_out] @ weight_KJ + bias_J) - targets_nJ[held_out]
         errors.append(float(difference_nJ.norm(dim=1).mean()))
-    penalty = _PENALTIES[errors.index(min(errors))]
-    say(f"ridge: penalty {penalty:g} of {len(states_nK)} states' mean variance")
-    weight_KJ, bias_J = solution(states_nK, targets_nJ, penalty)
+    return _PENALTIES[errors.index(min(errors))]
+
+
+def fitted_head(states_nK: torch.Tensor, targets_nJ: torch.Tensor, penalty: float) -> LinearHead:
+    """The ridge regression from states to targets, solved in float64; float32."""
+    weight_KJ, bias_J = solution(states_nK.double(), targets_nJ.double(), penalty)
     head = LinearHead(*weight_KJ.shape)
     head.load_state_dict({"weight": weight_KJ.T, "bias": bias_J})
     return head
@@ -86,12 +106,13 @@ def solution(states_nK: torch.Tensor, targets_nJ: torch.Tensor, penalty: float) 
     return weight_KJ, mean_J - mean_K @ weight_KJ
 
 
-def _write(run: Run, folder: StageFolder) -> None:
-    settings = run.settings
+def _write(run: Run, folder: StageFolder) -> dict[str, Any]:
+    settings, dtype = run.settings, dtype_name(AUTO)
     start = settings.train.start or run.path("prune")
-    fitted = with_ridge_head(run, load(start, dtype=dtype_name(AUTO)))
+    fitted, facts = with_ridge_head(run, load(start, dtype=dtype))
     encoder = load(start)  # float32: states in bfloat16 are enough to fit, not to start from
     Encoder(encoder.backbone, encoder.tokenizer, settings.encoder, fitted.head).save(folder.folder)
+    return {"dtype": dtype, **facts}
 
 
 def _sample(queries: int, passages: int, seed: int) -> tuple[list[int], list[int]]:
@@ -103,12 +124,8 @@ def _sample(queries: int, passages: int, seed: int) -> tuple[list[int], list[int
 
 
 @torch.no_grad()
-def _pooled(
-    encoder: Encoder, examples: Sequence[Example], table: PassageTable, queries: list[int], passages: list[int]
-) -> torch.Tensor:
-    """Pooled states of the queries, then of the passages, float32 (n, K), on the CPU."""
-    texts = encoder.tokenize_queries([examples[row].query for row in queries])
-    texts += encoder.tokenize_passages(table.contents(passages))
+def _pooled(encoder: Encoder, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Pooled states of texts, which are lists of token ids; float32 (n, K), on the CPU."""
     states_nK = torch.empty(len(texts), encoder.size)
     bar = progress_bar(len(texts), "ridge", "texts")
     for chunk in token_budget_chunks([len(ids) for ids in texts], _CHUNK_TOKENS):

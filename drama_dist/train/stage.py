@@ -9,7 +9,7 @@ from drama_dist.corpus.collection import open_collection
 from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.encoder.contract import check_dims
 from drama_dist.encoder.failures import named_by
-from drama_dist.encoder.model_check import check_llama
+from drama_dist.encoder.model_check import check_encoder
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Example, read_records
 from drama_dist.run import interrupts
@@ -33,10 +33,12 @@ def check(settings: Settings, system: str) -> None:
     """Raise SettingsError if train.start cannot be trained, or has fewer components than encoder.dims asks for."""
     start = settings.train.start
     if start is not None:
+        # A head that is fitted has as many components as encoder.dims asks for.
+        fits_a_head = settings.train.regression_weight > 0 or system == "ridge"
         with named_by("train.start", start):
-            config = check_llama(start)
-        if not settings.train.regression_weight and system != "ridge":
-            check_dims(settings.encoder, config.hidden_size, f"train.start={start}")
+            size = check_encoder(start, None if fits_a_head else settings.encoder)
+        if not fits_a_head:
+            check_dims(settings.encoder, size, f"train.start={start}")
 
 
 @interrupts.deferred()
@@ -53,7 +55,8 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     if system == "random-init":
         start = random_twin(start, settings.seed)
         if regression:
-            start = with_ridge_head(run, start)
+            # On every rank: it takes minutes at most, and rounding may differ, since DeepSpeed broadcasts rank 0's.
+            start, _ = with_ridge_head(run, start)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None

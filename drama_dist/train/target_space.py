@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
 
+from drama_dist.encoder.pooling import unit_rows
 from drama_dist.run.files import put_in_place
 
 _FILE = "space.safetensors"
@@ -33,7 +34,7 @@ class TargetSpace:
 
     def targets(self, teacher_nT: np.ndarray, words_nV: csr_matrix | None) -> np.ndarray:
         """Unit vectors, float32 (n, K). teacher_nT: unit vectors; words_nV: weights of passages, counts of queries."""
-        return _unit(joined(self.teacher_share, teacher_nT, words_nV, self.words_VL) @ self.axes_JK)
+        return unit_rows(joined_parts(self.teacher_share, teacher_nT, words_nV, self.words_VL) @ self.axes_JK)
 
     def save(self, folder: Path) -> None:
         """Write the space to a folder."""
@@ -61,30 +62,29 @@ def word_vectors(weights_NV: csr_matrix, components: int, seed: int) -> np.ndarr
     return np.ascontiguousarray(right_LV[::-1].T, dtype=np.float32)
 
 
-def joined(
+def joined_parts(
     teacher_share: float, teacher_nT: np.ndarray, words_nV: csr_matrix | None, words_VL: np.ndarray | None
 ) -> np.ndarray:
-    """The targets before they are turned, float32 (n, J), of length 1."""
-    parts = [np.sqrt(teacher_share) * teacher_nT]
+    """The targets before they are turned, float32 (n, J), of length 1.
+
+    A part without a share has no components. A text that no part says anything of stays a row of zeros: without the
+    teacher, one that has no word of the index.
+    """
+    parts = [np.sqrt(teacher_share) * teacher_nT if teacher_share > 0 else teacher_nT[:, :0]]
     if words_VL is not None and words_nV is not None:
-        parts.append(np.sqrt(1 - teacher_share) * _unit(words_nV @ words_VL))
-    return _unit(np.hstack(parts))
+        parts.append(np.sqrt(1 - teacher_share) * unit_rows(words_nV @ words_VL))
+    return unit_rows(np.hstack(parts))
 
 
-def principal_axes(moment_JJ: np.ndarray, components: int) -> np.ndarray:
+def principal_axes(moment_JJ: np.ndarray, components: int, lexical: int) -> np.ndarray:
     """The leading eigenvectors of a moment matrix, float32 (J, K).
 
-    Raises ValueError where there are not as many components.
+    lexical: how many of the J components are BM25's. Raises ValueError where there are not as many components.
     """
     if components > len(moment_JJ):
         raise ValueError(
-            f"encoder.dims asks for {components} components, but the targets have {len(moment_JJ)}: the teacher's and "
-            "targets.lexical_components; lower the one or raise the other"
+            f"encoder.dims asks for {components} components, but the targets have {len(moment_JJ)}, of which the "
+            f"teacher gives {len(moment_JJ) - lexical} and BM25 {lexical}: it has at most targets.lexical_components, "
+            "and fewer than there are training passages or words; lower the dims to what there is"
         )
     return np.ascontiguousarray(np.linalg.eigh(moment_JJ)[1][:, ::-1][:, :components], dtype=np.float32)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1; rows of zeros stay."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float32)

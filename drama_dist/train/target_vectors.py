@@ -25,7 +25,7 @@ from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, write_shard
 from drama_dist.settings import Settings, recorded
 from drama_dist.train.batches import TextBatch
-from drama_dist.train.target_space import TargetSpace, joined, principal_axes, word_vectors
+from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 from drama_dist.train.term import TargetVectors
 
 _KINDS = ("queries", "passages")
@@ -110,9 +110,11 @@ def _fit(
     moment_JJ: np.ndarray | float = 0.0
     for vectors, words in kinds:
         rows = _drawn(len(vectors), chance)
-        part_nJ = joined(share, vectors.rows(rows), None if words is None else words(rows), words_VL)
+        part_nJ = joined_parts(share, vectors.rows(rows), None if words is None else words(rows), words_VL)
         moment_JJ = moment_JJ + part_nJ.T.astype(np.float64) @ part_nJ / len(rows)
-    return TargetSpace(share, words_VL, principal_axes(np.asarray(moment_JJ), max(settings.encoder.dims)))
+    lexical = 0 if words_VL is None else words_VL.shape[1]
+    axes_JK = principal_axes(np.asarray(moment_JJ), max(settings.encoder.dims), lexical)
+    return TargetSpace(share, words_VL, axes_JK)
 
 
 def _drawn(count: int, chance: np.random.Generator) -> np.ndarray:

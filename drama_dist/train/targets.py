@@ -21,6 +21,7 @@ from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards
 from drama_dist.train.batches import TextBatch
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.teacher_scale import passage_moments, scaled_teacher
 
 
@@ -30,7 +31,7 @@ def open_targets(run: Run) -> Targets:
     lexical = LexicalIndex(run.path(f"encode/{TRAINING_TEXTS}/bm25")) if targets.uses_bm25 else None
     queries = EmbeddingShards(run.path("augment") / QUERY_VECTORS)
     passages = EmbeddingShards(run.path(f"encode/{TRAINING_TEXTS}/teacher"))
-    return Targets(queries, passages, lexical, targets.teacher_share, train.teacher_temperature)
+    return Targets(VectorTargets(queries, passages), lexical, targets.teacher_share, train.teacher_temperature)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,17 @@ class Targets:
     share: of the teacher in the mix. temperature: of the mix, in standard deviations of a query's scores.
     """
 
-    queries: EmbeddingShards
-    passages: EmbeddingShards
+    vectors: VectorTargets
     lexical: LexicalIndex | None
     share: float
     temperature: float
 
     def of(self, batch: TextBatch) -> TeacherScores:
         """The scores of this rank's part of a global batch, on the CPU; every rank must ask for it."""
-        rows, columns = ranks.rank_slice(len(batch.queries)), ranks.rank_slice(len(batch.passages))
-        queries_BT = torch.from_numpy(self.queries.rows([batch.examples[row] for row in rows]))
-        passages_NT = torch.from_numpy(self.passages.rows([batch.positions[column] for column in columns]))
-        moments, weights = passage_moments(passages_NT).over_ranks(), (self.share, 1 - self.share)
-        sparse = self._sparse([batch.queries[row] for row in rows], batch.positions)
-        return scaled_teacher(queries_BT, passages_NT, sparse, weights, self.temperature, moments)
+        own, weights = self.vectors.of(batch), (self.share, 1 - self.share)
+        moments = passage_moments(own.passages_NK).over_ranks()
+        sparse = self._sparse([batch.queries[row] for row in ranks.rank_slice(len(batch.queries))], batch.positions)
+        return scaled_teacher(own.queries_BK, own.passages_NK, sparse, weights, self.temperature, moments)
 
     def _sparse(self, queries: Sequence[str], positions: Sequence[int]) -> SparseLogits | None:
         if self.lexical is None:

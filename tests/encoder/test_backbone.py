@@ -255,7 +255,7 @@ def test_saving_and_loading_keep_vectors_and_contract(encoder: Encoder, tmp_path
 
 
 def test_dims_beyond_the_hidden_size_are_refused(llm: Path) -> None:
-    with pytest.raises(SettingsError, match="asks for 64 components, but the model's hidden size is 48"):
+    with pytest.raises(SettingsError, match="asks for 64 components, but the model's vectors have 48"):
         load(llm, contract=EncoderSettings(dims=[64]))
 
 

@@ -52,8 +52,48 @@ def test_damaged_weights_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=f"^{file}: not a whole safetensors file"):
         read_head(folder, 6)
     file.unlink()
-    with pytest.raises(ValueError, match=f"^{file}: not a whole"):
+    with pytest.raises(FileNotFoundError, match=f"^{file.parent}: no weights"):
         read_head(folder, 6)
+
+
+DENSE, POOLING, NORMALIZE = (f"sentence_transformers.models.{name}" for name in ("Dense", "Pooling", "Normalize"))
+
+
+def list_modules(folder: Path, *kinds: str) -> None:
+    modules = [{"type": kind, "path": "elsewhere" if kind.endswith(".Dense") else ""} for kind in kinds]
+    (folder / "modules.json").write_text(json.dumps(modules), "utf-8")
+
+
+def test_modules_say_where_the_head_is(folder: Path) -> None:
+    (folder / "2_Dense").rename(folder / "elsewhere")
+    list_modules(folder, POOLING, DENSE, NORMALIZE)
+    assert head_size(folder, 6) == 9 and read_head(folder, 6) is not None
+    list_modules(folder, POOLING, NORMALIZE)
+    assert head_size(folder, 6) == 6 and read_head(folder, 6) is None
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (POOLING, DENSE, DENSE),
+        (POOLING, NORMALIZE, DENSE),
+        (DENSE, POOLING),
+        (POOLING, "own.code.Dense", NORMALIZE),
+        (POOLING, DENSE, "sentence_transformers.models.LayerNorm"),
+    ],
+)
+def test_a_dense_module_that_is_not_the_head_is_refused(kinds: tuple[str, ...], folder: Path) -> None:
+    list_modules(folder, *kinds)
+    for use in (head_size, read_head):
+        with pytest.raises(ValueError, match=r"modules\.json: has .*; only one Dense module .* is supported"):
+            use(folder, 6)
+
+
+def test_a_head_without_a_bias_has_none(tmp_path: Path) -> None:
+    plain = nn.Linear(6, 9, bias=False)
+    write_head(tmp_path, dict(plain.state_dict()))
+    found = read_head(tmp_path, 6)
+    assert found is not None and found.bias is None and torch.equal(found(torch.eye(6)), plain.weight.T)
 
 
 def test_weights_of_another_shape_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.contract import read_contract
-from drama_dist.encoder.model_check import check_llama
+from drama_dist.encoder.head import write_head
+from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.search.teacher import Teacher
 from drama_dist.settings import SettingsError, TeacherSettings
@@ -45,7 +46,7 @@ def cached(model: Path, cache: Path, name: str) -> Path:
     shutil.copytree(model, folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit, "utf-8")
-    for file in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+    for file in ("drama.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         if not (model / file).exists():
             (folder / ".no_exist" / commit).mkdir(parents=True, exist_ok=True)
             (folder / ".no_exist" / commit / file).touch()
@@ -68,6 +69,30 @@ def test_a_cached_hub_model_is_loaded_without_a_request(llm: Path, cache: Path) 
     (snapshot / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         check_llama("some/model")
+
+
+def test_what_describes_a_hub_models_vectors_is_fetched(
+    llm: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the cache has what transformers reads, and nothing else."""
+    whole = tmp_path / "whole"
+    shutil.copytree(llm, whole)
+    write_head(whole, dict(torch.nn.Linear(48, 9).state_dict()))
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (whole / "modules.json").write_text(json.dumps(modules), "utf-8")
+    snapshot = cached(whole, cache, "some/model")
+    shutil.rmtree(snapshot / "2_Dense")
+    (snapshot / "modules.json").unlink()
+    asked = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(shutil.copytree(whole, snapshot, dirs_exist_ok=True))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert check_encoder("some/model") == load("some/model").size == 9
+    assert set(asked) == {"some/model"}
 
 
 def test_a_cached_teacher_is_loaded_without_a_request(cache: Path) -> None:

@@ -89,6 +89,17 @@ def test_traffic_by_hand() -> None:
     assert traffic_per_step(replace(COST, ranks=1)) == {}
 
 
+def test_regressions_head_and_longer_vectors_count() -> None:
+    headed = replace(changed(regression_weight=1.0), encoder=EncoderSettings(dims=[96, 32]))
+    more = 96 * 64 + 96
+    assert headed.parameters == COST.parameters + more
+    assert headed.state["optimiser"] == COST.state["optimiser"] + 12 * more / 2
+    assert headed.phases["loss"]["embeddings"] - COST.phases["loss"]["embeddings"] == 4 * 4 * 14 * (96 - 64)
+    assert headed.phases["backward"]["gradients"] - COST.phases["backward"]["gradients"] == 2 * more
+    sent = traffic_per_step(headed)
+    assert sent["passages"] == 10 * 4 * 96 and sent["weight gradients"] == 2 * headed.parameters
+
+
 def test_operations_count_what_is_computed_again() -> None:
     products = 2 * (4 * 64 * 64 + 3 * 64 * 96)
     attention = 4 * 2 * 64 * 14 * 8 * 8

@@ -13,7 +13,7 @@ import pytest
 from drama_dist.cli import main
 from drama_dist.plan.devices import SHEETS, Device, device
 from drama_dist.plan.report import pruned_shape, read_shape, report, step_cost, what_fits
-from drama_dist.settings import Settings, read_settings, write_settings
+from drama_dist.settings import Settings, SettingsError, read_settings, write_settings
 
 GPU = SHEETS["h100-80g"]
 BASE = Path(__file__).parent.parent.parent / "configs" / "drama-base.yaml"
@@ -55,6 +55,19 @@ def test_the_shape_comes_from_the_models_configuration(small_settings: Callable[
     (Path(settings.run) / "no").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"^llm=.* say --vocabulary and --head instead"):
         read_shape(replace(settings, llm=str(Path(settings.run) / "no")))
+
+
+def test_what_pruning_keeps_is_the_llms(small_settings: Callable[..., Settings]) -> None:
+    kept = small_settings("prune.layers=null", "prune.hidden=null", "prune.heads=null", "prune.mlp=null")
+    shape = read_shape(kept)
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (48, 4, 6)
+    assert shape.intermediate_size == 96
+    with pytest.raises(
+        SettingsError, match=r"prune\.layers=null keeps the LLM's, which --vocabulary and --head do not"
+    ):
+        pruned_shape(kept, 1000, 8)
+    with pytest.raises(SettingsError, match=r"prune\.layers=5: the model has only 4"):
+        read_shape(small_settings("prune.layers=5"))
 
 
 def test_lengths_come_from_the_run_where_it_has_them(small_settings: Callable[..., Settings]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from drama_dist.run import runner
 from drama_dist.run.runner import make
+from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings, SettingsError
 
 
@@ -52,6 +53,15 @@ def test_a_mistake_is_found_before_anything_is_made(
         make(settings, verb)
     assert len(str(failure.value).splitlines()) == 1
     assert not Path(settings.run).exists()
+
+
+def test_the_unpruned_llm_is_compared_whatever_dims_a_linear_head_gives(
+    small_settings: Callable[..., Settings],
+) -> None:
+    settings = small_settings("train.regression_weight=1", "encoder.dims=[64]", "evaluate.systems=[llm-unpruned]")
+    system = SYSTEMS["llm-unpruned"]
+    system.check(settings)
+    assert isinstance(system, DenseSystem) and system.load(settings).encode_queries(["x"]).shape == (1, 48)
 
 
 def test_what_is_finished_is_not_checked(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from drama_dist.cli import _read as read_words
 from drama_dist.cli import main
 from drama_dist.run.submit import chain, script, submit
 from drama_dist.settings import Settings, write_settings
@@ -80,6 +81,18 @@ def test_other_collections_are_stored_before_tasks_share_their_encoding(
     assert jobs["collections-cisi"] == "corpus --collection cisi"
     assert jobs["encode-cisi-drama-array"] == "encode --collection cisi"
     assert list(jobs).index("collections-cisi") < list(jobs).index("encode-cisi-drama-array")
+
+
+def test_the_command_line_accepts_the_words_of_every_job(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(
+        "train.regression_weight=1",
+        "evaluate.systems=[drama,ridge,random-init,teacher,bm25]",
+        "evaluate.collections=[data/cisi]",
+    )
+    commands = {job.name: job.command for job in chain(settings, "run")}
+    assert {"targets", "ridge", "train", "train-random-init"} <= commands.keys()
+    for name, (verb, *options) in commands.items():
+        assert read_words([verb, "settings.yaml", "train.steps=3", *options]).verb == verb, name
 
 
 def test_only_training_takes_several_nodes(small_settings: Callable[..., Settings]) -> None:

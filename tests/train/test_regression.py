@@ -58,6 +58,14 @@ def test_a_vector_that_is_its_target_has_no_gradient() -> None:
     assert float(result.passage_gradient_NK.abs().max()) > 1e-3
 
 
+def test_a_text_without_a_target_pulls_nowhere() -> None:
+    given = batch()
+    assert given.targets is not None
+    given.targets.queries_BK[2] = 0
+    result = term(given)
+    assert float(result.query_gradient_BK[2].abs().max()) < 1e-8 < 1e-4 < float(result.query_gradient_BK[1].abs().max())
+
+
 def test_a_batch_without_targets_is_refused() -> None:
     given = batch()
     with pytest.raises(ValueError, match="no targets"):

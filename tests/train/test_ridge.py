@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +15,14 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
 
 import drama_dist
+from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.encoder.contract import with_dims_within
+from drama_dist.encoder.model_check import check_encoder
+from drama_dist.export.stage import model_card
 from drama_dist.run.runner import Run
-from drama_dist.settings import Settings
-from drama_dist.train.ridge import _PENALTIES, fitted_head, solution
+from drama_dist.settings import Settings, SettingsError
+from drama_dist.train import stage
+from drama_dist.train.ridge import _PENALTIES, chosen_penalty, fitted_head, solution, with_ridge_head
 from drama_dist.train.target_vectors import VectorTargets
 
 N, K, J = 200, 12, 5
@@ -62,7 +70,7 @@ def test_a_map_that_is_linear_is_found_and_noise_asks_for_a_larger_penalty() -> 
     generator = torch.Generator().manual_seed(2)
     few, noise = torch.randn(30, 25, generator=generator), normalize(torch.randn(30, J, generator=generator))
     loosest = solution(few.double(), noise.double(), _PENALTIES[0])[0]
-    assert float(fitted_head(few, noise, 1).weight.detach().norm()) < float(loosest.norm())
+    assert float(fitted_head(few, noise, chosen_penalty(few, noise, 1)).weight.detach().norm()) < float(loosest.norm())
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,15 @@ def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> No
     assert distance(end) < 0.97 * distance(start) < 0.97 * 1.2  # two unit vectors at random are 1.4 apart
 
 
+def test_what_the_fit_took_is_recorded(trained: Run) -> None:
+    record = json.loads((trained.path("ridge") / "provenance.json").read_text("utf-8"))
+    examples = (trained.path("augment") / "examples.jsonl").read_text("utf-8").splitlines()
+    assert record["penalty"] in _PENALTIES and record["dtype"] in ("bfloat16", "float32")
+    of_queries, of_passages = record["cut"]["queries"], record["cut"]["passages"]
+    assert of_queries["texts"] == len(examples)
+    assert record["texts"] == of_queries["texts"] + of_passages["texts"] > of_queries["texts"]
+
+
 def test_the_report_has_the_closed_form_beside_the_trained_model(trained: Run) -> None:
     results = json.loads((trained.path("evaluate/corpus") / "results.json").read_text("utf-8"))
     assert {(row["system"], row["dim"]) for row in results} >= {("drama", 40), ("drama", 16), ("ridge", 40)}
@@ -106,3 +123,57 @@ def test_the_head_is_exported_as_a_dense_module(trained: Run) -> None:
     with torch.no_grad():
         ours.head.weight += 0.1
     assert np.abs(ours.encode_passages(texts) - theirs.encode_document(texts)).max() > 1e-3
+
+
+def test_a_head_is_fitted_to_pooled_states_whatever_head_the_start_has(trained: Run) -> None:
+    texts = ["the river", "A longer text about a river."]
+    plain, headed = load(trained.path("prune")), load(trained.path("ridge"))
+    assert headed.head is not None
+    with torch.no_grad():
+        headed.head.weight *= -1
+    expected, found = (with_ridge_head(trained, start)[0] for start in (plain, headed))
+    np.testing.assert_allclose(found.encode_passages(texts), expected.encode_passages(texts), atol=1e-5)
+    assert found.contract == trained.settings.encoder
+
+
+def test_random_weights_are_trained_by_regression_and_keep_the_heads_shape(trained: Run) -> None:
+    start = load(trained.path("train"))
+    twin = random_twin(start, 1)
+    assert start.head is not None and twin.head is not None
+    assert twin.head.weight.shape == start.head.weight.shape and not torch.equal(twin.head.weight, start.head.weight)
+    run = Run(replace(trained.settings, train=replace(trained.settings.train, steps=2)))
+    run.make("train-random-init")
+    assert load(run.path("train-random-init")).encode_queries(["x"]).shape == (1, 40)
+
+
+def test_the_model_card_tells_of_the_head_and_the_targets(trained: Run) -> None:
+    card = (trained.path("export") / "README.md").read_text("utf-8")
+    assert "Mean pooling, a linear layer to 40 components\n(0.0 million weights), cosine similarity;" in card
+    assert "targets:\n  teacher_share: 0.7\n" in card and "General texts" not in card
+    corpus = replace(trained.settings.corpus, general="installed-packages", general_packages=["numpy"])
+    plain = load(trained.path("prune"))
+    card = model_card(replace(trained.settings, corpus=corpus), plain)
+    assert "\nGeneral texts beside it, as 20% of the passages: `installed-packages numpy`.\n" in card
+    assert "Mean pooling, cosine similarity;" in card
+
+
+def test_dims_are_cut_to_a_size(trained: Run) -> None:
+    contract = trained.settings.encoder
+    assert [with_dims_within(contract, size).dims for size in (40, 39, 15)] == [[40, 16], [16], [15]]
+
+
+def test_a_starts_own_head_is_checked_with_its_weights(
+    trained: Run, small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(trained.path("export"), start)
+    assert check_encoder(str(start)) == 40
+    stage.check(small_settings(f"train.start={start}", "encoder.dims=[40]"), "drama")
+    too_many = small_settings(f"train.start={start}", "encoder.dims=[41]")
+    with pytest.raises(SettingsError, match="asks for 41 components, but the model's vectors have 40"):
+        stage.check(too_many, "drama")
+    stage.check(replace(too_many, train=replace(too_many.train, regression_weight=1.0)), "drama")
+    weights = start / "2_Dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(SettingsError, match=r"2_Dense/model\.safetensors: not a whole safetensors file"):
+        stage.check(too_many, "drama")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, random_array
 
-from drama_dist.train.target_space import TargetSpace, joined, principal_axes, word_vectors
+from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 
 T, V, SHARE = 6, 40, 0.6
 
@@ -27,8 +27,8 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def space_of(components: int, lexical: int) -> TargetSpace:
     teacher, words = texts(50, 0)
     basis = word_vectors(words, lexical, seed=1)
-    parts = joined(SHARE, teacher, words, basis)
-    return TargetSpace(SHARE, basis, principal_axes(parts.T @ parts, components))
+    parts = joined_parts(SHARE, teacher, words, basis)
+    return TargetSpace(SHARE, basis, principal_axes(parts.T @ parts, components, lexical))
 
 
 def test_dot_products_are_the_mix_of_both() -> None:
@@ -54,7 +54,7 @@ def test_with_all_singular_vectors_the_lexical_part_is_the_cosine_of_words() -> 
 def test_prefixes_keep_the_most_of_the_targets() -> None:
     teacher, words = texts(50, 0)
     space = space_of(10, 12)
-    rows = joined(SHARE, teacher, words, space.words_VL)
+    rows = joined_parts(SHARE, teacher, words, space.words_VL)
     kept = np.square(rows @ space.axes_JK).sum(0)
     assert (np.diff(kept) <= 1e-4).all()
     assert kept.sum() == pytest.approx(np.linalg.svd(rows)[1][:10].__pow__(2).sum(), rel=1e-4)
@@ -72,11 +72,20 @@ def test_a_space_comes_back_from_its_folder(tmp_path: Path) -> None:
     space, (teacher, words) = space_of(8, 5), texts(4, 5)
     space.save(tmp_path)
     np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, words), space.targets(teacher, words))
-    alone = TargetSpace(1.0, None, principal_axes(teacher.T @ teacher, 3))
+    alone = TargetSpace(1.0, None, principal_axes(teacher.T @ teacher, 3, 0))
     alone.save(tmp_path)
     np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, None), alone.targets(teacher, None))
 
 
 def test_more_components_than_the_targets_have_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"encoder\.dims asks for 7 components, but the targets have 6"):
-        principal_axes(np.eye(6), 7)
+    message = r"encoder\.dims asks for 7 components, but the targets have 6, of which the teacher gives 4 and BM25 2"
+    with pytest.raises(ValueError, match=message):
+        principal_axes(np.eye(6), 7, lexical=2)
+
+
+def test_a_part_without_a_share_has_no_components() -> None:
+    teacher, words = texts(9, 6)
+    basis = word_vectors(words, 5, seed=1)
+    np.testing.assert_allclose(joined_parts(0.0, teacher, words, basis), unit(words @ basis), atol=1e-6)
+    assert not joined_parts(0.0, teacher, csr_matrix((9, V), dtype=np.float32), basis).any()
+    assert joined_parts(1.0, teacher, None, None).shape == (9, T)

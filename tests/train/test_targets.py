@@ -18,6 +18,8 @@ from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train.batches import batches, texts_of
+from drama_dist.train.target_space import TargetSpace
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import open_targets
 
 CHANGES = ["augment.synthetic_queries=0", "prune.heal_steps=0", "evaluate.systems=[drama]", "train.steps=2"]
@@ -31,6 +33,34 @@ def standardised(scores_BN: np.ndarray) -> np.ndarray:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one run for all shares: its artefacts do not depend on them."""
     return tmp_path_factory.mktemp("targets")
+
+
+def test_vectors_are_those_of_the_texts_in_the_target_space(
+    folder: Path, small_settings_in: Callable[..., Settings]
+) -> None:
+    more = ["targets.teacher_share=0.6", "targets.lexical_components=20", "encoder.dims=[40,16]"]
+    settings = small_settings_in(folder, *CHANGES, *more, "train.regression_weight=1")
+    run = Run(settings)
+    run.make("encode/windows/teacher", "encode/windows/bm25", "augment", "windows", "targets")
+    examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
+    table = open_collection(run.path("windows")).passages
+    space, lexical = TargetSpace.open(run.path("targets")), LexicalIndex(run.path("encode/windows/bm25"))
+    teacher = SYSTEMS["teacher"]
+    assert isinstance(teacher, DenseSystem) and space.words_VL is not None and space.axes_JK.shape == (384 + 20, 40)
+    encoder, written = teacher.load(settings), VectorTargets.open(run.path("targets"))
+    assert (len(written.queries), len(written.passages)) == (len(examples), len(table))
+    some = [0, 7, 23, len(table) - 1]  # of several shards
+    queries, passages = [examples[row].query for row in some], table.contents(some)
+    for found, teacher_nT, words_nV in (
+        (written.queries, encoder.encode_queries(queries), lexical.counts(queries)),
+        (written.passages, encoder.encode_passages(passages), lexical.weights()[some]),
+    ):
+        words_nL = words_nV @ space.words_VL
+        words_nL /= np.linalg.norm(words_nL, axis=1, keepdims=True)
+        expected_nK = np.hstack([np.sqrt(0.6) * teacher_nT, np.sqrt(0.4) * words_nL]) @ space.axes_JK
+        expected_nK /= np.linalg.norm(expected_nK, axis=1, keepdims=True)
+        np.testing.assert_allclose(found.rows(some), expected_nK, atol=1e-5)
+        assert (np.abs(found.rows(some[::-1]) - expected_nK).max(1) > 1e-2).all()
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0, 0.0])
