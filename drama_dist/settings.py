@@ -121,17 +121,13 @@ class CorpusSettings:
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")
-    def _packages_are_named(self) -> Self:
+    def _packages_are_named_and_windows_fit(self) -> Self:
         if self.path == PACKAGES_CORPUS and not self.packages:
             raise SettingsError(f"corpus.path={PACKAGES_CORPUS} needs names in corpus.packages, for example [numpy]")
         if self.general == PACKAGES_CORPUS and not self.general_packages:
             raise SettingsError(
                 f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _windows_leave_nothing_out(self) -> Self:
         _check_windows("corpus", self.window_words, self.window_step)
         return self
 

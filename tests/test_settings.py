@@ -59,7 +59,7 @@ def test_the_file_is_read_and_overrides_win(read: Read) -> None:
 @pytest.mark.parametrize("name", ["quickstart.yaml", "your-corpus.yaml", "long-8k.yaml", "drama-base.yaml"])
 def test_the_shipped_settings_are_valid(name: str) -> None:
     settings = read_settings(ROOT / "configs" / name, [] if name.startswith("quickstart") else ["corpus.path=docs"])
-    assert max(settings.encoder.dims) == settings.prune.hidden
+    assert max(settings.encoder.dims) == settings.vector_size
 
 
 TEXTS = (

@@ -149,7 +149,7 @@ def test_in_bfloat16_numbers_of_tokens_are_round_and_what_fills_them_is_dropped(
     tokens: list[int] = []
     states = rounded.hidden_states
     monkeypatch.setattr(
-        rounded, "hidden_states", lambda packed: tokens.append(len(packed.token_ids_T)) or states(packed)
+        rounded, "hidden_states", lambda packed, _: tokens.append(len(packed.token_ids_T)) or states(packed)
     )
     for count in range(1, len(TEXTS) + 1):
         np.testing.assert_allclose(
@@ -170,7 +170,7 @@ def test_what_threads_do_not_bear_is_encoded_by_the_caller(
         elif why == "rope":
             monkeypatch.setattr(encoder.backbone.rotary_emb, "rope_type", "longrope")
             monkeypatch.setattr(
-                encoder, "hidden_states", lambda packed: torch.ones(len(packed.token_ids_T), encoder.hidden_size)
+                encoder, "hidden_states", lambda packed, _: torch.ones(len(packed.token_ids_T), encoder.hidden_size)
             )
         else:
             handle = encoder.backbone.norm.register_forward_hook(lambda *_: None)

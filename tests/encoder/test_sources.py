@@ -81,8 +81,11 @@ def test_what_describes_a_hub_models_vectors_is_fetched(
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
     (whole / "modules.json").write_text(json.dumps(modules), "utf-8")
+    (whole / "1_Pooling").mkdir()
+    (whole / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}', "utf-8")
     snapshot = cached(whole, cache, "some/model")
     shutil.rmtree(snapshot / "2_Dense")
+    shutil.rmtree(snapshot / "1_Pooling")
     (snapshot / "modules.json").unlink()
     asked = []
 
