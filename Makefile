@@ -13,7 +13,7 @@ quickstart: .venv/ready ## environment, then the main job: a retriever for Pytho
 	@echo 'Now try: $(BIN)/drama search runs/quickstart "how do I invert a matrix"'
 
 test: .venv/ready ## the default test suite, in two processes
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-slow: .venv/ready ## the tests marked slow
 	$(BIN)/pytest -m slow -o faulthandler_timeout=3600

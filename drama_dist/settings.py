@@ -116,8 +116,8 @@ class CorpusSettings:
     min_words: CountOrZero = 5  # shorter passages are set aside as trivial
     # Longer passages are trained on in windows of so many words, one every `window_step` words; they are encoded,
     # searched and evaluated as they are.
-    window_words: Count = 300
-    window_step: Count = 225
+    window_words: Count = 120
+    window_step: Count = 90
     bad_record_limit: CostOnly[Fraction] = 0.01  # of records, set aside as unusable before the stage fails
 
     @model_validator(mode="after")

@@ -43,19 +43,20 @@ CHAT = (
 # Begun first, so that at the end no worker of pytest-xdist is alone with one of them.
 LONGEST_FILES = (
     "test_whole_run.py",
-    "test_ranks.py",
-    "test_graph.py",
-    "test_interrupts.py",
-    "test_mpi.py",
+    "train/test_ranks.py",
+    "run/test_graph.py",
+    "run/test_interrupts.py",
+    "distributed/test_mpi.py",
     "test_damage.py",
-    "test_learning.py",
+    "train/test_learning.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in LONGEST_FILES come first, in its order; the others stay in theirs."""
-    place = {name: number for number, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST_FILES)}
+    assert all(path.is_file() for path in place), "a file of LONGEST_FILES is not there any more"
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def passages(count: int = 64) -> list[dict[str, str]]:

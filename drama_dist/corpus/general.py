@@ -18,9 +18,15 @@ from drama_dist.run.progress import say
 _FOLDER = "general"  # beside the passages of the corpus
 
 
-def write_general(corpus: Path, passages: Iterable[Passage]) -> None:
-    """Store passages in the order in which they are to join a corpus; their ids begin with general: from then on."""
-    PassageTable.write(corpus / _FOLDER, (replace(passage, id=f"general:{passage.id}") for passage in passages))
+def write_general(corpus: Path, passages: Iterable[Passage], own_ids: Iterable[str]) -> None:
+    """Store passages in the order in which they are to join a corpus.
+
+    Their ids begin with "general:" from then on, or with "general::" and so on where one of the corpus's own does.
+    """
+    prefix, taken = "general:", [id for id in own_ids if id.startswith("general:")]
+    while any(id.startswith(prefix) for id in taken):
+        prefix += ":"
+    PassageTable.write(corpus / _FOLDER, (replace(passage, id=f"{prefix}{passage.id}") for passage in passages))
 
 
 def open_general(corpus: Path) -> PassageTable | None:

@@ -113,7 +113,7 @@ def _store_general(
         raw = _lower_capitals(raw, source.setting)
     passages = _worthwhile(raw.passages, source, corpus, aside, beside=own)
     random.Random(f"{seed} general").shuffle(passages)
-    write_general(folder.folder, passages)
+    write_general(folder.folder, passages, (passage.id for passage in own))
     say(f"{source.setting}: {len(passages)} passages to train on beside the corpus")
 
 
@@ -204,6 +204,10 @@ def _worthwhile(
         else:
             first[words] = passage.id
             kept.append(passage)
+    if not kept and all(_words_of(passage) in first for passage in passages):
+        raise ValueError(
+            f"{source.setting}={source.path}: the corpus has all {len(passages)} passages; name other text"
+        )
     if not kept:
         raise ValueError(
             f"{source.setting}={source.path}: all {len(passages)} passages are trivial; lower corpus.min_words"

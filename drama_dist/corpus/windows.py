@@ -14,7 +14,7 @@ from drama_dist.records import Passage
 
 
 def windows(table: PassageTable, words: int, step: int) -> Iterator[Passage]:
-    """The passages of a table, in order; one of more than `words` words as its windows.
+    """The passages of a table, in order; one of more than `words` words, its title's among them, as its windows.
 
     Windows have the title and language of their passage, and ids "ID#0", "ID#1", ...; where the corpus has a passage of
     that id already, "ID##0", "ID##1" and so on. step: at most `words`.
@@ -22,7 +22,8 @@ def windows(table: PassageTable, words: int, step: int) -> Iterator[Passage]:
     taken = set(table.ids)
     for position in range(len(table)):
         passage = table[position]
-        texts = cut(passage.text, words, step)
+        room = max(step, words - len(word_spans(passage.title)))  # each window has the title as well
+        texts = cut(passage.text, room, step)
         if len(texts) == 1:
             yield passage
             continue

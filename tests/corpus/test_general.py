@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from drama_dist.corpus.collection import open_collection
-from drama_dist.corpus.general import open_general, with_general
+from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.records import Passage
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.runner import make
@@ -50,6 +50,18 @@ def passages_of(folder: Path) -> list[Passage]:
 def texts(path: Path, rows: list[str]) -> Path:
     path.write_text("".join(json.dumps({"_id": f"{n}", "text": row}) + "\n" for n, row in enumerate(rows)), "utf-8")
     return path
+
+
+def test_ids_differ_from_those_of_the_corpus(tmp_path: Path) -> None:
+    write_general(tmp_path, passages("", 2), ["0", "general:0", "general::1"])
+    assert [passage.id for passage in passages_of(tmp_path)] == ["general:::0", "general:::1"]
+
+
+def test_text_that_the_corpus_has_already_is_no_general_text(
+    small_settings: Callable[..., Settings], corpus_file: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"corpus\.general=.*the corpus has all 64 passages"):
+        make(small_settings(f"corpus.general={corpus_file}"), "corpus")
 
 
 def test_the_corpus_stage_stores_it_apart(

@@ -37,6 +37,14 @@ def test_white_space_inside_a_window_stays_and_a_short_text_stays_whole() -> Non
     assert cut(text, 6, 2) == [text] and cut("", 6, 2) == [""]
 
 
+def test_a_windows_title_counts_among_its_words() -> None:
+    """So that nobody who reads title and text together, as the teacher does, has to cut it again."""
+    passage = Passage("a", " ".join(map(str, range(300))), title="a title of five words")
+    found = list(windows(PassageTable.in_memory([passage]), 120, 90))
+    assert [len(window.content.split()) for window in found] == [120, 120, 120]
+    assert all(cut(window.content, 120, 90) == [window.content] for window in found)
+
+
 def test_text_without_spaces_is_cut_at_characters() -> None:
     text = "".join(chr(0x4E00 + number) for number in range(1000))
     assert len(word_spans(text)) == count_words(text) == 250
@@ -72,7 +80,7 @@ def test_a_table_is_the_same_whenever_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_step_beyond_the_window_is_refused(small_settings: Callable[..., Settings]) -> None:
-    with pytest.raises(SettingsError, match=r"window_step=225 is more than corpus\.window_words=80"):
+    with pytest.raises(SettingsError, match=r"window_step=90 is more than corpus\.window_words=80"):
         small_settings("corpus.window_words=80")
 
 
