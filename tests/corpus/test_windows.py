@@ -122,6 +122,6 @@ def test_no_other_collection_takes_the_place_of_the_runs_own(
 def test_training_needs_windows_and_their_encodings(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("train.soft_target_weight=1", "evaluate.systems=[bm25]")
     order = {artefact.name for artefact in order_of(settings, "train")}
-    assert {"corpus", "windows", "encode/windows/teacher", "encode/windows/bm25", "targets"} < order
+    assert {"corpus", "windows", "encode/windows/teacher", "encode/windows/bm25"} < order
     assert not {name for name in order if name.startswith("encode/corpus/")}
     assert "windows" not in {artefact.name for artefact in order_of(settings, "evaluate/corpus")}
