@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST_FILES)}
     assert all(path.is_file() for path in place), "a file of LONGEST_FILES is not there any more"
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def gathering(own: threading.local, meeting: threading.Barrier) -> Callable[[int], list[int]]:
+    """`ranks.on_every_rank` of threads that stand for ranks. own: has each thread's `rank`; meeting: of all of them."""
+    told = [0] * meeting.parties
+
+    def on_every_rank(number: int) -> list[int]:
+        told[own.rank] = number
+        meeting.wait()
+        found = list(told)
+        meeting.wait()
+        return found
+
+    return on_every_rank
 
 
 def passages(count: int = 64) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.shards import EmbeddingShards, write_shard
 from drama_dist.search.systems import TeacherSystem
 from drama_dist.settings import AugmentSettings, Settings
+from tests.conftest import gathering
 
 SETTINGS = AugmentSettings(positives=2, negatives=3, negatives_from_rank=5, negatives_to_rank=10)
 
@@ -161,15 +162,7 @@ def test_ranks_share_the_parts(
         Run(shared).make(name)
     world, own = 3, threading.local()
     meeting = threading.Barrier(world, timeout=20)
-    told = [0] * world
-
-    def on_every_rank(number: int) -> list[int]:
-        told[own.rank] = number
-        meeting.wait()
-        found = list(told)
-        meeting.wait()
-        return found
-
+    on_every_rank = gathering(own, meeting)
     teachers = {rank: LetterCounts() for rank in range(world)}
 
     def work(rank: int) -> None:

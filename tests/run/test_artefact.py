@@ -15,6 +15,7 @@ from drama_dist.distributed import ranks
 from drama_dist.run import artefact
 from drama_dist.run.artefact import Damaged, fingerprint_of_artefact, inputs_of, read_provenance, seconds_of, verify
 from drama_dist.run.folder import fingerprint, open_stage
+from tests.conftest import gathering
 
 
 @pytest.fixture
@@ -171,15 +172,8 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) ->
     monkeypatch.setattr(ranks, "rank", lambda: own.rank)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "barrier", meeting.wait)
-    told, messages = [0, 0], ["", ""]
-
-    def on_every_rank(number: int) -> list[int]:
-        told[own.rank] = number
-        meeting.wait()
-        found = list(told)
-        meeting.wait()
-        return found
-
+    messages = ["", ""]
+    on_every_rank = gathering(own, meeting)
     monkeypatch.setattr(ranks, "on_every_rank", on_every_rank)
 
     def start(rank: int) -> None:

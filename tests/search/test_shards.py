@@ -22,6 +22,7 @@ from drama_dist.run.progress import Progress
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.search import shards as shards_module
 from drama_dist.search.shards import EmbeddingShards, texts_cut, write_shard, write_shards
+from tests.conftest import gathering
 
 
 class LetterCounts:
@@ -185,15 +186,7 @@ def test_ranks_share_the_shards(tmp_path: Path, passages: PassageTable, monkeypa
     monkeypatch.setattr(ranks, "rank", lambda: own.rank)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "barrier", meeting.wait)
-    told = [0, 0]
-
-    def on_every_rank(number: int) -> list[int]:
-        told[own.rank] = number
-        meeting.wait()
-        found = list(told)
-        meeting.wait()
-        return found
-
+    on_every_rank = gathering(own, meeting)
     monkeypatch.setattr(ranks, "on_every_rank", on_every_rank)
     encoders = [LetterCounts(), LetterCounts()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.encoder.contract import with_dims_within
 from drama_dist.encoder.model_check import check_encoder
 from drama_dist.export.stage import model_card
+from drama_dist.records import Example, read_records
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train import stage
+from drama_dist.train.batches import batches
 from drama_dist.train.ridge import _PENALTIES, chosen_penalty, fitted_head, solution, with_ridge_head
 from drama_dist.train.target_vectors import VectorTargets
 
@@ -86,15 +88,16 @@ def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> No
     assert "accuracy" not in lines[0] and set(lines[0]["distance_per_dim"]) == {"40", "16"}
     start, end = (drama_dist.load(trained.path(name)) for name in ("ridge", "train"))
     targets = VectorTargets.open(trained.path("targets"))
-    examples = [json.loads(line) for line in (trained.path("augment") / "examples.jsonl").read_text().splitlines()]
-    expected = targets.queries.rows(range(len(examples)))
+    examples = read_records(trained.path("augment") / "examples.jsonl", Example.from_json)
 
-    def distance(model: drama_dist.Encoder) -> float:
-        vectors = model.encode_queries([example["query"] for example in examples])
-        return float(np.linalg.norm(vectors - expected, axis=1).mean())
+    def distance(model: drama_dist.Encoder, rows: Sequence[int]) -> float:
+        vectors = model.encode_queries([examples[row].query for row in rows])
+        return float(np.linalg.norm(vectors - targets.queries.rows(rows), axis=1).mean())
 
-    assert lines[0]["distance_of_queries"] == pytest.approx(distance(start), rel=0.1)
-    assert distance(end) < 0.97 * distance(start) < 0.97 * 1.2  # two unit vectors at random are 1.4 apart
+    train, everything = trained.settings.train, range(len(examples))
+    first = next(batches(examples, train.batch_size, train.hard_negatives, trained.settings.seed))
+    assert lines[0]["distance_of_queries"] == pytest.approx(distance(start, first.examples), rel=1e-4)
+    assert distance(end, everything) < 0.97 * distance(start, everything) < 0.97 * 1.2  # at random it is 1.4
 
 
 def test_what_the_fit_took_is_recorded(trained: Run) -> None:
