@@ -65,6 +65,10 @@ class PassageTable:
     def ids(self) -> list[str]:
         return list(self._rows["id"])
 
+    @property
+    def languages(self) -> list[str]:
+        return list(self._rows["language"])
+
     @cached_property
     def _positions(self) -> dict[str, int]:
         return {id: position for position, id in enumerate(self.ids)}
@@ -97,9 +101,9 @@ class Collection:
 
     @property
     def language(self) -> str:
-        """The most common one of the queries; of the first passage where there are none."""
-        languages = Counter(query.language for query in self.queries)
-        return languages.most_common(1)[0][0] if languages else self.passages[0].language
+        """The most common one of the queries; of the passages where there are none."""
+        languages = Counter(query.language for query in self.queries) or Counter(self.passages.languages)
+        return languages.most_common(1)[0][0]
 
 
 def open_collection(folder: Path) -> Collection:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.collection import Collection, PassageTable, open_collection
 from drama_dist.corpus.split import count_words, word_spans
 from drama_dist.corpus.windows import cut, windows
-from drama_dist.records import Example, Passage, read_records
+from drama_dist.records import Example, Passage, Query, read_records
 from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import OtherSettings, fingerprint
 from drama_dist.run.graph import artefacts_of, order_of
@@ -43,6 +43,12 @@ def test_a_windows_title_counts_among_its_words() -> None:
     found = list(windows(PassageTable.in_memory([passage]), 120, 90))
     assert [len(window.content.split()) for window in found] == [120, 120, 120, 35]
     assert all(cut(window.content, 120, 90) == [window.content] for window in found)
+
+
+def test_the_language_of_a_collection_without_queries_is_its_most_common_one() -> None:
+    texts = [Passage("a", "ein Satz", language="de"), *(Passage(f"b{n}", "a text", language="en") for n in range(2))]
+    assert Collection(PassageTable.in_memory(texts), [], {}).language == "en"
+    assert Collection(PassageTable.in_memory(texts), [Query("q", "eine Frage", "de")], {}).language == "de"
 
 
 def test_text_without_spaces_is_cut_at_characters() -> None:
