@@ -277,6 +277,7 @@ class TrainSettings:
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
     learning_rate: LearningRate = 3e-4
+    embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings' learning rate, in this one
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
     gradient_clipping: Amount = 1.0

@@ -37,6 +37,7 @@ class OptimiserSettings:
     weight_decay: float
     gradient_clipping: float
     offload: bool = False  # master weights and moments in the machine's memory, not the GPU's
+    embedding_rate: float = 1.0  # the learning rate of embeddings, in those of other weights
 
 
 def learning_rate_at(done: int, units: int, peak: float, warmup_share: float) -> float:
@@ -88,7 +89,7 @@ class Engine:
         Raises FloatingPointError where that is not finite: DeepSpeed would skip the step, or spoil all weights.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         measured = self._gradient_norm() if self._engine.zero_optimization_stage() == 0 else None
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if measured is None else measured)
@@ -178,16 +179,24 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
     # It would compile what ranks on a CPU could use for inference: a process killed meanwhile leaves a lock file for
     # which every later start waits without end. To find out what it could compile takes it a compiler, too.
     deepspeed.ops.__compatible_ops__ = {}
-    decayed = [weight for weight in module.parameters() if weight.ndim > 1]
-    plain = [weight for weight in module.parameters() if weight.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True),
+        optimizer=torch.optim.AdamW(_parameter_groups(module, settings), lr=0.0, fused=True),
         config=_deepspeed_config(settings),
         dist_init_required=False,
     )
     return engine
+
+
+def _parameter_groups(module: nn.Module, settings: OptimiserSettings) -> list[dict[str, Any]]:
+    """Embeddings, other matrices, and the rest, which does not decay; rate: in the learning rate of a step."""
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    kinds: list[list[nn.Parameter]] = [[], [], []]
+    for weight in module.parameters():
+        kinds[0 if id(weight) in embeddings else 1 if weight.ndim > 1 else 2].append(weight)
+    rates, decays = (settings.embedding_rate, 1.0, 1.0), (settings.weight_decay, settings.weight_decay, 0.0)
+    groups = zip(kinds, rates, decays, strict=True)
+    return [{"params": kind, "rate": rate, "weight_decay": decay} for kind, rate, decay in groups if kind]
 
 
 def _deepspeed_config(settings: OptimiserSettings) -> dict[str, Any]:

@@ -166,7 +166,7 @@ STAGES = (
     Stage(
         name="ridge",
         verb="ridge",
-        help="fit the linear head that regression begins from",
+        help="fit token vectors, which regression begins from",
         work="drama_dist.train.ridge:ridge",
         sections=("seed", "encoder"),
         needs=lambda settings, system: [TRAINING_TEXTS, "augment", "targets", *_of_start(settings)],

@@ -196,7 +196,7 @@ SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
         TrainedSystem("drama", "the small retriever of this run", "#0b6e99"),
-        TrainedSystem("ridge", "the pruned LLM with a linear head in closed form, not trained", "#7fb5c8"),
+        TrainedSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
         UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),
         TeacherSystem("teacher", "the retriever that ranked the training data", "#d98324"),

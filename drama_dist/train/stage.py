@@ -18,7 +18,7 @@ from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
 from drama_dist.train.loop import train_encoder
-from drama_dist.train.ridge import with_ridge_head
+from drama_dist.train.ridge import in_closed_form
 from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import open_targets
 
@@ -56,7 +56,7 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
         start = random_twin(start, settings.seed)
         if regression:
             # On every rank: it takes minutes at most, and rounding may differ, since DeepSpeed broadcasts rank 0's.
-            start, _ = with_ridge_head(run, start)
+            start, _ = in_closed_form(run, start)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None

@@ -64,6 +64,7 @@ class TrainingStep:
                 settings.weight_decay,
                 settings.gradient_clipping,
                 settings.offload_optimizer,
+                settings.embedding_rate,
             ),
         )
         encoder.train()

@@ -1,0 +1,104 @@
+"""Token vectors in closed form: a vector for each token, so that the sum over a text's tokens is the text's target.
+
+Covers the regression. Counts of tokens, weighted by inverse document frequency and made of length 1, are mapped to the
+targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
+something of every token, then token by token, what is left, for which there is enough text about frequent tokens only.
+How a backbone comes to give these sums is in token_start.py. No text's order of tokens matters here.
+Shapes: n texts, V tokens, K hidden components, J components of the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import csr_matrix, diags_array, vstack
+
+from drama_dist.run.progress import progress_bar
+
+PASSAGE_WEIGHT = 3.0  # of a passage's square error, where a query's is 1: passages are few, and known already
+_EMBEDDING_PENALTY = 1.0  # on the map from embeddings
+_TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
+_ITERATIONS = 30  # of conjugate gradients; after 30 no figure of benchmarks/results/recipe.md changed any more
+
+
+def token_counts(texts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
+    """How often each token is in each text, float32 (n, V); not the first and the last, which are BOS and EOS."""
+    inner = [ids[1:-1] for ids in texts]
+    starts = np.cumsum([0, *map(len, inner)])
+    columns = np.fromiter((token for ids in inner for token in ids), dtype=np.int64, count=int(starts[-1]))
+    counts = csr_matrix((np.ones(len(columns), np.float32), columns, starts), shape=(len(inner), vocabulary))
+    counts.sum_duplicates()
+    return counts
+
+
+def token_vectors(
+    queries: tuple[csr_matrix, np.ndarray], passages: tuple[csr_matrix, np.ndarray], embeddings_VK: np.ndarray
+) -> np.ndarray:
+    """The vector of every token of the vocabulary, float32 (V, J).
+
+    queries, passages: counts (n, V), and targets (n, J) of length 1. embeddings_VK: the LLM's.
+    """
+    counts_NV = passages[0]
+    frequencies_V = np.asarray((counts_NV > 0).sum(0)).ravel()
+    idf_V = np.log(1 + counts_NV.shape[0] / (1 + frequencies_V)).astype(np.float32)
+    weight = np.float32(np.sqrt(PASSAGE_WEIGHT))
+    weights_nV = csr_matrix(vstack([_weighted(queries[0], idf_V), weight * _weighted(counts_NV, idf_V)]))
+    targets_nJ = np.vstack([queries[1], weight * passages[1]])
+
+    features_VK = _features(embeddings_VK, seen=np.unique(weights_nV.indices))
+    pooled_nK = np.asarray(weights_nV @ features_VK)
+    products_KK = pooled_nK.T @ pooled_nK + _EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1], dtype=np.float32)
+    map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
+    vectors_VJ = features_VK @ map_KJ + ridge_solution(weights_nV, targets_nJ - pooled_nK @ map_KJ, _TOKEN_PENALTY)
+    return np.asarray(idf_V[:, None] * vectors_VJ, dtype=np.float32)
+
+
+def ridge_solution(
+    weights_nV: csr_matrix, targets_nJ: np.ndarray, penalty: float, iterations: int = _ITERATIONS
+) -> np.ndarray:
+    """W, V × J, that is least in |X W − Y|² + penalty · |W|², by conjugate gradients (Hestenes and Stiefel 1952).
+
+    They are preconditioned by the diagonal, and run for all columns of Y side by side.
+    """
+    across_Vn = weights_nV.T.tocsr()
+    diagonal_V1 = np.asarray(weights_nV.multiply(weights_nV).sum(0)).reshape(-1, 1) + penalty
+    solution_VJ = np.zeros((weights_nV.shape[1], targets_nJ.shape[1]), dtype=targets_nJ.dtype)
+    residual_VJ = np.asarray(across_Vn @ targets_nJ)
+    direction_VJ = scaled_VJ = residual_VJ / diagonal_V1
+    product_J = _dots(residual_VJ, scaled_VJ)
+    bar = progress_bar(iterations, "ridge", "iterations")
+    for _ in range(iterations):
+        image_VJ = np.asarray(across_Vn @ (weights_nV @ direction_VJ)) + penalty * direction_VJ
+        length_J = _ratio(product_J, _dots(direction_VJ, image_VJ))
+        solution_VJ += length_J * direction_VJ
+        residual_VJ = residual_VJ - length_J * image_VJ
+        scaled_VJ = residual_VJ / diagonal_V1
+        before_J, product_J = product_J, _dots(residual_VJ, scaled_VJ)
+        direction_VJ = scaled_VJ + _ratio(product_J, before_J) * direction_VJ
+        bar.update()
+    bar.close()
+    return solution_VJ
+
+
+def _weighted(counts_nV: csr_matrix, idf_V: np.ndarray) -> csr_matrix:
+    """Rows of length 1, or of zeros."""
+    weighted_nV = csr_matrix(counts_nV @ diags_array(idf_V))
+    lengths_n = np.sqrt(np.asarray(weighted_nV.multiply(weighted_nV).sum(1)).ravel())
+    return csr_matrix(diags_array(np.divide(1, lengths_n, where=lengths_n > 0, out=lengths_n)) @ weighted_nV)
+
+
+def _features(embeddings_VK: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Embeddings around the mean of the tokens seen, with a mean length of 1, and a constant; (V, K + 1)."""
+    centred_VK = embeddings_VK - embeddings_VK[seen].mean(0)
+    scale = np.sqrt(np.square(centred_VK[seen]).sum(1).mean())
+    return np.hstack([centred_VK / scale, np.ones((len(centred_VK), 1))]).astype(np.float32)
+
+
+def _dots(one_VJ: np.ndarray, other_VJ: np.ndarray) -> np.ndarray:
+    return np.einsum("vj,vj->j", one_VJ, other_VJ)
+
+
+def _ratio(numerator_J: np.ndarray, denominator_J: np.ndarray) -> np.ndarray:
+    """0 where the denominator is, which is where a column has reached its solution."""
+    return np.divide(numerator_J, denominator_J, out=np.zeros_like(numerator_J), where=denominator_J != 0)

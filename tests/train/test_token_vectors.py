@@ -1,0 +1,140 @@
+"""Token vectors: the closed form against dense algebra, and the encoder that begins from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix, random_array
+from torch.nn.functional import cosine_similarity
+from transformers import LlamaConfig, LlamaModel
+
+from drama_dist.encoder.fused_layers import fuse_layers
+from drama_dist.encoder.packing import pack
+from drama_dist.encoder.pooling import mean_pool
+from drama_dist.encoder import attention
+from drama_dist.train.token_start import begin_with
+from drama_dist.train.token_vectors import PASSAGE_WEIGHT, ridge_solution, token_counts, token_vectors
+
+V, K, J = 97, 24, 11
+CHANCE = np.random.default_rng(5)
+
+
+def texts(count: int, longest: int = 9) -> list[list[int]]:
+    """Token ids between BOS and EOS, which are 0 and 1; the first has nothing between."""
+    lengths = [0, *CHANCE.integers(1, longest, count - 1)]
+    return [[0, *CHANCE.integers(2, V, length).tolist(), 1] for length in lengths]
+
+
+def units(count: int) -> np.ndarray:
+    rows = CHANCE.standard_normal((count, J)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_counts_leave_out_the_special_tokens_at_both_ends() -> None:
+    counts = token_counts([[0, 5, 7, 5, 1], [0, 1], [0, 0, 1, 1]], V).toarray()
+    assert counts.sum() == 5 and counts[0, 5] == 2 and counts[0, 7] == 1
+    assert counts[2, 0] == 1 and counts[2, 1] == 1  # inside a text they are tokens as others
+
+
+@pytest.mark.parametrize("penalty", [0.1, 3.0])
+def test_conjugate_gradients_find_the_solution(penalty: float) -> None:
+    matrix = csr_matrix(random_array((150, V), density=0.1, rng=CHANCE, dtype=np.float64))
+    targets = CHANCE.standard_normal((150, J))
+    targets[:, 3] = 0  # a column that is solved before the first iteration
+    dense = matrix.toarray()
+    expected = np.linalg.solve(dense.T @ dense + penalty * np.eye(V), dense.T @ targets)
+    np.testing.assert_allclose(ridge_solution(matrix, targets, penalty, 200), expected, atol=1e-9)
+    assert np.abs(ridge_solution(matrix, targets, 2 * penalty, 200) - expected).max() > 1e-3
+
+
+def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
+    """Written out densely, in float64."""
+    queries, passages = token_counts(texts(60), V), token_counts(texts(40, 30), V)
+    of_queries, of_passages, embeddings = units(60), units(40), CHANCE.standard_normal((V, K)).astype(np.float32)
+    found = token_vectors((queries, of_queries), (passages, of_passages), embeddings)
+
+    counts = passages.toarray().astype(np.float64)
+    idf = np.log(1 + 40 / (1 + (counts > 0).sum(0)))
+    rows = []
+    for part, weight in ((queries.toarray(), 1.0), (counts, PASSAGE_WEIGHT)):
+        weighted = part * idf
+        lengths = np.linalg.norm(weighted, axis=1, keepdims=True)
+        rows.append(np.sqrt(weight) * weighted / np.where(lengths > 0, lengths, 1))
+    x, y = np.vstack(rows), np.vstack([of_queries, np.sqrt(PASSAGE_WEIGHT) * of_passages])
+    seen = (x > 0).any(0)
+    centred = embeddings - embeddings[seen].mean(0)
+    features = np.hstack([centred / np.sqrt(np.square(centred[seen]).sum(1).mean()), np.ones((V, 1))])
+    pooled = x @ features
+    first = np.linalg.solve(pooled.T @ pooled + np.eye(K + 1), pooled.T @ y)
+    second = np.linalg.solve(x.T @ x + 0.5 * np.eye(V), x.T @ (y - pooled @ first))
+    np.testing.assert_allclose(found, idf[:, None] * (features @ first + second), atol=2e-3)
+    assert np.abs(found - idf[:, None] * (features @ first)).max() > 0.1
+
+
+def llama(hidden: int) -> LlamaModel:
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=hidden, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        is_causal=False,
+    )  # fmt: skip
+    config._attn_implementation = attention.NAME
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LlamaModel(config).eval()
+
+
+def states(backbone: LlamaModel, sequences: list[list[int]]) -> torch.Tensor:
+    packed = pack(sequences, torch.device("cpu"))
+    output = backbone(
+        inputs_embeds=backbone.embed_tokens(packed.token_ids_T)[None],
+        position_ids=packed.position_ids_T[None],
+        use_cache=False,
+        packed=packed,
+    )
+    return mean_pool(output.last_hidden_state[0], packed)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("hidden", [24, 32])
+def test_a_backbone_begins_as_the_sum_of_token_vectors(hidden: int, fused: bool) -> None:
+    backbone, sequences = llama(hidden), texts(20)[1:]
+    if fused:
+        fuse_layers(backbone)
+    vectors = CHANCE.standard_normal((V, J)).astype(np.float32) * CHANCE.uniform(0, 3, (V, 1)).astype(np.float32)
+    vectors[:2] = 0
+    head = begin_with(backbone, vectors, np.asarray(token_counts(sequences, V).sum(0)).ravel())
+    found = head(states(backbone, sequences))
+    sums = torch.tensor(np.array([vectors[ids].sum(0) for ids in sequences]))
+    torch.testing.assert_close(cosine_similarity(found, sums), torch.ones(len(sums)), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        backbone.layers[0].mlp.down_proj.weight.normal_()  # whatever a layer adds is seen
+        assert float(cosine_similarity(head(states(backbone, sequences)), sums).min()) < 0.99
+
+
+def test_the_first_layer_reads_what_it_read_before() -> None:
+    """Up to what least squares lose: the old embeddings' principal components are kept, the token vectors help too."""
+    hidden, plain, changed = 64, llama(64), llama(64)
+    with torch.no_grad():  # embeddings of few components, as an LLM's nearly are
+        low = torch.randn(V, 16, generator=torch.Generator().manual_seed(1))
+        for model in (plain, changed):
+            model.embed_tokens.weight.copy_(low @ torch.randn(16, hidden, generator=torch.Generator().manual_seed(2)))
+            model.layers[0].input_layernorm.weight.fill_(1.7)
+    vectors = CHANCE.standard_normal((V, J)).astype(np.float32)
+    begin_with(changed, vectors, np.full(V, 4.0))
+    queries = [
+        layer.self_attn.q_proj(layer.input_layernorm(model.embed_tokens.weight)).detach()
+        for model in (plain, changed)
+        for layer in model.layers[:1]
+    ]
+    assert float((queries[0] - queries[1]).norm() / queries[0].norm()) < 0.3
+    assert float((queries[0] - queries[1][torch.randperm(V)]).norm() / queries[0].norm()) > 1
+
+
+def test_with_fewer_hidden_components_the_leading_ones_of_the_vectors_stay() -> None:
+    backbone, sequences = llama(12), texts(20)[1:]  # 8 components for the vectors
+    vectors = CHANCE.standard_normal((V, 8)).astype(np.float32) @ CHANCE.standard_normal((8, J)).astype(np.float32)
+    vectors += 0.01 * CHANCE.standard_normal((V, J)).astype(np.float32)
+    vectors[:2] = 0
+    head = begin_with(backbone, vectors, np.asarray(token_counts(sequences, V).sum(0)).ravel())
+    sums = torch.tensor(np.array([vectors[ids].sum(0) for ids in sequences]))
+    assert float(cosine_similarity(head(states(backbone, sequences)), sums).min().detach()) > 0.999
