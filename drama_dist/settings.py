@@ -143,7 +143,7 @@ class EncoderSettings:
     # Texts and prefixes become small letters in the tokenizer that is saved and exported, so that serving agrees;
     # false: the tokenizer does with capitals what it did in the LLM.
     lower_case: bool = True
-    # Matryoshka; the largest is the vectors' size, without regression's linear head the hidden size
+    # Matryoshka; the largest is the vectors' size, without regression the hidden size
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
@@ -269,15 +269,15 @@ class TrainSettings:
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors, through a linear head, and the
-    # divergence from the mix of the teacher's scores and BM25's.
+    # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors (training then begins from token
+    # vectors in closed form), and the divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
     regression_weight: Amount = 0.0
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
     learning_rate: LearningRate = 3e-4
-    embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings' learning rate, in this one
+    embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings': a multiple of it
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
     gradient_clipping: Amount = 1.0
@@ -324,10 +324,11 @@ class TrainSettings:
             )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
-        if self.learning_rate * self.weight_decay >= 1:
+        if self.learning_rate * max(1.0, self.embedding_rate) * self.weight_decay >= 1:
             raise SettingsError(
-                f"train.weight_decay={self.weight_decay} with train.learning_rate={self.learning_rate}: the first step "
-                "would take away all of every weight; their product must be less than 1"
+                f"train.weight_decay={self.weight_decay} with train.learning_rate={self.learning_rate} and "
+                f"train.embedding_rate={self.embedding_rate:g}: the first step would take away all of every weight; "
+                "their product must be less than 1"
             )
         if self.zero_stage == 0 and self.dtype != "float32":
             raise SettingsError(

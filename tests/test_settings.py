@@ -237,7 +237,10 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.learning_rate=inf", "train.learning_rate='inf': must be a finite number"),
         ("train.learning_rate=-1e-4", "train.learning_rate='-1e-4': must be greater than 0"),
         ("train.learning_rate=3000", "train.learning_rate='3000': must be less than or equal to 1"),
-        ("train.weight_decay=1e5", "train.weight_decay=100000.0 with train.learning_rate=0.0003: the first step would"),
+        (
+            "train.weight_decay=1e5",
+            "train.weight_decay=100000.0 with train.learning_rate=0.0003 and train.embedding_rate=1: the",
+        ),
         ("train.dtype=float16", "train.dtype='float16': must be 'auto', 'bfloat16' or 'float32'"),
         ("train.activation_budget=half", "train.activation_budget='half': must be auto, or GiB: a number, 0 or more"),
         ("train.activation_budget=-1", "train.activation_budget='-1': must be auto, or GiB"),

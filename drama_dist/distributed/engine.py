@@ -37,7 +37,7 @@ class OptimiserSettings:
     weight_decay: float
     gradient_clipping: float
     offload: bool = False  # master weights and moments in the machine's memory, not the GPU's
-    embedding_rate: float = 1.0  # the learning rate of embeddings, in those of other weights
+    embedding_rate: float = 1.0  # the learning rate of embeddings, as a multiple of the others'
 
 
 def learning_rate_at(done: int, units: int, peak: float, warmup_share: float) -> float:
@@ -189,7 +189,7 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
 
 
 def _parameter_groups(module: nn.Module, settings: OptimiserSettings) -> list[dict[str, Any]]:
-    """Embeddings, other matrices, and the rest, which does not decay; rate: in the learning rate of a step."""
+    """Embeddings, other matrices, and the rest, which does not decay; rate: a multiple of the step's learning rate."""
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     kinds: list[list[nn.Parameter]] = [[], [], []]
     for weight in module.parameters():

@@ -279,9 +279,9 @@ def random_twin(encoder: Encoder, seed: int) -> Encoder:
 def probe(encoder: Encoder) -> None:
     """Test what attention sees; raises LeakError, or ValueError where outputs are no numbers to compare.
 
-    Changing the last token of a sequence must change the first position's output if and only if the config says
-    bidirectional, and must not change another packed sequence's output. Layers that add nothing to the embeddings, as
-    before training by regression, show nothing.
+    Changing the last token of a sequence must change outputs before it if and only if the config says bidirectional,
+    and must not change another packed sequence's output. Layers that add nothing to the embeddings, as before training
+    by regression, show nothing.
     """
     half = min(1000, encoder.backbone.config.vocab_size // 2)
     first, second = list(range(3, 11)), list(range(12, 21))
@@ -295,7 +295,8 @@ def probe(encoder: Encoder) -> None:
     embedded_TK = encoder.backbone.embed_tokens(pack([first, second], encoder.device).token_ids_T)
     if torch.equal(encoder.backbone.norm(embedded_TK).float(), before):
         return
-    sees_ahead = not torch.equal(before[0], after[0])
+    earlier = slice(len(first) - 1)
+    sees_ahead = not torch.equal(before[earlier], after[earlier])
     if sees_ahead == encoder.backbone.config.is_causal:
         raise LeakError(
             f"attention is {'causal' if not sees_ahead else 'bidirectional'}, but the config says "

@@ -1,7 +1,7 @@
 """The linear head: from pooled hidden states to the components of an encoder's vectors.
 
 Covers its file form, which is that of sentence-transformers' Dense module, so that a folder loads there without remote
-code. How a head is fitted is in train/ridge.py.
+code. What a head begins as is in train/token_start.py.
 Shapes: K hidden components, J components of the vectors.
 """
 

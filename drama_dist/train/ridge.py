@@ -1,17 +1,19 @@
 """The ridge stage: RUN/ridge, the pruned LLM with token embeddings and a linear head in closed form.
 
-Training by regression begins from it. Without any training it is a retriever, the system `ridge`: training that does not
-beat it is worth nothing. Its vectors are sums of token vectors, which token_vectors.py fits to the targets of training
-queries and passages; token_start.py puts them into the backbone.
+Training by regression begins from it. Without any training it is a retriever, the system `ridge`: training that does
+not beat it is worth nothing. Its vectors are sums of token vectors, which token_vectors.py fits to the targets of
+training queries and passages; token_start.py puts them into the backbone.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix, vstack
 
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
@@ -24,10 +26,11 @@ from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.train.target_vectors import VectorTargets
-from drama_dist.train.token_start import begin_with
+from drama_dist.train.token_start import put_token_vectors
 from drama_dist.train.token_vectors import token_counts, token_vectors
 
-_FITTED = 100_000  # texts of each kind that token vectors are fitted to
+_FITTED = 50_000  # texts of each kind that token vectors are fitted to
+_BLOCK = 4096  # texts that are tokenised at once
 
 
 def ridge(run: Run, folder: StageFolder, system: str) -> None:
@@ -38,9 +41,9 @@ def ridge(run: Run, folder: StageFolder, system: str) -> None:
 
 
 def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
-    """An encoder of the same backbone with fitted token vectors, and the run's contract; and what is recorded of the fit.
+    """An encoder of the same backbone with fitted token vectors, and the run's contract; and a record of the fit.
 
-    start: is changed, its embeddings and layers, and it loses its own head.
+    start: is changed, its embeddings, layers and contract, and it loses its own head.
     """
     settings = run.settings
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
@@ -48,23 +51,36 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
     queries, passages = (_drawn(len(texts), settings.seed) for texts in (examples, table))
     start.head = None
     start.contract = with_dims_within(settings.encoder, start.size)
-    vocabulary = start.backbone.config.vocab_size
     say(f"ridge: fitting the vectors of tokens to {len(queries)} queries and {len(passages)} passages")
     with counting() as cut_queries:
-        in_queries = token_counts(start.tokenize_queries([examples[row].query for row in queries]), vocabulary)
+        in_queries = _counts(start, queries, lambda rows: [examples[row].query for row in rows], start.tokenize_queries)
     with counting() as cut_passages:
-        in_passages = token_counts(start.tokenize_passages(table.contents(passages)), vocabulary)
+        in_passages = _counts(start, passages, table.contents, start.tokenize_passages)
     targets = VectorTargets.open(run.path("targets"))
     vectors_VJ = token_vectors(
         (in_queries, targets.queries.rows(queries)),
         (in_passages, targets.passages.rows(passages)),
         start.backbone.embed_tokens.weight.detach().float().cpu().numpy(),
     )
+    first, *_, last = start.tokenize_queries([""])[0]
+    vectors_VJ[[first, last]] = 0  # every text has them, and none is about them
     counts_V = np.asarray(in_queries.sum(0) + in_passages.sum(0)).ravel()
-    head = begin_with(start.backbone, vectors_VJ, counts_V)
+    head = put_token_vectors(start.backbone, vectors_VJ, counts_V)
     fitted = Encoder(start.backbone, start.tokenizer, settings.encoder, head.to(start.device))
     cut = {"queries": asdict(cut_queries), "passages": asdict(cut_passages)}
     return fitted, {"queries": len(queries), "passages": len(passages), "tokens": int((counts_V > 0).sum()), "cut": cut}
+
+
+def _counts(
+    encoder: Encoder,
+    rows: Sequence[int],
+    read: Callable[[Sequence[int]], list[str]],
+    tokenize: Callable[[list[str]], list[list[int]]],
+) -> csr_matrix:
+    """The tokens of texts at these rows, tokenised block by block."""
+    vocabulary = encoder.backbone.config.vocab_size
+    blocks = (rows[begin : begin + _BLOCK] for begin in range(0, len(rows), _BLOCK))
+    return csr_matrix(vstack([token_counts(tokenize(read(block)), vocabulary) for block in blocks]))
 
 
 def _write(run: Run, folder: StageFolder) -> dict[str, Any]:

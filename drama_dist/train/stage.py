@@ -55,7 +55,7 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     if system == "random-init":
         start = random_twin(start, settings.seed)
         if regression:
-            # On every rank: it takes minutes at most, and rounding may differ, since DeepSpeed broadcasts rank 0's.
+            # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
             start, _ = in_closed_form(run, start)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None

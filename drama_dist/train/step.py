@@ -60,11 +60,11 @@ class TrainingStep:
             encoder,
             OptimiserSettings(
                 self.dtype,
-                settings.zero_stage,
-                settings.weight_decay,
-                settings.gradient_clipping,
-                settings.offload_optimizer,
-                settings.embedding_rate,
+                zero_stage=settings.zero_stage,
+                weight_decay=settings.weight_decay,
+                gradient_clipping=settings.gradient_clipping,
+                offload=settings.offload_optimizer,
+                embedding_rate=settings.embedding_rate,
             ),
         )
         encoder.train()

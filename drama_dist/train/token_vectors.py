@@ -1,9 +1,10 @@
-"""Token vectors in closed form: a vector for each token, so that the sum over a text's tokens is the text's target.
+"""Token vectors in closed form: a vector for each token, so that the sum over a text's tokens points to its target.
 
-Covers the regression. Counts of tokens, weighted by inverse document frequency and made of length 1, are mapped to the
-targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
-something of every token, then token by token, what is left, for which there is enough text about frequent tokens only.
-How a backbone comes to give these sums is in token_start.py. No text's order of tokens matters here.
+Covers the regression. Counts of tokens, weighted by inverse document frequency and scaled to length 1, are mapped to
+the targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
+something about every token; then what is left, token by token, for which only frequent tokens have enough texts.
+Special tokens at the ends of a text have no vector. The order of tokens does not matter here. How a backbone comes to
+give these sums is in token_start.py.
 Shapes: n texts, V tokens, K hidden components, J components of the targets.
 """
 
@@ -16,14 +17,14 @@ from scipy.sparse import csr_matrix, diags_array, vstack
 
 from drama_dist.run.progress import progress_bar
 
-PASSAGE_WEIGHT = 3.0  # of a passage's square error, where a query's is 1: passages are few, and known already
-_EMBEDDING_PENALTY = 1.0  # on the map from embeddings
-_TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
-_ITERATIONS = 30  # of conjugate gradients; after 30 no figure of benchmarks/results/recipe.md changed any more
+PASSAGE_WEIGHT = 3.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
+EMBEDDING_PENALTY = 1.0  # on the map from embeddings
+TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
+_ITERATIONS = 30  # of conjugate gradients; more changed no figure of benchmarks/results/recipe.md
 
 
 def token_counts(texts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
-    """How often each token is in each text, float32 (n, V); not the first and the last, which are BOS and EOS."""
+    """How often each token is in each text, float32 (n, V), but for the first and the last, which are BOS and EOS."""
     inner = [ids[1:-1] for ids in texts]
     starts = np.cumsum([0, *map(len, inner)])
     columns = np.fromiter((token for ids in inner for token in ids), dtype=np.int64, count=int(starts[-1]))
@@ -37,27 +38,31 @@ def token_vectors(
 ) -> np.ndarray:
     """The vector of every token of the vocabulary, float32 (V, J).
 
-    queries, passages: counts (n, V), and targets (n, J) of length 1. embeddings_VK: the LLM's.
+    queries, passages: counts (n, V), and targets (n, J) of length 1; texts whose target is zero are left out.
+    embeddings_VK: the LLM's.
     """
-    counts_NV = passages[0]
-    frequencies_V = np.asarray((counts_NV > 0).sum(0)).ravel()
-    idf_V = np.log(1 + counts_NV.shape[0] / (1 + frequencies_V)).astype(np.float32)
-    weight = np.float32(np.sqrt(PASSAGE_WEIGHT))
-    weights_nV = csr_matrix(vstack([_weighted(queries[0], idf_V), weight * _weighted(counts_NV, idf_V)]))
-    targets_nJ = np.vstack([queries[1], weight * passages[1]])
+    kinds = [(counts[targets.any(1)], targets[targets.any(1)]) for counts, targets in (queries, passages)]
+    frequencies_V = sum(np.asarray((counts > 0).sum(0)).ravel() for counts, _ in kinds)
+    texts = sum(counts.shape[0] for counts, _ in kinds)
+    idf_V = np.log(1 + texts / (1 + frequencies_V)).astype(np.float32)
+    factors = np.sqrt([1, PASSAGE_WEIGHT], dtype=np.float32)
+    weighted = [factor * _weighted(counts, idf_V) for factor, (counts, _) in zip(factors, kinds, strict=True)]
+    weights_nV = csr_matrix(vstack(weighted))
+    targets_nJ = np.vstack([factor * targets for factor, (_, targets) in zip(factors, kinds, strict=True)])
 
     features_VK = _features(embeddings_VK, seen=np.unique(weights_nV.indices))
-    pooled_nK = np.asarray(weights_nV @ features_VK)
-    products_KK = pooled_nK.T @ pooled_nK + _EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1], dtype=np.float32)
+    pooled_nK = np.asarray(weights_nV @ features_VK, dtype=np.float64)
+    products_KK = pooled_nK.T @ pooled_nK + EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1])
     map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
-    vectors_VJ = features_VK @ map_KJ + ridge_solution(weights_nV, targets_nJ - pooled_nK @ map_KJ, _TOKEN_PENALTY)
+    rest_nJ = (targets_nJ - pooled_nK @ map_KJ).astype(np.float32)
+    vectors_VJ = features_VK @ map_KJ.astype(np.float32) + ridge_solution(weights_nV, rest_nJ, TOKEN_PENALTY)
     return np.asarray(idf_V[:, None] * vectors_VJ, dtype=np.float32)
 
 
 def ridge_solution(
     weights_nV: csr_matrix, targets_nJ: np.ndarray, penalty: float, iterations: int = _ITERATIONS
 ) -> np.ndarray:
-    """W, V × J, that is least in |X W − Y|² + penalty · |W|², by conjugate gradients (Hestenes and Stiefel 1952).
+    """The W, V × J, that minimises |X W − Y|² + penalty · |W|², by conjugate gradients (Hestenes and Stiefel 1952).
 
     They are preconditioned by the diagonal, and run for all columns of Y side by side.
     """
@@ -89,10 +94,10 @@ def _weighted(counts_nV: csr_matrix, idf_V: np.ndarray) -> csr_matrix:
 
 
 def _features(embeddings_VK: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Embeddings around the mean of the tokens seen, with a mean length of 1, and a constant; (V, K + 1)."""
+    """Embeddings less the mean of the tokens seen, which then have a mean squared length of 1; and a constant."""
     centred_VK = embeddings_VK - embeddings_VK[seen].mean(0)
     scale = np.sqrt(np.square(centred_VK[seen]).sum(1).mean())
-    return np.hstack([centred_VK / scale, np.ones((len(centred_VK), 1))]).astype(np.float32)
+    return np.hstack([centred_VK / scale, np.ones((len(centred_VK), 1), np.float32)])
 
 
 def _dots(one_VJ: np.ndarray, other_VJ: np.ndarray) -> np.ndarray:

@@ -56,6 +56,36 @@ def test_steps_equal_adamw_with_clipping_and_decay_on_matrices_only(stage: int) 
         torch.testing.assert_close(weight, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_embeddings_have_their_learning_rate(stage: int) -> None:
+    def embedded() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 1))
+
+    def loss(model: nn.Module, step: int) -> torch.Tensor:
+        return (model(torch.tensor([step, 1, 2])) - 3).square().mean()
+
+    engine = Engine(embedded(), OptimiserSettings("float32", stage, 0.1, 1e9, embedding_rate=8.0))
+    plain = embedded()
+    embedding, *rest = plain.parameters()
+    matrix, bias = rest
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [embedding], "lr": 0.08, "weight_decay": 0.1},
+            {"params": [matrix], "lr": 0.01, "weight_decay": 0.1},
+            {"params": [bias], "lr": 0.01, "weight_decay": 0.0},
+        ]
+    )
+    for step in range(3, 6):
+        engine.backward(loss(engine.module, step), last=True)
+        engine.step(0.01)
+        optimiser.zero_grad()
+        loss(plain, step).backward()
+        optimiser.step()
+    for name, weight in engine.full_weights().items():
+        torch.testing.assert_close(weight, plain.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stages", [(1, 1), (2, 2), (1, 2), (3, 3), (2, 3), (3, 1)], ids=str)
 def test_resuming_gives_the_same_weights(tmp_path: Path, stages: tuple[int, int], dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""The closed form: its head is the ridge regression's; training begins from it, and what it exports loads elsewhere."""
+"""The closed form in a run: training begins from it, it is evaluated, and what is exported loads elsewhere."""
 
 from __future__ import annotations
 
@@ -72,6 +72,18 @@ def test_what_the_fit_took_is_recorded(trained: Run) -> None:
     assert record["queries"] == of_queries["texts"] == len(examples)
     assert record["passages"] == of_passages["texts"] > 0
     assert 0 < record["tokens"] < load(trained.path("ridge")).backbone.config.vocab_size
+
+
+def test_the_closed_form_is_a_sum_of_token_vectors(trained: Run) -> None:
+    """What stands around a text, and the order of its words, change nothing."""
+    model = drama_dist.load(trained.path("ridge"))
+    one, other = model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
+    assert float(one @ other) == pytest.approx(1, abs=1e-4)
+    (twice,) = model.encode_queries([2 * "water bank flow bridge flood "])
+    assert float(one @ twice) == pytest.approx(1, abs=1e-4)  # what BOS and EOS weigh differs
+    trained_model = drama_dist.load(trained.path("train"))
+    one, other = trained_model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
+    assert float(one @ other) < 0.99999
 
 
 def test_the_report_has_the_closed_form_beside_the_trained_model(trained: Run) -> None:
