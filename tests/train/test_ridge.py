@@ -75,12 +75,10 @@ def test_what_the_fit_took_is_recorded(trained: Run) -> None:
 
 
 def test_the_closed_form_is_a_sum_of_token_vectors(trained: Run) -> None:
-    """What stands around a text, and the order of its words, change nothing."""
+    """The order of words changes nothing, until the layers have learned something."""
     model = drama_dist.load(trained.path("ridge"))
     one, other = model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
     assert float(one @ other) == pytest.approx(1, abs=1e-4)
-    (twice,) = model.encode_queries([2 * "water bank flow bridge flood "])
-    assert float(one @ twice) == pytest.approx(1, abs=1e-4)  # what BOS and EOS weigh differs
     trained_model = drama_dist.load(trained.path("train"))
     one, other = trained_model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
     assert float(one @ other) < 0.99999
