@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from drama_dist.encoder.head import LinearHead
 from drama_dist.encoder.pooling import unit_rows
@@ -76,7 +77,7 @@ def _least_squares(new_SK: np.ndarray, old_SK: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.linalg.solve(products_KK, new_SK.T @ old_SK))
 
 
-def _read_through(norm: nn.Module, readers: tuple[nn.Linear, ...], basis_KK: torch.Tensor) -> None:
+def _read_through(norm: LlamaRMSNorm, readers: tuple[nn.Linear, ...], basis_KK: torch.Tensor) -> None:
     """Fold the map and the norm's gains into the linear layers that read the normed states."""
     gains_K = norm.weight.double().cpu()
     for reader in readers:
