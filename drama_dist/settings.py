@@ -264,8 +264,7 @@ class TrainSettings:
     start: Name | None = None  # a Llama-type encoder or LLM to train as it is; null: the pruned LLM
     # Training ends after so many steps, or after so many minutes: one of the two is null. Both null: 1000 steps.
     steps: Count | None = None
-    # Minutes count from the first step on, checkpoints included, and not while training is stopped. Warm-up and decay
-    # follow them.
+    # Minutes count from the first step on, with checkpoints, not while training is stopped; the learning rate follows.
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
@@ -326,9 +325,8 @@ class TrainSettings:
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
         if self.learning_rate * max(1.0, self.embedding_rate) * self.weight_decay >= 1:
             raise SettingsError(
-                f"train.weight_decay={self.weight_decay} with train.learning_rate={self.learning_rate} and "
-                f"train.embedding_rate={self.embedding_rate:g}: the first step would take away all of every weight; "
-                "their product must be less than 1"
+                f"train.weight_decay={self.weight_decay} with train.learning_rate={self.learning_rate} and train."
+                f"embedding_rate={self.embedding_rate:g}: their product must be less than 1, or a step takes all away"
             )
         if self.zero_stage == 0 and self.dtype != "float32":
             raise SettingsError(

@@ -212,18 +212,19 @@ def test_an_encoder_that_is_causal_although_it_should_not_be_is_refused(
         load(llm, contract=CONTRACT)
 
 
-def test_layers_that_add_nothing_or_little_are_no_leak(llm: Path) -> None:
+def test_layers_that_add_nothing_or_little_are_no_leak(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(llm, contract=CONTRACT)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad():
         for layer in encoder.backbone.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         backbone.probe(encoder)
         encoder.backbone.layers[0].self_attn.o_proj.weight.normal_(std=1e-3)
+    backbone.probe(encoder)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **o: sdpa(*a, **{**o, "is_causal": True}))
+    with pytest.raises(LeakError, match="attention is causal"):
         backbone.probe(encoder)
-        encoder.backbone.config.is_causal = True  # what it says is wrong, and little is enough to see it
-        with pytest.raises(LeakError, match="attention is bidirectional"):
-            backbone.probe(encoder)
 
 
 def test_the_tokenizer_cannot_be_replaced(llm: Path) -> None:

@@ -75,13 +75,12 @@ def test_what_the_fit_took_is_recorded(trained: Run) -> None:
 
 
 def test_the_closed_form_is_a_sum_of_token_vectors(trained: Run) -> None:
-    """The order of words changes nothing, until the layers have learned something."""
+    """The order of words changes nothing: the layers add nothing, until they are trained."""
     model = drama_dist.load(trained.path("ridge"))
     one, other = model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
     assert float(one @ other) == pytest.approx(1, abs=1e-4)
-    trained_model = drama_dist.load(trained.path("train"))
-    one, other = trained_model.encode_queries(["water bank flow bridge flood", "flood flow water bridge bank"])
-    assert float(one @ other) < 0.99999
+    outputs = [model.backbone.layers[0].self_attn.o_proj, drama_dist.load(trained.path("train")).backbone.layers[0].mlp]
+    assert not outputs[0].weight.any() and outputs[1].down_proj.weight.any()
 
 
 def test_the_report_has_the_closed_form_beside_the_trained_model(trained: Run) -> None:
