@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     for folder in map(Path, parser.parse_args().runs):
         run = Run(read_settings(folder / "settings.yaml"))
+        run.make("evaluate/corpus")  # is finished; says where everything is
         results = json.loads((run.path("evaluate/corpus") / "results.json").read_text("utf-8"))
         rows = [("targets", dim, value) for dim, value in of_targets(run)]
         rows += [(row["system"], row["dim"], row["ndcg@10"]) for row in results]

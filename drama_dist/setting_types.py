@@ -5,17 +5,18 @@ What each setting means, and what must fit each other, is in settings.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
 T = TypeVar("T")
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-COST_ONLY = object()  # marks fields, see `recorded` in settings.py
+COST_ONLY = object()  # marks fields, see `recorded`
 
 
 def _one_line(text: str) -> str:
@@ -66,3 +67,18 @@ SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, COST_ONLY]  # see `recorded`
 GibOrAuto = Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]
 CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)]
+
+
+def recorded(section: Any) -> dict[str, Any]:
+    """The settings of a section that its artefact depends on, as plain YAML types.
+
+    Fields marked CostOnly are left out: they change what a stage costs (memory, time, how often it saves) or when it
+    gives up (the limits), and nothing of what it writes but the rounding of sums that are taken in another order. So
+    a stage that was stopped goes on with other values of them, and a finished one counts as made with any.
+    """
+    hints = get_type_hints(type(section), include_extras=True)
+    return {
+        name: value
+        for name, value in dataclasses.asdict(section).items()
+        if COST_ONLY not in getattr(hints[name], "__metadata__", ())
+    }

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from drama_dist.setting_types import (
-    COST_ONLY,
     CROP_KINDS,
     Amount,
     CostOnly,
@@ -268,6 +267,7 @@ class TrainSettings:
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
+    passage_share: SomeFraction = 1.0  # of a batch's passages are encoded; less than 1 where regression is all
     # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors (training then begins from token
     # vectors in closed form), and the divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
@@ -275,6 +275,7 @@ class TrainSettings:
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
+    superwords: CountOrZero = 0  # tokens of frequent words and phrases that regression's start adds to the tokenizer's
     learning_rate: LearningRate = 3e-4
     embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings': a multiple of it
     warmup_share: Fraction = 0.1
@@ -320,6 +321,11 @@ class TrainSettings:
         if not (self.info_nce_weight or self.regression_weight or self.soft_target_weight):
             raise SettingsError(
                 "train.info_nce_weight=0, train.regression_weight=0, train.soft_target_weight=0: nothing to learn from"
+            )
+        if self.passage_share < 1 and (self.info_nce_weight or self.soft_target_weight):
+            raise SettingsError(
+                f"train.passage_share={self.passage_share:g}: InfoNCE and soft targets compare queries with all "
+                "passages of a batch; set train.info_nce_weight and train.soft_target_weight to 0, or the share to 1"
             )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")
@@ -483,18 +489,3 @@ def write_settings(settings: Settings, path: Path) -> None:
 def as_dict(section: Any) -> dict[str, Any]:
     """A section (or the whole) as plain YAML types."""
     return dataclasses.asdict(section)
-
-
-def recorded(section: Any) -> dict[str, Any]:
-    """The settings of a section that its artefact depends on, as plain YAML types.
-
-    Fields marked CostOnly are left out: they change what a stage costs (memory, time, how often it saves) or when it
-    gives up (the limits), and nothing of what it writes but the rounding of sums that are taken in another order. So
-    a stage that was stopped goes on with other values of them, and a finished one counts as made with any.
-    """
-    hints = get_type_hints(type(section), include_extras=True)
-    return {
-        name: value
-        for name, value in as_dict(section).items()
-        if COST_ONLY not in getattr(hints[name], "__metadata__", ())
-    }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from drama_dist.setting_types import recorded
 from drama_dist.settings import (
     EncoderSettings,
     Settings,
@@ -17,7 +18,6 @@ from drama_dist.settings import (
     TrainSettings,
     as_dict,
     read_settings,
-    recorded,
     write_settings,
 )
 from drama_dist.settings_file import read_json
@@ -252,6 +252,8 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.dim_weights=[1,-1,1]", "train.dim_weights.1='-1': must be greater than or equal to 0"),
         ("train.batch_size=99999999", "train.batch_size='99999999': must be less than or equal to 1048576"),
         ("evaluate.depth=99999999", "evaluate.depth='99999999': must be less than or equal to 65536"),
+        ("train.passage_share=0.5", "train.passage_share=0.5: InfoNCE and soft targets compare queries with all"),
+        ("train.passage_share=0", "train.passage_share='0': must be greater than 0"),
         ("train.hard_negatives=9", "train.hard_negatives=9.0 is more than augment.negatives=8"),
         ("train.hard_negatives=-1", "train.hard_negatives='-1': must be greater than or equal to 0"),
         ("encoder.dims=[]", "encoder.dims=.*at least 1 item"),

@@ -30,7 +30,8 @@ from drama_dist.run.folder import StageFolder, fingerprint_of_files
 from drama_dist.run.graph import CORPUS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict, recorded
+from drama_dist.setting_types import recorded
+from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
 
 _COLLECTIONS = "evaluate.collections"
 _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")

@@ -21,7 +21,8 @@ from drama_dist.run.graph import stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import rankings
-from drama_dist.settings import Settings, mixed, recorded
+from drama_dist.setting_types import recorded
+from drama_dist.settings import Settings, mixed
 
 
 def sections(settings: Settings, collection: str) -> dict[str, Any]:

@@ -251,8 +251,8 @@ class StepCost:
 
 
 def passages_of_batch(train: TrainSettings) -> int:
-    """Positives and hard negatives of a batch of all ranks."""
-    return round(train.batch_size * (1 + train.hard_negatives))
+    """Positives and hard negatives of a batch of all ranks that are encoded."""
+    return max(1, round(train.passage_share * round(train.batch_size * (1 + train.hard_negatives))))
 
 
 def largest_share(count: int, ranks: int) -> int:

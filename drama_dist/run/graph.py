@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.run.artefact import PROVENANCE
-from drama_dist.settings import EXACT, OWN_COLLECTIONS, SYSTEMS, Settings, SettingsError, mixed, recorded
+from drama_dist.setting_types import recorded
+from drama_dist.settings import EXACT, OWN_COLLECTIONS, SYSTEMS, Settings, SettingsError, mixed
 
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 # system -> the stage that makes its encoder
@@ -62,7 +63,7 @@ class Stage:
 
 def _of_training(settings: Settings, **_: str) -> list[str]:
     train = settings.train
-    start = ["ridge", "targets"] if train.regression_weight else _of_start(settings)
+    start = [*_of_start(settings), *(["ridge", "targets"] if train.regression_weight else [])]
     scores = _of_targets(settings) if train.soft_target_weight else []
     return list(dict.fromkeys([TRAINING_TEXTS, "augment", *start, *scores]))
 
@@ -168,7 +169,7 @@ STAGES = (
         verb="ridge",
         help="fit token vectors, which regression begins from",
         work="drama_dist.train.ridge:ridge",
-        sections=("seed", "encoder"),
+        sections=("seed", "encoder", "train.superwords"),
         needs=lambda settings, system: [TRAINING_TEXTS, "augment", "targets", *_of_start(settings)],
         inputs="drama_dist.train.stage:inputs",
         check="drama_dist.train.stage:check",

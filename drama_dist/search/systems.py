@@ -33,7 +33,8 @@ from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.shards import EmbeddingShards, TextEncoder, texts_cut, write_shards
 from drama_dist.search.teacher import Teacher
-from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed, recorded
+from drama_dist.setting_types import recorded
+from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed
 
 MIX_DEPTH = 1000  # hits of each system that a mix looks at
 

@@ -10,7 +10,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,6 +97,15 @@ def texts_of(batch: Batch, table: PassageTable) -> TextBatch:
     ]
     relevance = Relevance(torch.tensor(batch.positives), torch.tensor(passage_ids), _padded(excluded_ids))
     return TextBatch(batch.queries, passages, relevance, batch.examples, positions[: len(passages)])
+
+
+def with_share_of_passages(batch: TextBatch, share: float) -> TextBatch:
+    """The batch with the first of its passages, of which at least one stays.
+
+    For an objective that does not compare queries with passages: the relevance stays that of the whole batch.
+    """
+    count = max(1, round(share * len(batch.passages)))
+    return replace(batch, passages=batch.passages[:count], positions=batch.positions[:count])
 
 
 def _drawn_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[tuple[int, str]]]:

@@ -23,7 +23,7 @@ from drama_dist.records import Example, read_json_lines
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import Settings
-from drama_dist.train.batches import batches, check_batch_size, texts_of
+from drama_dist.train.batches import batches, check_batch_size, texts_of, with_share_of_passages
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import Targets
@@ -82,7 +82,8 @@ def _run_steps(
 
     def do_step(step: int, learning_rate: float) -> StepReport:
         began = time.monotonic()
-        result = training_step(texts_of(next(order), table), learning_rate)
+        batch = with_share_of_passages(texts_of(next(order), table), train.passage_share)
+        result = training_step(batch, learning_rate)
         objective, cost = result.objective, telemetry.figures(result, time.monotonic() - began)
         of_optimiser = {"learning_rate": learning_rate, "gradient_norm": result.gradient_norm}
         figures = joined({"loss": objective.loss}, objective.figures, of_optimiser, cost)

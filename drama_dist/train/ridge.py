@@ -8,8 +8,9 @@ training queries and passages; token_start.py puts them into the backbone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ from scipy.sparse import csr_matrix, vstack
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.contract import with_dims_within
+from drama_dist.encoder.contract import wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
+from drama_dist.encoder.superwords import add_superwords
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.train.target_vectors import VectorTargets
-from drama_dist.train.token_start import put_token_vectors
+from drama_dist.train.token_start import append_embeddings, put_token_vectors
 from drama_dist.train.token_vectors import token_counts, token_vectors
 
 _FITTED = 50_000  # texts of each kind that token vectors are fitted to
@@ -43,44 +45,50 @@ def ridge(run: Run, folder: StageFolder, system: str) -> None:
 def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
     """An encoder of the same backbone with fitted token vectors, and the run's contract; and a record of the fit.
 
-    start: is changed, its embeddings, layers and contract, and it loses its own head.
+    start: is changed, its embeddings, layers and tokenizer; its own head and contract are not used.
     """
     settings = run.settings
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     table = open_collection(run.path(TRAINING_TEXTS)).passages
     queries, passages = (_drawn(len(texts), settings.seed) for texts in (examples, table))
-    start.head = None
-    start.contract = with_dims_within(settings.encoder, start.size)
+    backbone, vocabulary = start.backbone, start.backbone.config.vocab_size
+    tokenizer = wire_tokenizer(start.tokenizer, settings.encoder.lower_case)
+    blocks = (table.contents(block) for block in _blocks(passages))
+    parts = add_superwords(tokenizer, chain.from_iterable(blocks), settings.train.superwords, vocabulary)
+    fitted = Encoder(backbone, tokenizer, with_dims_within(settings.encoder, start.hidden_size))
     say(f"ridge: fitting the vectors of tokens to {len(queries)} queries and {len(passages)} passages")
+    size = vocabulary + len(parts)
     with counting() as cut_queries:
-        in_queries = _counts(start, queries, lambda rows: [examples[row].query for row in rows], start.tokenize_queries)
+        texts = ([examples[row].query for row in block] for block in _blocks(queries))
+        in_queries = _counts(map(fitted.tokenize_queries, texts), size)
     with counting() as cut_passages:
-        in_passages = _counts(start, passages, table.contents, start.tokenize_passages)
+        texts = (table.contents(block) for block in _blocks(passages))
+        in_passages = _counts(map(fitted.tokenize_passages, texts), size)
     targets = VectorTargets.open(run.path("targets"))
     vectors_VJ = token_vectors(
         (in_queries, targets.queries.rows(queries)),
         (in_passages, targets.passages.rows(passages)),
-        start.backbone.embed_tokens.weight.detach().float().cpu().numpy(),
+        backbone.embed_tokens.weight.detach().float().cpu().numpy(),
+        parts,
     )
-    first, *_, last = start.tokenize_queries([""])[0]
+    first, *_, last = fitted.tokenize_queries([""])[0]
     vectors_VJ[[first, last]] = 0  # every text has them, and none is about them
+    append_embeddings(backbone, parts)
     counts_V = np.asarray(in_queries.sum(0) + in_passages.sum(0)).ravel()
-    head = put_token_vectors(start.backbone, vectors_VJ, counts_V)
-    fitted = Encoder(start.backbone, start.tokenizer, settings.encoder, head.to(start.device))
+    head = put_token_vectors(backbone, vectors_VJ, counts_V)
+    fitted = Encoder(backbone, tokenizer, settings.encoder, head.to(start.device))
     cut = {"queries": asdict(cut_queries), "passages": asdict(cut_passages)}
-    return fitted, {"queries": len(queries), "passages": len(passages), "tokens": int((counts_V > 0).sum()), "cut": cut}
+    facts = {"queries": len(queries), "passages": len(passages), "tokens": int((counts_V > 0).sum())}
+    return fitted, {**facts, "superwords": len(parts), "cut": cut}
 
 
-def _counts(
-    encoder: Encoder,
-    rows: Sequence[int],
-    read: Callable[[Sequence[int]], list[str]],
-    tokenize: Callable[[list[str]], list[list[int]]],
-) -> csr_matrix:
-    """The tokens of texts at these rows, tokenised block by block."""
-    vocabulary = encoder.backbone.config.vocab_size
-    blocks = (rows[begin : begin + _BLOCK] for begin in range(0, len(rows), _BLOCK))
-    return csr_matrix(vstack([token_counts(tokenize(read(block)), vocabulary) for block in blocks]))
+def _blocks(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (rows[begin : begin + _BLOCK] for begin in range(0, len(rows), _BLOCK))
+
+
+def _counts(tokenized: Iterable[list[list[int]]], vocabulary: int) -> csr_matrix:
+    """The tokens of texts, which come block by block."""
+    return csr_matrix(vstack([token_counts(block, vocabulary) for block in tokenized]))
 
 
 def _write(run: Run, folder: StageFolder) -> dict[str, Any]:

@@ -50,13 +50,14 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     """
     settings = run.settings
     regression = settings.train.regression_weight > 0
-    source = run.path("ridge") if regression else settings.train.start or run.path("prune")
-    start = load(source, contract=settings.encoder)
-    if system == "random-init":
-        start = random_twin(start, settings.seed)
-        if regression:
-            # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
-            start, _ = in_closed_form(run, start)
+    source = settings.train.start or run.path("prune")
+    if system == "drama":
+        start = load(run.path("ridge") if regression else source, contract=settings.encoder)
+    elif regression:
+        # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
+        start, _ = in_closed_form(run, random_twin(load(source), settings.seed))
+    else:
+        start = random_twin(load(source, contract=settings.encoder), settings.seed)
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None

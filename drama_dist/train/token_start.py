@@ -11,6 +11,8 @@ Shapes: V tokens, S of them seen, K hidden components, J components of the targe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -63,6 +65,16 @@ def put_token_vectors(backbone: LlamaModel, vectors_VJ: np.ndarray, counts_V: np
     head.weight[:, :first] = torch.from_numpy(axes_JP) * float(length / hidden**0.5)
     head.bias.zero_()
     return head
+
+
+@torch.no_grad()
+def append_embeddings(backbone: LlamaModel, parts: Sequence[Sequence[int]]) -> None:
+    """Give each superword the mean of its tokens' embeddings, in new rows."""
+    if parts:
+        old = backbone.config.vocab_size
+        means_SK = torch.stack([backbone.embed_tokens.weight[list(tokens)].mean(0) for tokens in parts])
+        backbone.resize_token_embeddings(old + len(parts), mean_resizing=False)
+        backbone.embed_tokens.weight[old:] = means_SK
 
 
 def _principal_axes(rows_SK: np.ndarray, count: int) -> np.ndarray:

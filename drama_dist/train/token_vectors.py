@@ -3,9 +3,10 @@
 Covers the regression. Counts of tokens, weighted by inverse document frequency and scaled to length 1, are mapped to
 the targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
 something about every token; then what is left, token by token, for which only frequent tokens have enough texts.
+Superwords (encoder/superwords.py) are counted beside the tokens that they stand for.
 Special tokens at the ends of a text have no vector. The order of tokens does not matter here. How a backbone comes to
 give these sums is in token_start.py.
-Shapes: n texts, V tokens, K hidden components, J components of the targets.
+Shapes: n texts, V tokens, S superwords, K hidden components, J components of the targets.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import csr_matrix, diags_array, vstack
+from scipy.sparse import csr_matrix, diags_array, hstack, vstack
 
 from drama_dist.run.progress import progress_bar
 
@@ -34,29 +35,39 @@ def token_counts(texts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
 
 
 def token_vectors(
-    queries: tuple[csr_matrix, np.ndarray], passages: tuple[csr_matrix, np.ndarray], embeddings_VK: np.ndarray
+    queries: tuple[csr_matrix, np.ndarray],
+    passages: tuple[csr_matrix, np.ndarray],
+    embeddings_VK: np.ndarray,
+    parts: Sequence[Sequence[int]] = (),
 ) -> np.ndarray:
-    """The vector of every token of the vocabulary, float32 (V, J).
+    """The vector of every token of the vocabulary and then of every superword, float32 (V + S, J).
 
-    queries, passages: counts (n, V), and targets (n, J) of length 1; texts whose target is zero are left out.
-    embeddings_VK: the LLM's.
+    queries, passages: counts (n, V + S), and targets (n, J) of length 1; texts whose target is zero are left out.
+    embeddings_VK: the LLM's. parts: the tokens that each superword stands for; its vector is their sum, and what a
+    regression on superwords, beside all texts' tokens, finds that they have beyond it.
     """
     kinds = [(counts[targets.any(1)], targets[targets.any(1)]) for counts, targets in (queries, passages)]
-    frequencies_V = sum(np.asarray((counts > 0).sum(0)).ravel() for counts, _ in kinds)
-    texts = sum(counts.shape[0] for counts, _ in kinds)
-    idf_V = np.log(1 + texts / (1 + frequencies_V)).astype(np.float32)
+    vocabulary, within = len(embeddings_VK), _within_superwords(parts, len(embeddings_VK))
+    counts = [_with_parts(counts, vocabulary, within) for counts, _ in kinds]
+    frequencies = sum(np.asarray((each > 0).sum(0)).ravel() for each in counts)
+    texts = sum(each.shape[0] for each in counts)
+    idf = np.log(1 + texts / (1 + frequencies)).astype(np.float32)
     factors = np.sqrt([1, PASSAGE_WEIGHT], dtype=np.float32)
-    weighted = [factor * _weighted(counts, idf_V) for factor, (counts, _) in zip(factors, kinds, strict=True)]
-    weights_nV = csr_matrix(vstack(weighted))
+    weighted = [factor * _weighted(each, idf, vocabulary) for factor, each in zip(factors, counts, strict=True)]
+    weights = csr_matrix(vstack(weighted))
     targets_nJ = np.vstack([factor * targets for factor, (_, targets) in zip(factors, kinds, strict=True)])
 
-    features_VK = _features(embeddings_VK, seen=np.unique(weights_nV.indices))
-    pooled_nK = np.asarray(weights_nV @ features_VK, dtype=np.float64)
+    of_tokens_nV = weights[:, :vocabulary]
+    features_VK = _features(embeddings_VK, seen=np.unique(of_tokens_nV.indices))
+    pooled_nK = np.asarray(of_tokens_nV @ features_VK, dtype=np.float64)
     products_KK = pooled_nK.T @ pooled_nK + EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1])
     map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
     rest_nJ = (targets_nJ - pooled_nK @ map_KJ).astype(np.float32)
-    vectors_VJ = features_VK @ map_KJ.astype(np.float32) + ridge_solution(weights_nV, rest_nJ, TOKEN_PENALTY)
-    return np.asarray(idf_V[:, None] * vectors_VJ, dtype=np.float32)
+    vectors = ridge_solution(weights, rest_nJ, TOKEN_PENALTY)
+    vectors[:vocabulary] += features_VK @ map_KJ.astype(np.float32)
+    vectors *= idf[:, None]
+    vectors[vocabulary:] += within @ vectors[:vocabulary]
+    return np.asarray(vectors, dtype=np.float32)
 
 
 def ridge_solution(
@@ -86,11 +97,23 @@ def ridge_solution(
     return solution_VJ
 
 
-def _weighted(counts_nV: csr_matrix, idf_V: np.ndarray) -> csr_matrix:
-    """Rows of length 1, or of zeros."""
-    weighted_nV = csr_matrix(counts_nV @ diags_array(idf_V))
-    lengths_n = np.sqrt(np.asarray(weighted_nV.multiply(weighted_nV).sum(1)).ravel())
-    return csr_matrix(diags_array(np.divide(1, lengths_n, where=lengths_n > 0, out=lengths_n)) @ weighted_nV)
+def _within_superwords(parts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
+    """How often each token is in each superword, (S, V)."""
+    return token_counts([[0, *tokens, 0] for tokens in parts], vocabulary)
+
+
+def _with_parts(counts: csr_matrix, vocabulary: int, within_SV: csr_matrix) -> csr_matrix:
+    """The counts with each superword's tokens counted too, as if the text had not been shortened."""
+    superwords = counts[:, vocabulary:]
+    return csr_matrix(hstack([counts[:, :vocabulary] + superwords @ within_SV, superwords]))
+
+
+def _weighted(counts: csr_matrix, idf: np.ndarray, vocabulary: int) -> csr_matrix:
+    """Rows in which the first part, of tokens, is of length 1, or of zeros."""
+    weighted = csr_matrix(counts @ diags_array(idf))
+    tokens_nV = weighted[:, :vocabulary]
+    lengths_n = np.sqrt(np.asarray(tokens_nV.multiply(tokens_nV).sum(1)).ravel())
+    return csr_matrix(diags_array(np.divide(1, lengths_n, where=lengths_n > 0, out=lengths_n)) @ weighted)
 
 
 def _features(embeddings_VK: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example, Passage
-from drama_dist.train.batches import Batch, batches, check_batch_size, texts_of
+from drama_dist.train.batches import Batch, batches, check_batch_size, texts_of, with_share_of_passages
 
 
 def examples(count: int, positives: int) -> list[Example]:
@@ -118,3 +118,13 @@ def test_texts_count_as_one_passage_under_any_id() -> None:
     assert relevance.excluded_ids_BE.tolist() == [[1], [-1], [-1]]  # "b" has the text of "b2", "d" none here
     twins = texts_of(Batch(["q"], ["b", "b2"], [0], [()], [0]), table).relevance
     assert twins.passage_ids_N.tolist() == [0, 0] and twins.excluded_ids_BE is None
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 6), (0.5, 3), (0.25, 2), (0.01, 1)])
+def test_a_share_of_the_passages_is_the_first_of_them(share: float, count: int) -> None:
+    table = PassageTable(Dataset.from_list([vars(Passage(f"p{n}", f"text {n}")) for n in range(20)]))
+    batch = texts_of(take(1, examples(20, 20), 6, 0, 1)[0], table)
+    some = with_share_of_passages(batch, share)
+    assert some.passages == batch.passages[:count]
+    assert some.positions == batch.positions[:count]
+    assert some.queries == batch.queries

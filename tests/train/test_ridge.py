@@ -37,6 +37,7 @@ CHANGES = [
     "train.learning_rate=3e-3",
     "encoder.dims=[40, 16]",
     "targets.lexical_components=24",
+    "train.superwords=200",
 ]
 
 
@@ -100,6 +101,20 @@ def test_the_head_is_exported_as_a_dense_module(trained: Run) -> None:
     with torch.no_grad():
         ours.head.weight += 0.1
     assert np.abs(ours.encode_passages(texts) - theirs.encode_document(texts)).max() > 1e-3
+
+
+def test_superwords_are_in_the_encoder_and_its_export(trained: Run) -> None:
+    folder = trained.path("export")
+    start = load(trained.path("prune"))
+    before, passage = start.backbone.config.vocab_size, "the river number 3 part 2 has water bank flow bridge flood"
+    ours = drama_dist.load(folder)
+    record = json.loads((trained.path("ridge") / "provenance.json").read_text("utf-8"))
+    assert record["superwords"] > 10
+    assert ours.backbone.config.vocab_size == before + record["superwords"]
+    (short,), (long,) = ours.tokenize_passages([passage]), start.tokenize_passages([passage])
+    assert len(short) < len(long) and max(short) >= before > max(long)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    assert theirs.tokenizer(passage)["input_ids"] == short
 
 
 def test_a_start_loses_its_own_head(trained: Run) -> None:

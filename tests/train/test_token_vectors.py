@@ -89,6 +89,37 @@ def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
     assert np.abs(found - idf[:, None] * (features @ first)).max() > 0.1
 
 
+def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it() -> None:
+    """A superword beside its tokens is a column more in the regression, with an idf of its own."""
+    parts, of_texts = [[5, 6], [7, 7, 8]], units(120)
+    sequences = [[0, *CHANCE.integers(2, V + 2, 6).tolist(), 1] for _ in range(120)]
+    counts, embeddings = token_counts(sequences, V + 2), CHANCE.standard_normal((V, K)).astype(np.float32)
+    halves = (counts[:60], of_texts[:60]), (counts[60:], of_texts[60:])
+    found = token_vectors(*halves, embeddings, parts)
+
+    superwords = counts.toarray()[:, V:].astype(np.float64)
+    plain = counts.toarray()[:, :V].astype(np.float64)
+    for column, tokens in enumerate(parts):
+        for token in tokens:
+            plain[:, token] += superwords[:, column]
+    x = np.hstack([plain, superwords])
+    idf = np.log(1 + 120 / (1 + (x > 0).sum(0)))
+    x = x * idf / np.linalg.norm(plain * idf[:V], axis=1, keepdims=True)
+    weights = np.sqrt(np.repeat([1, PASSAGE_WEIGHT], 60))[:, None]
+    x, y = weights * x, weights * of_texts
+    centred = embeddings - embeddings[(plain > 0).any(0)].mean(0)
+    features = centred / np.sqrt(np.square(centred[(plain > 0).any(0)]).sum(1).mean())
+    features = np.hstack([features, np.ones((V, 1))])
+    pooled = x[:, :V] @ features
+    first = np.linalg.solve(pooled.T @ pooled + EMBEDDING_PENALTY * np.eye(K + 1), pooled.T @ y)
+    second = np.linalg.solve(x.T @ x + TOKEN_PENALTY * np.eye(V + 2), x.T @ (y - pooled @ first))
+    of_tokens = idf[:V, None] * (features @ first + second[:V])
+    sums = np.stack([of_tokens[tokens].sum(0) for tokens in parts])
+    beyond = idf[V:, None] * second[V:]
+    np.testing.assert_allclose(found, np.vstack([of_tokens, sums + beyond]), atol=1e-4)
+    assert np.abs(beyond).max() > 0.1
+
+
 def llama(hidden: int) -> LlamaModel:
     config = LlamaConfig(
         vocab_size=V, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
