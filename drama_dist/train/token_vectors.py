@@ -21,6 +21,7 @@ from drama_dist.run.progress import progress_bar
 PASSAGE_WEIGHT = 3.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
 EMBEDDING_PENALTY = 1.0  # on the map from embeddings
 TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
+SUPERWORD_PENALTY = 2.0  # on what superwords have beyond their tokens
 _ITERATIONS = 30  # of conjugate gradients; more changed no figure of benchmarks/results/recipe.md
 
 
@@ -63,7 +64,8 @@ def token_vectors(
     products_KK = pooled_nK.T @ pooled_nK + EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1])
     map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
     rest_nJ = (targets_nJ - pooled_nK @ map_KJ).astype(np.float32)
-    vectors = ridge_solution(weights, rest_nJ, TOKEN_PENALTY)
+    penalties = np.repeat(np.float32([TOKEN_PENALTY, SUPERWORD_PENALTY]), [vocabulary, len(parts)])
+    vectors = ridge_solution(weights, rest_nJ, penalties)
     vectors[:vocabulary] += features_VK @ map_KJ.astype(np.float32)
     vectors *= idf[:, None]
     vectors[vocabulary:] += within @ vectors[:vocabulary]
@@ -71,21 +73,22 @@ def token_vectors(
 
 
 def ridge_solution(
-    weights_nV: csr_matrix, targets_nJ: np.ndarray, penalty: float, iterations: int = _ITERATIONS
+    weights_nV: csr_matrix, targets_nJ: np.ndarray, penalties_V: np.ndarray, iterations: int = _ITERATIONS
 ) -> np.ndarray:
-    """The W, V × J, that minimises |X W − Y|² + penalty · |W|², by conjugate gradients (Hestenes and Stiefel 1952).
+    """The W, V × J, that minimises |X W − Y|² + Σ penalty · |row of W|², by conjugate gradients (Hestenes and Stiefel
+    1952).
 
     They are preconditioned by the diagonal, and run for all columns of Y side by side.
     """
     across_Vn = weights_nV.T.tocsr()
-    diagonal_V1 = np.asarray(weights_nV.multiply(weights_nV).sum(0)).reshape(-1, 1) + penalty
+    diagonal_V1 = np.asarray(weights_nV.multiply(weights_nV).sum(0)).reshape(-1, 1) + penalties_V[:, None]
     solution_VJ = np.zeros((weights_nV.shape[1], targets_nJ.shape[1]), dtype=targets_nJ.dtype)
     residual_VJ = np.asarray(across_Vn @ targets_nJ)
     direction_VJ = scaled_VJ = residual_VJ / diagonal_V1
     product_J = _dots(residual_VJ, scaled_VJ)
     bar = progress_bar(iterations, "ridge", "iterations")
     for _ in range(iterations):
-        image_VJ = np.asarray(across_Vn @ (weights_nV @ direction_VJ)) + penalty * direction_VJ
+        image_VJ = np.asarray(across_Vn @ (weights_nV @ direction_VJ)) + penalties_V[:, None] * direction_VJ
         length_J = _ratio(product_J, _dots(direction_VJ, image_VJ))
         solution_VJ += length_J * direction_VJ
         residual_VJ = residual_VJ - length_J * image_VJ

@@ -17,6 +17,7 @@ from drama_dist.train.token_start import put_token_vectors
 from drama_dist.train.token_vectors import (
     EMBEDDING_PENALTY,
     PASSAGE_WEIGHT,
+    SUPERWORD_PENALTY,
     TOKEN_PENALTY,
     ridge_solution,
     token_counts,
@@ -58,9 +59,10 @@ def test_conjugate_gradients_find_the_solution(penalty: float) -> None:
     targets = CHANCE.standard_normal((150, J))
     targets[:, 3] = 0  # a column that is solved before the first iteration
     dense = matrix.toarray()
-    expected = np.linalg.solve(dense.T @ dense + penalty * np.eye(V), dense.T @ targets)
-    np.testing.assert_allclose(ridge_solution(matrix, targets, penalty, 200), expected, atol=1e-9)
-    assert np.abs(ridge_solution(matrix, targets, 2 * penalty, 200) - expected).max() > 1e-3
+    penalties = penalty * CHANCE.uniform(0.5, 2, V)
+    expected = np.linalg.solve(dense.T @ dense + np.diag(penalties), dense.T @ targets)
+    np.testing.assert_allclose(ridge_solution(matrix, targets, penalties, 200), expected, atol=1e-9)
+    assert np.abs(ridge_solution(matrix, targets, 2 * penalties, 200) - expected).max() > 1e-3
 
 
 def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
@@ -112,7 +114,8 @@ def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it(
     features = np.hstack([features, np.ones((V, 1))])
     pooled = x[:, :V] @ features
     first = np.linalg.solve(pooled.T @ pooled + EMBEDDING_PENALTY * np.eye(K + 1), pooled.T @ y)
-    second = np.linalg.solve(x.T @ x + TOKEN_PENALTY * np.eye(V + 2), x.T @ (y - pooled @ first))
+    penalties = np.diag([TOKEN_PENALTY] * V + [SUPERWORD_PENALTY] * 2)
+    second = np.linalg.solve(x.T @ x + penalties, x.T @ (y - pooled @ first))
     of_tokens = idf[:V, None] * (features @ first + second[:V])
     sums = np.stack([of_tokens[tokens].sum(0) for tokens in parts])
     beyond = idf[V:, None] * second[V:]
