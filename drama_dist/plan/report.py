@@ -80,8 +80,9 @@ def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
 
 def _pruned(settings: Settings, model: Shape, vocabulary: int, head: int) -> LlamaConfig:
     shape = requested_shape(settings.prune, model)
+    superwords = settings.train.superwords if settings.train.regression_weight else 0
     return LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary + superwords,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,

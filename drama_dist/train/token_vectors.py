@@ -64,7 +64,7 @@ def token_vectors(
     products_KK = pooled_nK.T @ pooled_nK + EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1])
     map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
     rest_nJ = (targets_nJ - pooled_nK @ map_KJ).astype(np.float32)
-    penalties = np.repeat(np.float32([TOKEN_PENALTY, SUPERWORD_PENALTY]), [vocabulary, len(parts)])
+    penalties = np.repeat(np.array([TOKEN_PENALTY, SUPERWORD_PENALTY], dtype=np.float32), [vocabulary, len(parts)])
     vectors = ridge_solution(weights, rest_nJ, penalties)
     vectors[:vocabulary] += features_VK @ map_KJ.astype(np.float32)
     vectors *= idf[:, None]

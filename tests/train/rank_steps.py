@@ -29,7 +29,7 @@ from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.head import LinearHead
 from drama_dist.records import Example, Passage
 from drama_dist.settings import EncoderSettings, TrainSettings
-from drama_dist.train.batches import TextBatch, batches, texts_of
+from drama_dist.train.batches import TextBatch, batches, texts_of, with_share_of_passages
 from drama_dist.train.objective import Objective, objective_terms
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.target_vectors import VectorTargets
@@ -124,11 +124,13 @@ def rate(step: int) -> float:
     return learning_rate_at(step, STEPS, RATE, 0.2)
 
 
-def settings_of(name: str, dtype: str, regression: float = 0.0) -> TrainSettings:
+def settings_of(name: str, dtype: str, regression: float = 0.0, alone: bool = False) -> TrainSettings:
     zero, partition, kept, layers = name.split("-")
     return TrainSettings(
         dtype=dtype,
+        info_nce_weight=0 if alone else 1,
         regression_weight=regression,
+        embedding_rate=8 if alone else 1,
         zero_stage=int(zero),
         weight_decay=DECAY,
         gradient_clipping=CLIPPING,
@@ -145,10 +147,10 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     name, *extras = full_name.split("+")
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
-    regression = "regression" in extras
+    regression, alone = "regression" in extras, "alone" in extras
     if regression:
         add_head(encoder)
-    settings = settings_of(name, "bfloat16" if "bfloat16" in extras else "float32", REGRESSION * regression)
+    settings = settings_of(name, "bfloat16" if "bfloat16" in extras else "float32", REGRESSION * regression, alone)
     training_step = TrainingStep(encoder, settings, vectors=targets() if regression else None)
     if "unscaled" in extras:
         scaled = training_step.engine.backward
@@ -158,6 +160,8 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     steps = range(first, SAVED if "save" in extras else STEPS)
     of_examples = regression or "positives" in extras
     texts = batches_of_examples(STEPS) if of_examples else [batch_of(step) for step in range(STEPS)]
+    if alone:
+        texts = [with_share_of_passages(batch, 0.01) for batch in texts]
     results = [training_step(texts[step], rate(step)) for step in steps]
     if "save" in extras:
         training_step.engine.save(saved, SAVED)
