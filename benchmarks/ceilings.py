@@ -19,6 +19,7 @@ import numpy as np
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.evaluate.scoring import score
+from drama_dist.run.graph import is_finished
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.ranking import top_positions
@@ -70,7 +71,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     for folder in map(Path, parser.parse_args().runs):
         run = Run(read_settings(folder / "settings.yaml"))
-        run.make("evaluate/corpus")  # is finished; says where everything is
+        if not is_finished(folder, "evaluate/corpus"):
+            raise SystemExit(f"{folder}: not finished; run first: drama run {folder / 'settings.yaml'}")
+        run.make("evaluate/corpus")  # makes nothing; then the run tells where its artefacts are
         results = json.loads((run.path("evaluate/corpus") / "results.json").read_text("utf-8"))
         rows = [("targets", dim, value) for dim, value in of_targets(run)]
         rows += [(row["system"], row["dim"], row["ndcg@10"]) for row in results]

@@ -267,7 +267,7 @@ class TrainSettings:
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
-    passage_share: SomeFraction = 1.0  # of a batch's passages are encoded; less than 1 where regression is all
+    passage_share: SomeFraction = 1.0  # of a batch's passages, which is encoded; below 1 for regression alone
     # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors (training then begins from token
     # vectors in closed form), and the divergence from the mix of the teacher's scores and BM25's.
     info_nce_weight: Amount = 1.0
@@ -275,7 +275,7 @@ class TrainSettings:
     soft_target_weight: Amount = 0.0
     soft_target_temperature: Temperature = 0.05  # of the student's scores
     teacher_temperature: Temperature = 1.0  # of the mix, in standard deviations of a query's scores
-    superwords: CountOrZero = 0  # tokens of frequent words and phrases that regression's start adds to the tokenizer's
+    superwords: CountOrZero = 0  # at most so many tokens of frequent words and phrases are added before regression
     learning_rate: LearningRate = 3e-4
     embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings': a multiple of it
     warmup_share: Fraction = 0.1
@@ -326,6 +326,11 @@ class TrainSettings:
             raise SettingsError(
                 f"train.passage_share={self.passage_share:g}: InfoNCE and soft targets compare queries with all "
                 "passages of a batch; set train.info_nce_weight and train.soft_target_weight to 0, or the share to 1"
+            )
+        if self.superwords and not self.regression_weight:
+            raise SettingsError(
+                f"train.superwords={self.superwords} with train.regression_weight=0: only the token vectors that "
+                "regression begins from have superwords; set one to 0, or the other to more"
             )
         if self.dim_weights and not sum(self.dim_weights):
             raise SettingsError(f"train.dim_weights={self.dim_weights}: one must be more than 0")

@@ -253,6 +253,7 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.batch_size=99999999", "train.batch_size='99999999': must be less than or equal to 1048576"),
         ("evaluate.depth=99999999", "evaluate.depth='99999999': must be less than or equal to 65536"),
         ("train.passage_share=0.5", "train.passage_share=0.5: InfoNCE and soft targets compare queries with all"),
+        ("train.superwords=9", "train.superwords=9 with train.regression_weight=0: only the token vectors that"),
         ("train.passage_share=0", "train.passage_share='0': must be greater than 0"),
         ("train.hard_negatives=9", "train.hard_negatives=9.0 is more than augment.negatives=8"),
         ("train.hard_negatives=-1", "train.hard_negatives='-1': must be greater than or equal to 0"),

@@ -14,28 +14,35 @@ from drama_dist.encoder.contract import read_contract, wire_tokenizer
 from drama_dist.encoder.head import head_size
 from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import fetched, reachable, resolve
+from drama_dist.encoder.superwords import check_byte_level
 from drama_dist.settings import EncoderSettings
 
 
-def check_llama(name: str, trust_remote_code: bool = False, with_head: bool = False) -> LlamaConfig:
+def check_llama(
+    name: str, trust_remote_code: bool = False, with_head: bool = False, with_superwords: bool = False
+) -> LlamaConfig:
     """Check a Llama-type model and return its configuration.
 
-    with_head: its language-model head is needed, too. Raises ValueError or FileNotFoundError where it cannot be used.
+    with_head: its language-model head is needed, too. with_superwords: its tokenizer is to get some. Raises ValueError
+    or FileNotFoundError where it cannot be used.
     """
     source = reachable(resolve(name))
     config = read_llama_config(source, trust_remote_code)
-    wire_tokenizer(read_tokenizer(source, config, trust_remote_code), lower_case=False)
+    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust_remote_code), lower_case=False)
+    if with_superwords:
+        check_byte_level(tokenizer)
     if Path(source).is_dir():
         check_weights(LlamaForCausalLM if with_head else LlamaModel, Path(source), config)
     return config
 
 
-def check_encoder(name: str, contract: EncoderSettings | None = None) -> int:
+def check_encoder(name: str, contract: EncoderSettings | None = None, with_superwords: bool = False) -> int:
     """Check a Llama-type encoder, its linear head and its folder's contract; return how many components vectors have.
 
-    contract: replaces the folder's, as in `load`. Raises ValueError or FileNotFoundError.
+    contract: replaces the folder's, as in `load`. with_superwords: as in `check_llama`. Raises ValueError or
+    FileNotFoundError.
     """
-    config = check_llama(name)
+    config = check_llama(name, with_superwords=with_superwords)
     folder = fetched(resolve(name))
     size = head_size(folder, config.hidden_size)
     if contract is None:

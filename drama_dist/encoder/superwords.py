@@ -2,30 +2,36 @@
 
 The merges of byte-pair encoding (Sennrich, Haddow and Birch 2016) are continued on a corpus's own token sequences, over
 the spaces between words too (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423). Texts become shorter, and what a
-phrase means need not be the sum of what its words mean. Covers learning them and adding them to a tokenizer; their
-embeddings are the caller's, see train/token_vectors.py.
+phrase means need not be the sum of what its words mean. For merges over spaces the tokenizer has to cut texts into
+larger pieces. These are GPT-2's, joined: the old tokens of a text stay the same where the tokenizer's own pieces are
+GPT-2's, and nearly the same elsewhere. But a text's first word becomes the token that it is further on, with a space
+before it. Covers learning superwords and adding them to a tokenizer; their embeddings are
+the caller's, see train/token_vectors.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from itertools import groupby, islice
 from typing import Any
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Strip
+from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as InTurn
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase
 
-_LEAST = 5  # of a superword in the corpus
-_BATCH = 1024  # texts
+_LEAST = 5  # times that a superword has to be in the texts
+_BATCH = 1024  # texts that are tokenised at once
 _LETTERS = r"[\p{L}\p{M}]+"
-# GPT-2's pieces of a text, but that words with single spaces between them are one piece.
+# GPT-2's pieces, but that marks count as letters, and words with single spaces between them are one piece.
 _PIECES = rf"'(?:[sdmt]|ll|ve|re)| ?{_LETTERS}(?: {_LETTERS})*| ?\p{{N}}+| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+|\s+(?!\S)|\s+"
-_FIRST = 0x10000  # the character that stands for token 0, where merges are learned; there is room for 10^6 tokens
+_FIRST = 0x10000  # the character that stands for token 0 while merges are learned: from here on none is a surrogate
 
 
 def add_superwords(
@@ -33,49 +39,56 @@ def add_superwords(
 ) -> list[list[int]]:
     """Change a tokenizer to have up to `most` superwords of these texts, with ids from first_id on.
 
-    Each is in the texts 5 times at least, and one merge longer than others or than tokens that were there before.
-    Returns, for each, the old tokens that it stands for. Raises ValueError where the tokenizer is not one of byte-level
-    byte-pair encoding.
+    first_id: above all ids of tokens. Each superword joins two tokens, old ones or superwords; those that are learned
+    first are the most frequent. Returns, for each, the old tokens that it stands for. Raises ValueError as
+    `check_byte_level` does.
     """
-    backend = tokenizer.backend_tokenizer
     if not most:
         return []
-    if not _is_byte_level(json.loads(backend.to_str())):
-        raise ValueError(
-            f"{tokenizer.name_or_path}: superwords need a tokenizer of byte-level byte-pair encoding, which it is not; "
-            "set train.superwords=0"
-        )
+    backend = tokenizer.backend_tokenizer
+    check_byte_level(tokenizer)
+    before = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = Normalizers([*before, Strip(right=False), Prepend(" ")])
     backend.pre_tokenizer = InTurn([Split(Regex(_PIECES), "isolated"), ByteLevel(False, use_regex=False)])
-    merges = _learned(_pieces(backend, texts), most)
+    merges = _learned(_pieces(backend, texts), first_id + most)[:most]
     state = json.loads(backend.to_str())
+    for id, token in backend.get_added_tokens_decoder().items():
+        # What is not in the vocabulary gets an id anew when the tokenizer is loaded: the next one after the vocabulary.
+        state["model"]["vocab"].setdefault(token.content, id)
     parts = _put(state["model"], merges, first_id)
     backend.model = Tokenizer.from_str(json.dumps(state)).model
     return parts
 
 
-def _is_byte_level(state: dict[str, Any]) -> bool:
+def check_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the tokenizer is not one of byte-level byte-pair encoding, which superwords need."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = state["pre_tokenizer"] or {}
-    steps = pieces.get("pretokenizers", [pieces])
-    return state["model"]["type"] == "BPE" and [step.get("type") for step in steps][-1:] == ["ByteLevel"]
+    last = (pieces.get("pretokenizers") or [pieces])[-1]
+    if state["model"]["type"] != "BPE" or last.get("type") != "ByteLevel":
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its tokenizer is not one of byte-level byte-pair encoding, which superwords "
+            "need; set train.superwords=0"
+        )
 
 
 def _pieces(backend: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The tokens within which merges may happen: of words and phrases, not of numbers and signs."""
-    texts = iter(texts)
+    """The tokens within which merges may happen: of a phrase, a number or signs."""
+    texts, plain = iter(texts), deepcopy(backend)
+    plain.no_truncation()
+    plain.no_padding()
     while batch := list(islice(texts, _BATCH)):
-        for encoding in backend.encode_batch(batch, add_special_tokens=False):
+        for encoding in plain.encode_batch(batch, add_special_tokens=False):
             for _, tokens in groupby(zip(encoding.word_ids, encoding.ids, strict=True), key=lambda pair: pair[0]):
                 yield [id for _, id in tokens]
 
 
-def _learned(pieces: Iterable[Sequence[int]], most: int) -> list[tuple[list[int], list[int]]]:
-    """Merges in order: of which two sequences of old tokens."""
+def _learned(pieces: Iterable[Sequence[int]], vocabulary: int) -> list[tuple[list[int], list[int]]]:
+    """Merges in order: of which two sequences of old tokens. vocabulary: at most so many single tokens and merges."""
     learner = Tokenizer(BPE())
     words = ("".join(chr(_FIRST + id) for id in piece) for piece in pieces if len(piece) > 1)
-    # The vocabulary that is asked for counts single tokens too, whose number is not known yet.
-    trainer = BpeTrainer(vocab_size=0x10FFFF, min_frequency=_LEAST, show_progress=False)
-    learner.train_from_iterator(words, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"][:most]
+    learner.train_from_iterator(words, BpeTrainer(vocab_size=vocabulary, min_frequency=_LEAST, show_progress=False))
+    merges = json.loads(learner.to_str())["model"]["merges"]
     return [([ord(each) - _FIRST for each in left], [ord(each) - _FIRST for each in right]) for left, right in merges]
 
 

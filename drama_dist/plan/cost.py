@@ -22,6 +22,7 @@ from drama_dist.kernels import select_backend
 from drama_dist.kernels.llama_cpu import attention, layers
 from drama_dist.plan.devices import Device
 from drama_dist.settings import EncoderSettings, TrainSettings
+from drama_dist.train.batches import share_of_passages
 from drama_dist.train.grad_cache import SHARE_OF_FREE
 from drama_dist.train.info_nce_term import gathers_queries
 
@@ -252,7 +253,7 @@ class StepCost:
 
 def passages_of_batch(train: TrainSettings) -> int:
     """Positives and hard negatives of a batch of all ranks that are encoded."""
-    return max(1, round(train.passage_share * round(train.batch_size * (1 + train.hard_negatives))))
+    return share_of_passages(round(train.batch_size * (1 + train.hard_negatives)), train.passage_share)
 
 
 def largest_share(count: int, ranks: int) -> int:

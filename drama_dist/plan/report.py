@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) ->
     train = settings.train
     if ranks > train.batch_size:
         raise ValueError(f"{ranks} ranks for train.batch_size={train.batch_size}: each needs a query")
+    shape = copy(shape)
+    shape.vocab_size += train.superwords
     shares = [largest_share(texts, ranks) for texts in (train.batch_size, passages_of_batch(train))]
     lengths, lengths_from = _lengths(settings, *shares)
     return StepCost(shape, settings.encoder, train, ranks, on, lengths, lengths_from)
@@ -80,9 +83,8 @@ def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
 
 def _pruned(settings: Settings, model: Shape, vocabulary: int, head: int) -> LlamaConfig:
     shape = requested_shape(settings.prune, model)
-    superwords = settings.train.superwords if settings.train.regression_weight else 0
     return LlamaConfig(
-        vocab_size=vocabulary + superwords,
+        vocab_size=vocabulary,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,

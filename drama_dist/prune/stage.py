@@ -44,7 +44,8 @@ def inputs(run: Run) -> dict[str, str]:
 def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
     with named_by("llm", settings.llm):
-        config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings))
+        with_superwords = settings.train.superwords > 0 and settings.train.start is None
+        config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings), with_superwords)
     shape = requested_shape(settings.prune, shape_of(config))
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")

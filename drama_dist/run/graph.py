@@ -61,11 +61,12 @@ class Stage:
         return None if match is None else {**match.groupdict(), **self.constants}
 
 
-def _of_training(settings: Settings, **_: str) -> list[str]:
+def _of_training(settings: Settings, system: str) -> list[str]:
     train = settings.train
-    start = [*_of_start(settings), *(["ridge", "targets"] if train.regression_weight else [])]
+    regression = ["targets"] if train.regression_weight else []
+    start = ["ridge"] if regression and system == "drama" else _of_start(settings)
     scores = _of_targets(settings) if train.soft_target_weight else []
-    return list(dict.fromkeys([TRAINING_TEXTS, "augment", *start, *scores]))
+    return list(dict.fromkeys([TRAINING_TEXTS, "augment", *start, *regression, *scores]))
 
 
 def _of_start(settings: Settings) -> list[str]:

@@ -104,8 +104,13 @@ def with_share_of_passages(batch: TextBatch, share: float) -> TextBatch:
 
     For an objective that does not compare queries with passages: the relevance stays that of the whole batch.
     """
-    count = max(1, round(share * len(batch.passages)))
+    count = share_of_passages(len(batch.passages), share)
     return replace(batch, passages=batch.passages[:count], positions=batch.positions[:count])
+
+
+def share_of_passages(passages: int, share: float) -> int:
+    """How many of a batch's passages are encoded."""
+    return max(1, round(share * passages))
 
 
 def _drawn_batches(examples: Sequence[Example], batch_size: int, seed: int) -> Iterator[list[tuple[int, str]]]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
+from transformers import PreTrainedTokenizerBase
 
-from drama_dist.corpus.collection import open_collection
+from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import wire_tokenizer, with_dims_within
@@ -47,23 +48,21 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
 
     start: is changed, its embeddings, layers and tokenizer; its own head and contract are not used.
     """
-    settings = run.settings
+    settings, backbone = run.settings, start.backbone
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     table = open_collection(run.path(TRAINING_TEXTS)).passages
     queries, passages = (_drawn(len(texts), settings.seed) for texts in (examples, table))
-    backbone, vocabulary = start.backbone, start.backbone.config.vocab_size
     tokenizer = wire_tokenizer(start.tokenizer, settings.encoder.lower_case)
-    blocks = (table.contents(block) for block in _blocks(passages))
-    parts = add_superwords(tokenizer, chain.from_iterable(blocks), settings.train.superwords, vocabulary)
-    fitted = Encoder(backbone, tokenizer, with_dims_within(settings.encoder, start.hidden_size))
+    parts = _superwords(tokenizer, table, passages, settings.train.superwords, backbone.config.vocab_size)
+    size = backbone.config.vocab_size + len(parts)
+    plain = Encoder(backbone, tokenizer, with_dims_within(settings.encoder, start.hidden_size))
     say(f"ridge: fitting the vectors of tokens to {len(queries)} queries and {len(passages)} passages")
-    size = vocabulary + len(parts)
     with counting() as cut_queries:
-        texts = ([examples[row].query for row in block] for block in _blocks(queries))
-        in_queries = _counts(map(fitted.tokenize_queries, texts), size)
+        of_queries = ([examples[row].query for row in block] for block in _blocks(queries))
+        in_queries = _counts(map(plain.tokenize_queries, of_queries), size)
     with counting() as cut_passages:
-        texts = (table.contents(block) for block in _blocks(passages))
-        in_passages = _counts(map(fitted.tokenize_passages, texts), size)
+        of_passages = (table.contents(block) for block in _blocks(passages))
+        in_passages = _counts(map(plain.tokenize_passages, of_passages), size)
     targets = VectorTargets.open(run.path("targets"))
     vectors_VJ = token_vectors(
         (in_queries, targets.queries.rows(queries)),
@@ -71,7 +70,7 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
         backbone.embed_tokens.weight.detach().float().cpu().numpy(),
         parts,
     )
-    first, *_, last = fitted.tokenize_queries([""])[0]
+    first, *_, last = plain.tokenize_queries([""])[0]
     vectors_VJ[[first, last]] = 0  # every text has them, and none is about them
     append_embeddings(backbone, parts)
     counts_V = np.asarray(in_queries.sum(0) + in_passages.sum(0)).ravel()
@@ -80,6 +79,16 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
     cut = {"queries": asdict(cut_queries), "passages": asdict(cut_passages)}
     facts = {"queries": len(queries), "passages": len(passages), "tokens": int((counts_V > 0).sum())}
     return fitted, {**facts, "superwords": len(parts), "cut": cut}
+
+
+def _superwords(
+    tokenizer: PreTrainedTokenizerBase, table: PassageTable, passages: Sequence[int], most: int, first_id: int
+) -> list[list[int]]:
+    """See add_superwords."""
+    if most:
+        say(f"ridge: learning superwords from {len(passages)} passages")
+    texts = chain.from_iterable(table.contents(block) for block in _blocks(passages))
+    return add_superwords(tokenizer, texts, most, first_id)
 
 
 def _blocks(rows: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -36,7 +36,8 @@ def check(settings: Settings, system: str) -> None:
         # A head that is fitted has as many components as encoder.dims asks for.
         fits_a_head = settings.train.regression_weight > 0 or system == "ridge"
         with named_by("train.start", start):
-            size = check_encoder(start, None if fits_a_head else settings.encoder)
+            contract = None if fits_a_head else settings.encoder
+            size = check_encoder(start, contract, with_superwords=settings.train.superwords > 0)
         if not fits_a_head:
             check_dims(settings.encoder, size, f"train.start={start}")
 

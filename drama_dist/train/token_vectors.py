@@ -21,7 +21,7 @@ from drama_dist.run.progress import progress_bar
 PASSAGE_WEIGHT = 3.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
 EMBEDDING_PENALTY = 1.0  # on the map from embeddings
 TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
-SUPERWORD_PENALTY = 2.0  # on what superwords have beyond their tokens
+SUPERWORD_PENALTY = 2.0  # on what superwords have beyond their tokens; with .5 they fit too well where texts are few
 _ITERATIONS = 30  # of conjugate gradients; more changed no figure of benchmarks/results/recipe.md
 
 
@@ -49,7 +49,7 @@ def token_vectors(
     """
     kinds = [(counts[targets.any(1)], targets[targets.any(1)]) for counts, targets in (queries, passages)]
     vocabulary, within = len(embeddings_VK), _within_superwords(parts, len(embeddings_VK))
-    counts = [_with_parts(counts, vocabulary, within) for counts, _ in kinds]
+    counts = [_with_parts(shortened, vocabulary, within) for shortened, _ in kinds]
     frequencies = sum(np.asarray((each > 0).sum(0)).ravel() for each in counts)
     texts = sum(each.shape[0] for each in counts)
     idf = np.log(1 + texts / (1 + frequencies)).astype(np.float32)
@@ -102,7 +102,8 @@ def ridge_solution(
 
 def _within_superwords(parts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
     """How often each token is in each superword, (S, V)."""
-    return token_counts([[0, *tokens, 0] for tokens in parts], vocabulary)
+    around = [0]  # what is at both ends is not counted
+    return token_counts([[*around, *tokens, *around] for tokens in parts], vocabulary)
 
 
 def _with_parts(counts: csr_matrix, vocabulary: int, within_SV: csr_matrix) -> csr_matrix:

@@ -142,3 +142,13 @@ def test_the_command_prints_all_parts_and_names_unknown_devices(
     assert "--vocabulary and --head go together" in capsys.readouterr().err
     assert main(["plan", str(file), "--ranks", "13"]) == 2
     assert "13 ranks for train.batch_size=12: each needs a query" in capsys.readouterr().err
+
+
+def test_superwords_and_the_share_of_passages_count(small_settings: Callable[..., Settings]) -> None:
+    plain = small_settings("train.info_nce_weight=0", "train.regression_weight=1", "train.hard_negatives=1")
+    start = replace(plain, train=replace(plain.train, start=plain.llm))
+    for settings in (plain, start):
+        more = replace(settings, train=replace(settings.train, superwords=100, passage_share=0.25))
+        one, other = (step_cost(each, 1, device("cpu", 1), read_shape(each)) for each in (settings, more))
+        assert other.embedding_parameters - one.embedding_parameters == 100 * one.config.hidden_size
+        assert (one.batch, other.batch) == ((12, 24), (12, 6))

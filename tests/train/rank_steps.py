@@ -2,7 +2,8 @@
 
 torchrun tests/train/rank_steps.py MODEL OUT NAME ...; NAME is zero-partition-kept|twice-plain|checkpointed, for
 example 3-queries-twice-plain, and what else of +bfloat16, +positives (examples with three positives each), +regression
-(the same examples and a linear head, with targets), +unscaled (a fault: gradients are averaged over ranks), +save (ends
+(the same examples and a linear head, with targets), +one-passage (of each batch, for regression alone, with a learning
+rate of the token embeddings' own), +unscaled (a fault: gradients are averaged over ranks), +save (ends
 with a checkpoint after SAVED steps) and +resume (goes on from that). The name "traffic" is the objective alone. Started
 by test_ranks.py, which says what must come out.
 """
@@ -124,13 +125,13 @@ def rate(step: int) -> float:
     return learning_rate_at(step, STEPS, RATE, 0.2)
 
 
-def settings_of(name: str, dtype: str, regression: float = 0.0, alone: bool = False) -> TrainSettings:
+def settings_of(name: str, dtype: str, regression: float = 0.0, one_passage: bool = False) -> TrainSettings:
     zero, partition, kept, layers = name.split("-")
     return TrainSettings(
         dtype=dtype,
-        info_nce_weight=0 if alone else 1,
+        info_nce_weight=0 if one_passage else 1,
         regression_weight=regression,
-        embedding_rate=8 if alone else 1,
+        embedding_rate=8 if one_passage else 1,
         zero_stage=int(zero),
         weight_decay=DECAY,
         gradient_clipping=CLIPPING,
@@ -147,10 +148,12 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     name, *extras = full_name.split("+")
     encoder = load(model)
     encoder.contract = contract(encoder.hidden_size)
-    regression, alone = "regression" in extras, "alone" in extras
+    regression, one_passage = "regression" in extras, "one-passage" in extras
     if regression:
         add_head(encoder)
-    settings = settings_of(name, "bfloat16" if "bfloat16" in extras else "float32", REGRESSION * regression, alone)
+    settings = settings_of(
+        name, "bfloat16" if "bfloat16" in extras else "float32", REGRESSION * regression, one_passage
+    )
     training_step = TrainingStep(encoder, settings, vectors=targets() if regression else None)
     if "unscaled" in extras:
         scaled = training_step.engine.backward
@@ -160,7 +163,7 @@ def run(model: Path, out: Path, full_name: str) -> dict[str, object]:
     steps = range(first, SAVED if "save" in extras else STEPS)
     of_examples = regression or "positives" in extras
     texts = batches_of_examples(STEPS) if of_examples else [batch_of(step) for step in range(STEPS)]
-    if alone:
+    if one_passage:
         texts = [with_share_of_passages(batch, 0.01) for batch in texts]
     results = [training_step(texts[step], rate(step)) for step in steps]
     if "save" in extras:

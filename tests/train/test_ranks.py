@@ -49,7 +49,7 @@ NAMES = [
 FEW = ["1-passages-twice-plain", "2-queries-kept-plain", "3-queries-twice-checkpointed", "0-passages-kept-plain"]
 SEVERAL_POSITIVES = ["1-passages-kept-plain+positives", "2-queries-twice-plain+positives"]
 REGRESSED = ["1-passages-kept-plain+regression", "3-queries-twice-plain+regression"]
-ALONE = ["1-passages-kept-plain+regression+alone", "3-queries-twice-plain+regression+alone"]
+ONE_PASSAGE = ["1-passages-kept-plain+regression+one-passage", "3-queries-twice-plain+regression+one-passage"]
 NARROW = "1-queries-kept-plain+bfloat16"
 UNSCALED = "1-passages-kept-plain+unscaled"
 STOPPED = "2-passages-twice-plain+save"
@@ -138,7 +138,7 @@ def expected(llm: Path) -> dict[str, Any]:
 def two_ranks(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks write of all that the default suite asks them: one start, which takes longer than the steps."""
     out = tmp_path_factory.mktemp("two-ranks")
-    start_ranks(2, llm, out, [*FEW, *SEVERAL_POSITIVES, *REGRESSED, *ALONE, NARROW, UNSCALED, STOPPED, "traffic"])
+    start_ranks(2, llm, out, [*FEW, *SEVERAL_POSITIVES, *REGRESSED, *ONE_PASSAGE, NARROW, UNSCALED, STOPPED, "traffic"])
     return out
 
 
@@ -264,9 +264,9 @@ def test_regression_is_that_of_one_process(two_ranks: Path, llm: Path, tmp_path:
 
 def test_a_rank_without_a_passage_takes_part_in_regression(two_ranks: Path, llm: Path, tmp_path: Path) -> None:
     """Of each batch one passage stays, and token embeddings have a learning rate of their own."""
-    expected = run(llm, tmp_path, ALONE[0])
-    compare_all(two_ranks, ALONE, expected)
-    for line in torch.load(two_ranks / f"{ALONE[0]}.pt")["figures"]:
+    expected = run(llm, tmp_path, ONE_PASSAGE[0])
+    compare_all(two_ranks, ONE_PASSAGE, expected)
+    for line in torch.load(two_ranks / f"{ONE_PASSAGE[0]}.pt")["figures"]:
         assert 0 < line["distance_of_passages"] < 2
     with pytest.raises(AssertionError):
         compare(torch.load(two_ranks / f"{REGRESSED[0]}.pt"), expected)

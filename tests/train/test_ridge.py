@@ -38,6 +38,7 @@ CHANGES = [
     "encoder.dims=[40, 16]",
     "targets.lexical_components=24",
     "train.superwords=200",
+    "train.passage_share=0.5",
 ]
 
 
@@ -51,6 +52,11 @@ def trained(small_settings_in: Callable[..., Settings], tmp_path_factory: pytest
 
 def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> None:
     lines = [json.loads(line) for line in (trained.path("train") / "metrics.jsonl").read_text("utf-8").splitlines()]
+    train = trained.settings.train
+    assert (
+        lines[0]["passages_cut"]["texts"] == train.batch_size // 2
+        and lines[0]["queries_cut"]["texts"] == train.batch_size
+    )
     assert "accuracy" not in lines[0] and set(lines[0]["distance_per_dim"]) == {"40", "16"}
     start, end = (drama_dist.load(trained.path(name)) for name in ("ridge", "train"))
     targets = VectorTargets.open(trained.path("targets"))
@@ -60,7 +66,7 @@ def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> No
         vectors = model.encode_queries([examples[row].query for row in rows])
         return float(np.linalg.norm(vectors - targets.queries.rows(rows), axis=1).mean())
 
-    train, everything = trained.settings.train, range(len(examples))
+    everything = range(len(examples))
     first = next(batches(examples, train.batch_size, train.hard_negatives, trained.settings.seed))
     assert lines[0]["distance_of_queries"] == pytest.approx(distance(start, first.examples), rel=1e-4)
     assert distance(end, everything) < 0.97 * distance(start, everything) < 0.97 * 1.2  # at random it is 1.4
