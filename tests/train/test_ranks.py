@@ -102,7 +102,7 @@ def plain_steps(
 
 
 def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """The mean distance of queries and passages from their targets, in float64, over the dims."""
+    """The mean distance of queries, and that of passages, from their targets, in float64, over the dims."""
     of_queries, of_passages = targets().queries, targets().passages
     rows = [of_queries.rows(batch.examples), of_passages.rows(batch.positions)]
     target = torch.from_numpy(np.vstack(rows)).double()
@@ -110,7 +110,8 @@ def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> 
     for dim in dims:
         mine, its = embeddings[:, :dim].double(), target[:, :dim]
         apart = mine / mine.norm(dim=1, keepdim=True) - its / its.norm(dim=1, keepdim=True)
-        means.append(apart.square().sum(1).sqrt().mean())
+        apart_n = apart.square().sum(1).sqrt()
+        means += [apart_n[: len(batch.queries)].mean(), apart_n[len(batch.queries) :].mean()]
     return torch.stack(means).mean()
 
 

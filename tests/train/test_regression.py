@@ -33,14 +33,17 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
     vectors = torch.cat(leaves)
     targets = torch.cat([given.targets.queries_BK, given.targets.passages_NK]).double()
     cosines = [torch.nn.functional.cosine_similarity(vectors[:, :dim], targets[:, :dim]) for dim in DIMS]
-    per_dim = torch.stack([(2 - 2 * cosine).sqrt().mean() for cosine in cosines])
+    distances = [(2 - 2 * cosine).sqrt() for cosine in cosines]
+    per_dim = torch.stack([(each[:QUERIES].mean() + each[QUERIES:].mean()) / 2 for each in distances])
     loss = (per_dim * torch.tensor(WEIGHTS)).sum()
     result = term(given)
     assert result.loss == pytest.approx(float(loss), rel=1e-6)
     assert result.figures["distance_per_dim"] == pytest.approx(dict(zip(DIMS, per_dim.tolist(), strict=True)), rel=1e-6)
-    whole = (2 - 2 * cosines[0]).sqrt()
-    assert result.figures["distance_of_queries"] == pytest.approx(float(whole[:QUERIES].mean()), rel=1e-6)
-    assert result.figures["distance_of_passages"] == pytest.approx(float(whole[QUERIES:].mean()), rel=1e-6)
+    of_queries, of_passages = distances[0][:QUERIES].mean(), distances[0][QUERIES:].mean()
+    assert result.figures["distance_of_queries"] == pytest.approx(float(of_queries), rel=1e-6)
+    assert result.figures["distance_of_passages"] == pytest.approx(float(of_passages), rel=1e-6)
+    alike = sum(weight * float(each.mean()) for weight, each in zip(WEIGHTS, distances, strict=True))
+    assert result.loss != pytest.approx(alike, rel=1e-4)
     found = result.query_gradient_BK, result.passage_gradient_NK
     for gradient, expected in zip(found, torch.autograd.grad(loss, leaves), strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-7)
