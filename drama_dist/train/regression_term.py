@@ -1,8 +1,8 @@
 """Regression as a term of the objective: the distance of every vector from its target.
 
 The loss of LEAF (Vujanic and Rueckstiess 2025, arXiv 2509.12539): the L2 norm of the difference of a vector and its
-teacher's, both of length 1; here for every Matryoshka dim, with the target's prefix. Queries and passages weigh the same,
-however many of each are in the batch. Where targets come from is in target_vectors.py.
+teacher's, both of length 1; here for every Matryoshka dim, with the target's prefix. Queries and passages weigh the
+same, however many of each are in the batch. Where targets come from is in target_vectors.py.
 Shapes: as in term.py; n = B + N of this rank.
 """
 
@@ -17,9 +17,10 @@ from drama_dist.train.term import EmbeddedBatch, TermResult
 
 
 class RegressionTerm:
-    """Half of the mean over all ranks' queries of Σ weight · ‖vector − target‖ over the dims, and half of the passages'.
+    """Σ weight · ‖vector − target‖ over the dims: half the mean over all ranks' queries, half that over their passages.
 
-    See Term. Figures: distance_per_dim, the same of each dim; distance_of_queries, distance_of_passages: at the largest dim.
+    See Term. Figures: distance_per_dim, the same of each dim; distance_of_queries, distance_of_passages: at the largest
+    dim.
     """
 
     def __init__(self, encoder: EncoderSettings, train: TrainSettings):
