@@ -63,8 +63,9 @@ def test_training_a_random_encoder_teaches_pairs_it_has_not_seen(start: Encoder,
     assert before <= 0.3 and after >= 0.5, (before, after)
 
 
-def test_a_pretrained_model_beats_its_random_twin_trained_alike(start: Encoder, train: Train) -> None:
+def test_a_pretrained_model_beats_its_random_twins_trained_alike(start: Encoder, train: Train) -> None:
+    """Of which there are several: one draw of weights may have luck with seven queries."""
     pretrained = train(start, EXAMPLES, 60)
-    twin = random_twin(pretrained, seed=11)
-    ranks = [mean_reciprocal_rank(train(encoder, EXAMPLES, 10)) for encoder in (pretrained, twin)]
-    assert ranks[0] >= ranks[1] + 0.2, ranks
+    twins = [random_twin(pretrained, seed) for seed in (11, 12, 13, 14)]
+    rank, *of_twins = (mean_reciprocal_rank(train(encoder, EXAMPLES, 5)) for encoder in (pretrained, *twins))
+    assert rank >= np.mean(of_twins) + 0.2, (rank, of_twins)
