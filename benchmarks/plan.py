@@ -44,6 +44,7 @@ STEP = (
     *("run=runs/none", "prune.layers=6", "prune.hidden=384", "prune.heads=6", "prune.mlp=1024"),
     *("encoder.max_query_tokens=48", "encoder.max_passage_tokens=64", "train.minutes=null", "train.steps=40"),
     *("train.info_nce_weight=1", "train.regression_weight=0", "train.hard_negatives=0.25"),
+    *("train.passage_share=1", "train.superwords=0"),
 )
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (  # ranks, and settings beside those of the file
     (1, ("zero_stage=0", "activation_budget=0", "dtype=float32")),

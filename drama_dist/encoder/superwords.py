@@ -5,8 +5,8 @@ the spaces between words too (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423)
 phrase means need not be the sum of what its words mean. For merges over spaces the tokenizer has to cut texts into
 larger pieces. These are GPT-2's, joined: the old tokens of a text stay the same where the tokenizer's own pieces are
 GPT-2's, and nearly the same elsewhere. But a text's first word becomes the token that it is further on, with a space
-before it. Covers learning superwords and adding them to a tokenizer; their embeddings are
-the caller's, see train/token_vectors.py.
+before it. Covers learning superwords and adding them to a tokenizer; their embeddings are the caller's, see
+train/token_vectors.py.
 """
 
 from __future__ import annotations
