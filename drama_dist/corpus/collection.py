@@ -75,9 +75,14 @@ class PassageTable:
 
     def position(self, id: str) -> int:
         """Position of a passage; raises ValueError naming the id if there is none."""
-        if id not in self._positions:
+        position = self.find(id)
+        if position is None:
             raise ValueError(f"no passage {id!r} in the corpus: the examples were made from another one")
-        return self._positions[id]
+        return position
+
+    def find(self, id: str) -> int | None:
+        """Position of a passage; None if there is none."""
+        return self._positions.get(id)
 
     def contents(self, positions: Sequence[int]) -> list[str]:
         """What the encoder reads of each passage (title and text)."""

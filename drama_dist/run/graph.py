@@ -79,7 +79,15 @@ def _of_targets(settings: Settings) -> list[str]:
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
-    return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
+    encoding = encoding_to_copy(settings, collection, system)
+    copied = [] if encoding is None else [TRAINING_TEXTS, encoding]
+    return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else []), *copied]
+
+
+def encoding_to_copy(settings: Settings, collection: str, system: str) -> str | None:
+    """The teacher's encoding of the training texts, for its encoding of the corpus, of a run that trains."""
+    trains = any(name in TRAINING for name in settings.evaluate.encoded_labels)
+    return f"encode/{TRAINING_TEXTS}/teacher" if trains and (collection, system) == (CORPUS, "teacher") else None
 
 
 def _of_index(settings: Settings, collection: str, system: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -118,6 +118,20 @@ class EmbeddingShards:
             filled += len(part_nK)
 
 
+@dataclass(frozen=True)
+class StoredVectors:
+    """Vectors of passages, in the order of their table."""
+
+    passages: PassageTable
+    shards: EmbeddingShards
+
+    def of(self, ids: Sequence[str], texts: Sequence[str]) -> dict[int, int]:
+        """Where texts lie that are stored under the same id: row -> position."""
+        found = {row: place for row, id in enumerate(ids) if (place := self.passages.find(id)) is not None}
+        contents = self.passages.contents(list(found.values()))
+        return {row: place for (row, place), text in zip(found.items(), contents, strict=True) if text == texts[row]}
+
+
 def write_shards(
     folder: Path,
     passages: PassageTable,
@@ -125,12 +139,14 @@ def write_shards(
     shard_passages: int,
     share: Share = WHOLE,
     name: str = "encode",
+    stored: StoredVectors | None = None,
 ) -> EmbeddingShards | None:
     """Encode every passage into shards in `folder`, which is there; return them, or None for a share of the work.
 
     Each rank encodes the shards whose number modulo the world size is its own. Shards that an earlier attempt left
-    whole, as their checksums tell, are kept. name: what the progress bar and errors call the work. Raises ValueError
-    where a vector is not finite or not of length 1, naming the passage, and where there is no passage.
+    whole, as their checksums tell, are kept. name: what the progress bar and errors call the work. stored: the
+    encoder's vectors of other passages; those that are the same are copied. Raises ValueError where a vector is not
+    finite or not of length 1, naming the passage, and where there is no passage.
     """
     if not len(passages):
         raise ValueError(f"{name}: the corpus has no passages to encode")
@@ -142,7 +158,7 @@ def write_shards(
     bar = progress_bar(total, name, "passages", done=total - sum(len(spans[i]) for i in missing))
     for i in missing:
         with counting() as cut:
-            vectors_nK = _encode(encoder, passages, spans[i], bar.update)
+            vectors_nK = _encode(encoder, passages, spans[i], bar.update, stored)
         write_shard(folder, i, vectors_nK)
         write_text(_cut_path(folder, i), json.dumps(asdict(cut)))
         write_checksum(shard_path(folder, i), _checksum_path(folder, i))
@@ -159,10 +175,20 @@ def write_shards(
     return shards
 
 
-def _encode(encoder: TextEncoder, passages: PassageTable, span: range, progress: Progress) -> np.ndarray:
-    texts = passages.contents(span)
-    vectors_nK = encoder.encode_passages(texts, progress=progress)
-    check_vectors(vectors_nK, texts, lambda row: f"passage {passages[span[row]].id!r}")
+def _encode(
+    encoder: TextEncoder, passages: PassageTable, span: range, progress: Progress, stored: StoredVectors | None
+) -> np.ndarray:
+    texts, ids = passages.contents(span), passages.ids[span.start : span.stop]
+    copied = {} if stored is None else stored.of(ids, texts)
+    new = [row for row in range(len(texts)) if row not in copied]
+    encoded_nK = encoder.encode_passages([texts[row] for row in new], progress=progress)
+    check_vectors(encoded_nK, [texts[row] for row in new], lambda row: f"passage {ids[new[row]]!r}")
+    if stored is None or not copied:
+        return encoded_nK
+    progress(len(copied))
+    vectors_nK = np.empty((len(texts), stored.shards.dim), dtype=np.float32)
+    vectors_nK[new] = encoded_nK
+    vectors_nK[list(copied)] = stored.shards.rows(list(copied.values()))
     return vectors_nK
 
 

@@ -1,6 +1,7 @@
 """The encode stage, RUN/encode/COLLECTION/SYSTEM, and the index stage over its vectors, RUN/index/COLLECTION/SYSTEM.
 
-What encoding writes is the system's affair (systems.py): embedding shards, or a lexical index. An index is built where
+What encoding writes is the system's affair (systems.py): embedding shards, or a lexical index. The teacher has encoded
+the training texts, if there are any: passages that are such a text are not encoded again. An index is built where
 encode.index asks for one; without it search is exact, over the shards.
 """
 
@@ -12,11 +13,11 @@ from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import stored_collection
+from drama_dist.run.graph import TRAINING_TEXTS, encoding_to_copy, stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.dense import build_index, check_factory, recall_against_exact
-from drama_dist.search.shards import EmbeddingShards
+from drama_dist.search.shards import EmbeddingShards, StoredVectors
 from drama_dist.search.systems import DenseSystem, system_called
 from drama_dist.settings import Settings
 
@@ -41,8 +42,16 @@ def check(settings: Settings, collection: str, system: str) -> None:
 
 def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
     """Do the stage, or a share of it."""
-    stored = open_collection(run.path(stored_collection(collection)))
-    system_called(system, run.settings).encode(run.settings, folder, stored)
+    texts = open_collection(run.path(stored_collection(collection)))
+    system_called(system, run.settings).encode(run.settings, folder, texts, _stored(run, collection, system))
+
+
+def _stored(run: Run, collection: str, system: str) -> StoredVectors | None:
+    """The system's vectors of the training texts, where they are of use for this collection."""
+    encoding = encoding_to_copy(run.settings, collection, system)
+    if encoding is None:
+        return None
+    return StoredVectors(open_collection(run.path(TRAINING_TEXTS)).passages, EmbeddingShards(run.path(encoding)))
 
 
 def index_sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:

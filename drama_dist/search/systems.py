@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from drama_dist.corpus.collection import Collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_name
-from drama_dist.encoder.backbone import load
+from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import with_dims_within
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_encoder, check_llama
@@ -31,7 +32,7 @@ from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
 from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
-from drama_dist.search.shards import EmbeddingShards, TextEncoder, texts_cut, write_shards
+from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shards
 from drama_dist.search.teacher import Teacher
 from drama_dist.setting_types import recorded
 from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed
@@ -74,8 +75,13 @@ class System(ABC):
         return None
 
     @abstractmethod
-    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
-        """Write the collection's encoding, or a share of it; finish the folder when it is complete."""
+    def encode(
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+    ) -> None:
+        """Write the collection's encoding, or a share of it; finish the folder when it is complete.
+
+        stored: the system's vectors of another collection, of which those of the same passages are copied.
+        """
 
     @abstractmethod
     def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
@@ -100,9 +106,11 @@ class DenseSystem(System):
         """The numbers of components to compare. size: of the whole vectors."""
         return [size]
 
-    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+    def encode(
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+    ) -> None:
         encoder, rows = self.load(settings), settings.encode.shard_passages
-        shards = write_shards(folder.folder, collection.passages, encoder, rows, folder.share, folder.name)
+        shards = write_shards(folder.folder, collection.passages, encoder, rows, folder.share, folder.name, stored)
         if shards is not None:
             cut = {"passages": texts_cut(folder.folder)}
             folder.finish(passages=len(shards), dim=shards.dim, dtype=self.dtype(settings), cut=cut)
@@ -117,11 +125,20 @@ class DenseSystem(System):
 class TrainedSystem(DenseSystem):
     """An encoder that this run trains."""
 
-    def load(self, settings: Settings) -> TextEncoder:
+    def load(self, settings: Settings) -> Encoder:
         return _encoder(settings, str(Path(settings.run) / TRAINING[self.name]), contract=settings.encoder)
 
     def dims(self, settings: Settings, size: int) -> list[int]:
         return settings.encoder.dims
+
+
+class ClosedFormSystem(TrainedSystem):
+    """What training by regression begins from; its layers add nothing yet (train/token_start.py), so none is run."""
+
+    def load(self, settings: Settings) -> Encoder:
+        encoder = super().load(settings)
+        encoder.backbone.layers = nn.ModuleList()
+        return encoder
 
 
 class UnprunedSystem(DenseSystem):
@@ -184,7 +201,9 @@ class LexicalSystem(System):
     def sections(self, settings: Settings) -> dict[str, Any]:
         return {}
 
-    def encode(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+    def encode(
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+    ) -> None:
         if ranks.rank() == 0:
             build_lexical_index(collection.passages.texts(), collection.language, folder.folder)
         folder.finish(passages=len(collection.passages))
@@ -197,7 +216,7 @@ SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
         TrainedSystem("drama", "the small retriever of this run", "#0b6e99"),
-        TrainedSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
+        ClosedFormSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
         UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),
         TeacherSystem("teacher", "the retriever that ranked the training data", "#d98324"),
@@ -258,7 +277,7 @@ def _of_vectors(encode: EncodeSettings) -> dict[str, Any]:
     return {name: value for name, value in recorded(encode).items() if name not in ("index", "index_search")}
 
 
-def _encoder(settings: Settings, source: str, **options: Any) -> TextEncoder:
+def _encoder(settings: Settings, source: str, **options: Any) -> Encoder:
     encoder = load(source, dtype=dtype_name(settings.encode.dtype), **options)
     if settings.encode.max_passage_tokens:
         encoder.contract = replace(encoder.contract, max_passage_tokens=settings.encode.max_passage_tokens)

@@ -21,7 +21,7 @@ from drama_dist.run.folder import StageFolder, fingerprint, open_stage
 from drama_dist.run.progress import Progress
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.search import shards as shards_module
-from drama_dist.search.shards import EmbeddingShards, texts_cut, write_shard, write_shards
+from drama_dist.search.shards import EmbeddingShards, StoredVectors, texts_cut, write_shard, write_shards
 from tests.conftest import gathering
 
 
@@ -105,6 +105,22 @@ def test_embeddings_are_the_encoders_in_corpus_order(tmp_path: Path, passages: P
         vectors = vectors_of(folder, rows)
         assert vectors.dtype == np.float32
         np.testing.assert_array_equal(vectors, LetterCounts().encode_passages(texts_of(10)))
+
+
+def test_passages_that_are_stored_with_a_vector_are_not_encoded_again(tmp_path: Path, passages: PassageTable) -> None:
+    texts = texts_of(10)
+    others = {"new": "xyz", "p3": texts[3], "p7": "changed", "p0": texts[0]}
+    table = PassageTable.in_memory(Passage(id, text) for id, text in others.items())
+    (tmp_path / "others").mkdir()
+    np.save(tmp_path / "others" / "shard-00000.npy", np.eye(4, 8, dtype=np.float32))
+    stored, encoder = StoredVectors(table, EmbeddingShards(tmp_path / "others")), LetterCounts()
+    (tmp_path / "own").mkdir()
+    shards = write_shards(tmp_path / "own", passages, encoder, 4, stored=stored)
+    assert shards is not None and encoder.seen == [texts[row] for row in (1, 2, 4, 5, 6, 7, 8, 9)]
+    assert texts_cut(tmp_path / "own")["texts"] == 8
+    expected = LetterCounts().encode_passages(texts)
+    expected[[3, 0]] = np.eye(4, 8)[[1, 3]]
+    np.testing.assert_array_equal(vectors_of(tmp_path / "own"), expected)
 
 
 def test_the_bar_moves_within_a_shard_and_begins_at_what_is_there(

@@ -21,6 +21,7 @@ from drama_dist.encoder.model_check import check_encoder
 from drama_dist.export.stage import model_card
 from drama_dist.records import Example, read_records
 from drama_dist.run.runner import Run
+from drama_dist.search.systems import SYSTEMS, ClosedFormSystem
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train import stage
 from drama_dist.train.batches import batches
@@ -48,6 +49,17 @@ def trained(small_settings_in: Callable[..., Settings], tmp_path_factory: pytest
     run = Run(small_settings_in(tmp_path_factory.mktemp("ridge"), *CHANGES))
     run.make("evaluate/corpus", "export")
     return run
+
+
+def test_the_system_gives_the_same_vectors_without_its_layers(trained: Run) -> None:
+    texts = ["a river", "the delta of a long river, and its fishes", ""]
+    system = SYSTEMS["ridge"]
+    assert isinstance(system, ClosedFormSystem)
+    encoder = system.load(trained.settings)
+    assert not encoder.backbone.layers
+    np.testing.assert_array_equal(
+        encoder.encode_passages(texts), drama_dist.load(trained.path("ridge")).encode_passages(texts)
+    )
 
 
 def test_training_begins_at_the_closed_form_and_comes_closer(trained: Run) -> None:
