@@ -18,10 +18,11 @@ from scipy.sparse import csr_matrix, diags_array, hstack, vstack
 
 from drama_dist.run.progress import progress_bar
 
-PASSAGE_WEIGHT = 3.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
-EMBEDDING_PENALTY = 1.0  # on the map from embeddings
-TOKEN_PENALTY = 0.5  # on the vectors of tokens: as much as half a text that has this token alone, with target 0
-SUPERWORD_PENALTY = 2.0  # on what superwords have beyond their tokens; with .5 they fit too well where texts are few
+# How these four were chosen: benchmarks/results/recipe.md.
+PASSAGE_WEIGHT = 10.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
+EMBEDDING_PENALTY = 50.0  # on the map from embeddings
+TOKEN_PENALTY = 1.0  # on the vectors of tokens: as much as a text that has this token alone, with target 0
+SUPERWORD_PENALTY = 4.0  # on what superwords have beyond their tokens
 _ITERATIONS = 30  # of conjugate gradients; more changed no figure of benchmarks/results/recipe.md
 
 
