@@ -33,6 +33,8 @@ class Stage:
     sections: the settings that the artefact depends on, sections or single keys; or a "module:function" that returns
     them, given the settings and the parameters.
     needs: names of the artefacts that it reads, given the settings and the parameters.
+    copies: names of artefacts of which it copies what it would else compute; so they are made before it, but it is the
+    same without them, and may be kept when they are not there.
     inputs: a "module:function" that fingerprints whatever else is read, given the Run and the parameters.
     processes: what slurm starts: "one", a whole "node", or several "nodes"; None if the stage has no job of its own.
     array: whether tasks of an array job share the work, given the settings and the parameters; a job of one node then
@@ -48,6 +50,7 @@ class Stage:
     work: str
     sections: tuple[str, ...] | str
     needs: Callable[..., Sequence[str]] = lambda settings, **_: ()
+    copies: Callable[..., Sequence[str]] = lambda settings, **_: ()
     inputs: str | None = None
     check: str | None = None
     processes: str | None = None
@@ -79,15 +82,20 @@ def _of_targets(settings: Settings) -> list[str]:
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
-    encoding = encoding_to_copy(settings, collection, system)
-    copied = [] if encoding is None else [TRAINING_TEXTS, encoding]
-    return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else []), *copied]
+    return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
 
 
-def encoding_to_copy(settings: Settings, collection: str, system: str) -> str | None:
-    """The teacher's encoding of the training texts, for its encoding of the corpus, of a run that trains."""
-    trains = any(name in TRAINING for name in settings.evaluate.encoded_labels)
-    return f"encode/{TRAINING_TEXTS}/teacher" if trains and (collection, system) == (CORPUS, "teacher") else None
+def encodings_to_copy(settings: Settings, collection: str, system: str) -> list[str]:
+    """The encoding whose vectors this one copies: the teacher's of the training texts, for its own of the corpus, in a
+    run that trains.
+    """
+    copies = (collection, system) == (CORPUS, "teacher") and _trained(settings)
+    return [f"encode/{TRAINING_TEXTS}/teacher"] if copies else []
+
+
+def _trained(settings: Settings) -> list[str]:
+    """What the run trains."""
+    return [stage for name, stage in TRAINING.items() if name in settings.evaluate.encoded_labels]
 
 
 def _of_index(settings: Settings, collection: str, system: str) -> list[str]:
@@ -216,6 +224,7 @@ STAGES = (
         work="drama_dist.search.stage:encode",
         sections="drama_dist.search.stage:sections",
         needs=_of_encoding,
+        copies=encodings_to_copy,
         inputs="drama_dist.search.stage:inputs",
         check="drama_dist.search.stage:check",
         processes="one",
@@ -278,6 +287,10 @@ class Artefact:
         """Names of the artefacts that it reads."""
         return self.stage.needs(settings, **self.parameters)
 
+    def copies(self, settings: Settings) -> Sequence[str]:
+        """Names of the artefacts that it copies from."""
+        return self.stage.copies(settings, **self.parameters)
+
     def sections(self, settings: Settings) -> dict[str, Any]:
         """The settings that it depends on."""
         if isinstance(self.stage.sections, str):
@@ -297,7 +310,7 @@ def order_of(settings: Settings, *names: str) -> list[Artefact]:
     def visit(name: str) -> None:
         if name not in order:
             artefact = Artefact.named(name)
-            for needed in artefact.needs(settings):
+            for needed in (*artefact.needs(settings), *artefact.copies(settings)):
                 visit(needed)
             order[name] = artefact
 
@@ -340,10 +353,9 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
         raise SettingsError(f"--system {system}: a mix has no encoding; name {' or '.join(parts)}")
     system = _label(system, {**{name: name for name in SYSTEMS}, **encoded}, "evaluate.systems")
     if verb == "run":
-        trained = [stage for name, stage in TRAINING.items() if name in encoded]
         searched = [*_encoding(settings, CORPUS, "drama"), *_encoding(settings, CORPUS, "bm25")]
         served = [*searched, "export"] if "drama" in encoded else []
-        return [*trained, *evaluations(settings), *served, "report"]
+        return [*_trained(settings), *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)
     if verb == "encode":

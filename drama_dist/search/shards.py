@@ -125,8 +125,8 @@ class StoredVectors:
     passages: PassageTable
     shards: EmbeddingShards
 
-    def of(self, ids: Sequence[str], texts: Sequence[str]) -> dict[int, int]:
-        """Where texts lie that are stored under the same id: row -> position."""
+    def positions(self, ids: Sequence[str], texts: Sequence[str]) -> dict[int, int]:
+        """Row → position, for texts that are stored under the same id."""
         found = {row: place for row, id in enumerate(ids) if (place := self.passages.find(id)) is not None}
         contents = self.passages.contents(list(found.values()))
         return {row: place for (row, place), text in zip(found.items(), contents, strict=True) if text == texts[row]}
@@ -178,18 +178,18 @@ def write_shards(
 def _encode(
     encoder: TextEncoder, passages: PassageTable, span: range, progress: Progress, stored: StoredVectors | None
 ) -> np.ndarray:
-    texts, ids = passages.contents(span), passages.ids[span.start : span.stop]
-    copied = {} if stored is None else stored.of(ids, texts)
+    texts = passages.contents(span)
+    copied = {} if stored is None else stored.positions(passages.ids_at(span), texts)
     new = [row for row in range(len(texts)) if row not in copied]
-    encoded_nK = encoder.encode_passages([texts[row] for row in new], progress=progress)
-    check_vectors(encoded_nK, [texts[row] for row in new], lambda row: f"passage {ids[new[row]]!r}")
-    if stored is None or not copied:
-        return encoded_nK
-    progress(len(copied))
-    vectors_nK = np.empty((len(texts), stored.shards.dim), dtype=np.float32)
-    vectors_nK[new] = encoded_nK
-    vectors_nK[list(copied)] = stored.shards.rows(list(copied.values()))
-    return vectors_nK
+    parts = []
+    if stored is not None and copied:
+        parts.append(stored.shards.rows(list(copied.values())))
+        progress(len(copied))
+    if new:
+        new_texts = [texts[row] for row in new]
+        parts.append(encoder.encode_passages(new_texts, progress=progress))
+        check_vectors(parts[-1], new_texts, lambda row: f"passage {passages[span[new[row]]].id!r}")
+    return np.concatenate(parts)[np.argsort([*copied, *new])]
 
 
 def check_vectors(vectors_nK: np.ndarray, texts: Sequence[str], name: Callable[[int], str]) -> None:

@@ -1,8 +1,8 @@
 """The encode stage, RUN/encode/COLLECTION/SYSTEM, and the index stage over its vectors, RUN/index/COLLECTION/SYSTEM.
 
-What encoding writes is the system's affair (systems.py): embedding shards, or a lexical index. The teacher has encoded
-the training texts, if there are any: passages that are such a text are not encoded again. An index is built where
-encode.index asks for one; without it search is exact, over the shards.
+What encoding writes is the system's affair (systems.py): embedding shards, or a lexical index. The teacher's encoding
+of the corpus copies the vectors of passages that are training texts. An index is built where encode.index asks for one;
+without it search is exact, over the shards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import TRAINING_TEXTS, encoding_to_copy, stored_collection
+from drama_dist.run.graph import TRAINING_TEXTS, encodings_to_copy, stored_collection
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.dense import build_index, check_factory, recall_against_exact
@@ -48,10 +48,9 @@ def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
 
 def _stored(run: Run, collection: str, system: str) -> StoredVectors | None:
     """The system's vectors of the training texts, where they are of use for this collection."""
-    encoding = encoding_to_copy(run.settings, collection, system)
-    if encoding is None:
-        return None
-    return StoredVectors(open_collection(run.path(TRAINING_TEXTS)).passages, EmbeddingShards(run.path(encoding)))
+    for encoding in encodings_to_copy(run.settings, collection, system):
+        return StoredVectors(open_collection(run.path(TRAINING_TEXTS)).passages, EmbeddingShards(run.path(encoding)))
+    return None
 
 
 def index_sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:

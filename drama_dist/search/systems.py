@@ -76,7 +76,7 @@ class System(ABC):
 
     @abstractmethod
     def encode(
-        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None
     ) -> None:
         """Write the collection's encoding, or a share of it; finish the folder when it is complete.
 
@@ -107,7 +107,7 @@ class DenseSystem(System):
         return [size]
 
     def encode(
-        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None
     ) -> None:
         encoder, rows = self.load(settings), settings.encode.shard_passages
         shards = write_shards(folder.folder, collection.passages, encoder, rows, folder.share, folder.name, stored)
@@ -202,7 +202,7 @@ class LexicalSystem(System):
         return {}
 
     def encode(
-        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None = None
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None
     ) -> None:
         if ranks.rank() == 0:
             build_lexical_index(collection.passages.texts(), collection.language, folder.folder)

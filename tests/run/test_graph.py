@@ -8,14 +8,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drama_dist.cli import main
 from drama_dist.encoder import sources
+from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, function_named, order_of
 from drama_dist.run.runner import Run, make
 from drama_dist.run.shares import Share
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.settings import Settings, SettingsError
 
 SYSTEMS = "evaluate.systems=[drama,random-init,llm-unpruned,teacher,bm25]"
@@ -37,6 +40,24 @@ def test_everything_comes_after_what_it_needs(small_settings: Callable[..., Sett
     assert {"collections/cisi", "encode/cisi/drama", "evaluate/cisi", "train-random-init"} <= set(order)
     without = [artefact.name for artefact in order_of(small_settings("train.start=models/x"), "train")]
     assert "prune" not in without and "augment" in without
+
+
+def test_the_teachers_vectors_of_training_texts_are_copied_whatever_else_is_evaluated(
+    small_settings: Callable[..., Settings],
+) -> None:
+    encoding, source = "encode/corpus/teacher", "encode/windows/teacher"
+    changes = ["augment.synthetic_queries=0", "prune.heal_steps=0"]
+    alone = small_settings(*changes, "evaluate.systems=[teacher]")
+    trains = small_settings(*changes, "evaluate.systems=[drama+bm25, teacher]")
+    assert source not in [artefact.name for artefact in order_of(alone, encoding)]
+    names = [artefact.name for artefact in order_of(trains, encoding)]
+    assert names.index(source) < names.index(encoding)
+    run = Run(trains)
+    run.make(encoding)
+    copied, provenance = EmbeddingShards(run.path(encoding)), read_provenance(run.path(encoding))
+    assert source not in provenance["inputs"] and provenance["cut"]["passages"]["texts"] == 0
+    np.testing.assert_array_equal(copied.sample(99, 0), EmbeddingShards(run.path(source)).sample(99, 0))
+    Run(alone).make(encoding)  # is kept, though nothing is trained now
 
 
 @pytest.mark.parametrize("index", ["Flat", "HNSW8"])

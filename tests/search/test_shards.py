@@ -109,18 +109,21 @@ def test_embeddings_are_the_encoders_in_corpus_order(tmp_path: Path, passages: P
 
 def test_passages_that_are_stored_with_a_vector_are_not_encoded_again(tmp_path: Path, passages: PassageTable) -> None:
     texts = texts_of(10)
-    others = {"new": "xyz", "p3": texts[3], "p7": "changed", "p0": texts[0]}
+    others = {"new": "xyz", "p3": texts[3], "p7": "changed", "p0": texts[0], "p9": texts[9], "p8": texts[8]}
     table = PassageTable.in_memory(Passage(id, text) for id, text in others.items())
     (tmp_path / "others").mkdir()
-    np.save(tmp_path / "others" / "shard-00000.npy", np.eye(4, 8, dtype=np.float32))
+    np.save(tmp_path / "others" / "shard-00000.npy", np.eye(6, 8, dtype=np.float32))
     stored, encoder = StoredVectors(table, EmbeddingShards(tmp_path / "others")), LetterCounts()
     (tmp_path / "own").mkdir()
-    shards = write_shards(tmp_path / "own", passages, encoder, 4, stored=stored)
-    assert shards is not None and encoder.seen == [texts[row] for row in (1, 2, 4, 5, 6, 7, 8, 9)]
-    assert texts_cut(tmp_path / "own")["texts"] == 8
+    write_shards(tmp_path / "own", passages, encoder, 4, stored=stored)  # the last shard is copied whole
     expected = LetterCounts().encode_passages(texts)
-    expected[[3, 0]] = np.eye(4, 8)[[1, 3]]
+    expected[[3, 0, 9, 8]] = np.eye(6, 8)[[1, 3, 4, 5]]
     np.testing.assert_array_equal(vectors_of(tmp_path / "own"), expected)
+    assert encoder.seen == [texts[row] for row in (1, 2, 4, 5, 6, 7)] and texts_cut(tmp_path / "own")["texts"] == 6
+    (tmp_path / "unlike").mkdir()
+    unlike = StoredVectors(PassageTable.in_memory([Passage("p0", "other")]), stored.shards)
+    write_shards(tmp_path / "unlike", passages, LetterCounts(), 4, stored=unlike)
+    np.testing.assert_array_equal(vectors_of(tmp_path / "unlike"), LetterCounts().encode_passages(texts))
 
 
 def test_the_bar_moves_within_a_shard_and_begins_at_what_is_there(
