@@ -1,8 +1,8 @@
 """Regression as a term of the objective: the distance of every vector from its target.
 
 The loss of LEAF (Vujanic and Rueckstiess 2025, arXiv 2509.12539): the L2 norm of the difference of a vector and its
-teacher's, both of length 1; here for every Matryoshka dim, with the target's prefix. Queries and passages weigh the
-same, however many of each are in the batch. Where targets come from is in target_vectors.py.
+teacher's, both of length 1; here for every Matryoshka dim, with the target's prefix. What queries and passages weigh
+does not depend on how many of each are in the batch. Where targets come from is in target_vectors.py.
 Shapes: as in term.py; n = B + N of this rank.
 """
 
@@ -17,7 +17,8 @@ from drama_dist.train.term import EmbeddedBatch, TermResult
 
 
 class RegressionTerm:
-    """Σ weight · ‖vector − target‖ over the dims: half the mean over all ranks' queries, half that over their passages.
+    """Σ weight · ‖vector − target‖ over the dims: (1 − w) of the mean over all ranks' queries, w of that over their
+    passages, where w is what the batch's targets say that passages weigh.
 
     See Term. Figures: distance_per_dim, the same of each dim; distance_of_queries, distance_of_passages: at the largest
     dim.
@@ -39,10 +40,11 @@ class RegressionTerm:
         sums_Mk = torch.stack([part.sum(1) for part in distances_Mn.split([queries, len(vectors_nK) - queries], 1)], 1)
         counts_k = ranks.sum_over_ranks(sums_Mk.new_tensor([queries, len(vectors_nK) - queries]))
         weights_M = sums_Mk.new_tensor(self.weights)
-        loss = (weights_M @ (sums_Mk / counts_k)).mean()
+        shares_k = sums_Mk.new_tensor([1 - batch.targets.passages_weigh, batch.targets.passages_weigh])
+        loss = weights_M @ (sums_Mk / counts_k) @ shares_k
         (gradient_nK,) = torch.autograd.grad(loss, vectors_nK)
         means_Mk = ranks.sum_over_ranks(sums_Mk.detach()) / counts_k
-        means_M = means_Mk.mean(1)
+        means_M = means_Mk @ shares_k
         of_queries, of_passages = means_Mk[self.dims.index(max(self.dims))].tolist()
         figures = {
             "distance_per_dim": dict(zip(self.dims, means_M.tolist(), strict=True)),

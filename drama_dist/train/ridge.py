@@ -28,11 +28,10 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.train.target_vectors import VectorTargets
+from drama_dist.train.target_vectors import FITTED, VectorTargets
 from drama_dist.train.token_start import append_embeddings, put_token_vectors
 from drama_dist.train.token_vectors import token_counts, token_vectors
 
-_FITTED = 50_000  # texts of each kind that token vectors are fitted to
 _BLOCK = 4096  # texts that are tokenised at once
 
 
@@ -107,4 +106,4 @@ def _write(run: Run, folder: StageFolder) -> dict[str, Any]:
 
 
 def _drawn(count: int, seed: int) -> list[int]:
-    return sorted(random.Random(f"{seed} ridge").sample(range(count), min(count, _FITTED)))
+    return sorted(random.Random(f"{seed} ridge").sample(range(count), min(count, FITTED)))

@@ -28,9 +28,10 @@ from drama_dist.settings import Settings
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 from drama_dist.train.term import TargetVectors
+from drama_dist.train.token_vectors import PASSAGE_WEIGHT
 
 _KINDS = ("queries", "passages")
-_FITTED = 50_000  # texts of each kind that the space is fitted to
+FITTED = 50_000  # texts of each kind that the space, and then the closed form, is fitted to
 
 Words = Callable[[np.ndarray], csr_matrix]  # of texts at these positions
 
@@ -69,7 +70,14 @@ class VectorTargets:
         return TargetVectors(
             torch.from_numpy(self.queries.rows([batch.examples[row] for row in rows])),
             torch.from_numpy(self.passages.rows([batch.positions[column] for column in columns])),
+            self.passages_weigh,
         )
+
+    @property
+    def passages_weigh(self) -> float:
+        """The share of the loss that is all passages': what it is in the closed form, which training begins from."""
+        queries, passages = (min(len(vectors), FITTED) for vectors in (self.queries, self.passages))
+        return PASSAGE_WEIGHT * passages / (queries + PASSAGE_WEIGHT * passages)
 
 
 def _write(run: Run, folder: Path) -> None:
@@ -119,7 +127,7 @@ def _fit(
 
 
 def _drawn(count: int, chance: np.random.Generator) -> np.ndarray:
-    return np.sort(chance.choice(count, min(count, _FITTED), replace=False, shuffle=False))
+    return np.sort(chance.choice(count, min(count, FITTED), replace=False, shuffle=False))
 
 
 def _blocks(vectors: EmbeddingShards, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

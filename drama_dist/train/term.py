@@ -9,7 +9,7 @@ Shapes: B queries and N passages of a rank, or of all ranks where it says so; K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,14 +38,18 @@ class Relevance:
 
 @dataclass(frozen=True)
 class TargetVectors:
-    """queries_BK, passages_NK: float32, of length 1, what this rank's vectors are to become."""
+    """queries_BK, passages_NK: float32, of length 1, what this rank's vectors are to become.
+
+    passages_weigh: the share of the loss that is all passages', between 0 and 1.
+    """
 
     queries_BK: torch.Tensor
     passages_NK: torch.Tensor
+    passages_weigh: float
 
     def to(self, device: torch.device) -> TargetVectors:
         """The same on another device."""
-        return TargetVectors(self.queries_BK.to(device), self.passages_NK.to(device))
+        return replace(self, queries_BK=self.queries_BK.to(device), passages_NK=self.passages_NK.to(device))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from drama_dist.settings import EncoderSettings, TrainSettings
 from drama_dist.train.regression_term import RegressionTerm
 from drama_dist.train.term import EmbeddedBatch, Relevance, TargetVectors, TermResult
 
-QUERIES, PASSAGES, K, DIMS, WEIGHTS = 5, 7, 13, [13, 4], [0.25, 0.75]
+QUERIES, PASSAGES, K, DIMS, WEIGHTS, SHARE = 5, 7, 13, [13, 4], [0.25, 0.75], 0.3
 
 
 def batch(scale: float = 3.0) -> EmbeddedBatch:
@@ -18,7 +18,10 @@ def batch(scale: float = 3.0) -> EmbeddedBatch:
     queries, passages = (scale * torch.randn(count, K, generator=generator) for count in (QUERIES, PASSAGES))
     targets = (normalize(torch.randn(count, K, generator=generator)) for count in (QUERIES, PASSAGES))
     return EmbeddedBatch(
-        queries, passages, Relevance(torch.arange(QUERIES), torch.arange(PASSAGES)), targets=TargetVectors(*targets)
+        queries,
+        passages,
+        Relevance(torch.arange(QUERIES), torch.arange(PASSAGES)),
+        targets=TargetVectors(*targets, SHARE),
     )
 
 
@@ -34,7 +37,7 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
     targets = torch.cat([given.targets.queries_BK, given.targets.passages_NK]).double()
     cosines = [torch.nn.functional.cosine_similarity(vectors[:, :dim], targets[:, :dim]) for dim in DIMS]
     distances = [(2 - 2 * cosine).sqrt() for cosine in cosines]
-    per_dim = torch.stack([(each[:QUERIES].mean() + each[QUERIES:].mean()) / 2 for each in distances])
+    per_dim = torch.stack([(1 - SHARE) * each[:QUERIES].mean() + SHARE * each[QUERIES:].mean() for each in distances])
     loss = (per_dim * torch.tensor(WEIGHTS)).sum()
     result = term(given)
     assert result.loss == pytest.approx(float(loss), rel=1e-6)

@@ -49,6 +49,7 @@ def test_vectors_are_those_of_the_texts_in_the_target_space(
     assert isinstance(teacher, DenseSystem) and space.words_VL is not None and space.axes_JK.shape == (384 + 20, 40)
     encoder, written = teacher.load(settings), VectorTargets.open(run.path("targets"))
     assert (len(written.queries), len(written.passages)) == (len(examples), len(table))
+    assert written.passages_weigh == pytest.approx(10 * len(table) / (len(examples) + 10 * len(table)))
     some = [0, 7, 23, len(table) - 1]  # of several shards
     queries, passages = [examples[row].query for row in some], table.contents(some)
     for found, teacher_nT, words_nV in (
