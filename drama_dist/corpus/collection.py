@@ -65,10 +65,6 @@ class PassageTable:
     def ids(self) -> list[str]:
         return list(self._rows["id"])
 
-    def ids_at(self, positions: Sequence[int]) -> list[str]:
-        """The ids at some positions; `ids` keeps all of them in memory."""
-        return list(self._rows[[int(position) for position in positions]]["id"])
-
     @property
     def languages(self) -> list[str]:
         return list(self._rows["language"])

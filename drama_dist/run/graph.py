@@ -33,8 +33,8 @@ class Stage:
     sections: the settings that the artefact depends on, sections or single keys; or a "module:function" that returns
     them, given the settings and the parameters.
     needs: names of the artefacts that it reads, given the settings and the parameters.
-    copies: names of artefacts of which it copies what it would else compute; so they are made before it, but it is the
-    same without them, and may be kept when they are not there.
+    copies: names of artefacts of which it copies what it would else compute: they are made before it, but it does not
+    depend on them. Without them it is the same up to rounding and to counts of work, and is kept.
     inputs: a "module:function" that fingerprints whatever else is read, given the Run and the parameters.
     processes: what slurm starts: "one", a whole "node", or several "nodes"; None if the stage has no job of its own.
     array: whether tasks of an array job share the work, given the settings and the parameters; a job of one node then
@@ -310,7 +310,8 @@ def order_of(settings: Settings, *names: str) -> list[Artefact]:
     def visit(name: str) -> None:
         if name not in order:
             artefact = Artefact.named(name)
-            for needed in (*artefact.needs(settings), *artefact.copies(settings)):
+            copies = [] if is_finished(settings.run, name) else artefact.copies(settings)
+            for needed in (*artefact.needs(settings), *copies):
                 visit(needed)
             order[name] = artefact
 

@@ -179,7 +179,7 @@ def _encode(
     encoder: TextEncoder, passages: PassageTable, span: range, progress: Progress, stored: StoredVectors | None
 ) -> np.ndarray:
     texts = passages.contents(span)
-    copied = {} if stored is None else stored.positions(passages.ids_at(span), texts)
+    copied = {} if stored is None else stored.positions(passages.ids[span.start : span.stop], texts)
     new = [row for row in range(len(texts)) if row not in copied]
     parts = []
     if stored is not None and copied:

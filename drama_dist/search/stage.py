@@ -48,9 +48,11 @@ def encode(run: Run, folder: StageFolder, collection: str, system: str) -> None:
 
 def _stored(run: Run, collection: str, system: str) -> StoredVectors | None:
     """The system's vectors of the training texts, where they are of use for this collection."""
-    for encoding in encodings_to_copy(run.settings, collection, system):
-        return StoredVectors(open_collection(run.path(TRAINING_TEXTS)).passages, EmbeddingShards(run.path(encoding)))
-    return None
+    encodings = encodings_to_copy(run.settings, collection, system)
+    if not encodings:
+        return None
+    (encoding,) = encodings
+    return StoredVectors(open_collection(run.path(TRAINING_TEXTS)).passages, EmbeddingShards(run.path(encoding)))
 
 
 def index_sections(settings: Settings, collection: str, system: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix, diags_array, hstack, vstack
 from drama_dist.run.progress import progress_bar
 
 # How these four were chosen: benchmarks/results/recipe.md.
-PASSAGE_WEIGHT = 10.0  # of a passage's squared error, where a query's is 1: passages are few, and are known already
+PASSAGE_WEIGHT = 10.0  # of a passage's squared error, where a query's is 1: passages are known already
 EMBEDDING_PENALTY = 50.0  # on the map from embeddings
 TOKEN_PENALTY = 1.0  # on the vectors of tokens: as much as a text that has this token alone, with target 0
 SUPERWORD_PENALTY = 4.0  # on what superwords have beyond their tokens

@@ -58,6 +58,9 @@ def test_the_teachers_vectors_of_training_texts_are_copied_whatever_else_is_eval
     assert source not in provenance["inputs"] and provenance["cut"]["passages"]["texts"] == 0
     np.testing.assert_array_equal(copied.sample(99, 0), EmbeddingShards(run.path(source)).sample(99, 0))
     Run(alone).make(encoding)  # is kept, though nothing is trained now
+    shutil.rmtree(run.folder / source)
+    Run(trains).make(encoding)  # is kept, though what it copied is gone
+    assert not (run.folder / source).exists()
 
 
 @pytest.mark.parametrize("index", ["Flat", "HNSW8"])
