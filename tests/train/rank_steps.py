@@ -105,6 +105,9 @@ class Rows:
     def rows(self, positions: list[int]) -> np.ndarray:
         return self.vectors[positions]
 
+    def __len__(self) -> int:
+        return len(self.vectors)
+
 
 def targets() -> VectorTargets:
     """Of the examples' queries and passages."""

@@ -102,7 +102,10 @@ def plain_steps(
 
 
 def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """The mean distance of queries, and that of passages, from their targets, in float64, over the dims."""
+    """The mean distance of queries, and that of passages, from their targets, in float64, over the dims; a passage
+    weighs ten queries, as many as there are to train on.
+    """
+    share = 10 * len(passages_of_examples()) / (len(examples()) + 10 * len(passages_of_examples()))
     of_queries, of_passages = targets().queries, targets().passages
     rows = [of_queries.rows(batch.examples), of_passages.rows(batch.positions)]
     target = torch.from_numpy(np.vstack(rows)).double()
@@ -111,7 +114,8 @@ def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> 
         mine, its = embeddings[:, :dim].double(), target[:, :dim]
         apart = mine / mine.norm(dim=1, keepdim=True) - its / its.norm(dim=1, keepdim=True)
         apart_n = apart.square().sum(1).sqrt()
-        means += [apart_n[: len(batch.queries)].mean(), apart_n[len(batch.queries) :].mean()]
+        of_queries_n, of_passages_n = apart_n.split([len(batch.queries), len(batch.passages)])
+        means.append((1 - share) * of_queries_n.mean() + share * of_passages_n.mean())
     return torch.stack(means).mean()
 
 
