@@ -102,8 +102,8 @@ def plain_steps(
 
 
 def distance_of(batch: TextBatch, embeddings: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """The mean distance of queries, and that of passages, from their targets, in float64, over the dims; a passage
-    weighs ten queries, as many as there are to train on.
+    """The mean distance of queries, and that of passages, from their targets, in float64, over the dims; they
+    share the loss as all training texts do, of which a passage weighs ten queries.
     """
     share = 10 * len(passages_of_examples()) / (len(examples()) + 10 * len(passages_of_examples()))
     of_queries, of_passages = targets().queries, targets().passages
