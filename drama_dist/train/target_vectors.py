@@ -16,6 +16,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from drama_dist.distributed import ranks
+from drama_dist.encoder.pooling import unit_rows
 from drama_dist.records import Example, read_records
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING_TEXTS
@@ -26,6 +27,7 @@ from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, write_shard
 from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings
 from drama_dist.train.batches import TextBatch
+from drama_dist.train.nested_axes import nested_turn
 from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 from drama_dist.train.term import TargetVectors
 from drama_dist.train.token_vectors import PASSAGE_WEIGHT
@@ -38,12 +40,12 @@ Words = Callable[[np.ndarray], csr_matrix]  # of texts at these positions
 
 def sections(settings: Settings) -> dict[str, Any]:
     """The settings that the targets depend on."""
-    of_shards = {"components": max(settings.encoder.dims), "shard_passages": settings.encode.shard_passages}
+    of_shards = {"dims": list(settings.encoder.dims), "shard_passages": settings.encode.shard_passages}
     return {"seed": settings.seed, "targets": {**recorded(settings.targets), **of_shards}}
 
 
 def write_targets(run: Run, folder: StageFolder) -> None:
-    """Do the stage, which rank 0 does alone: next to the teacher's encoding it takes no time.
+    """Do the stage, which rank 0 does alone: next to the teacher's encoding it takes little time.
 
     Raises ValueError where the targets have fewer components than encoder.dims asks for.
     """
@@ -116,14 +118,15 @@ def _fit(
     else:
         some = _drawn(weights_NV.shape[0], chance)
         words_VL = word_vectors(weights_NV[some], settings.targets.lexical_components, settings.seed)
-    moment_JJ: np.ndarray | float = 0.0
+    parts = []
     for vectors, words in kinds:
         rows = _drawn(len(vectors), chance)
-        part_nJ = joined_parts(share, vectors.rows(rows), None if words is None else words(rows), words_VL)
-        moment_JJ = moment_JJ + part_nJ.T.astype(np.float64) @ part_nJ / len(rows)
-    lexical = 0 if words_VL is None else words_VL.shape[1]
-    axes_JK = principal_axes(np.asarray(moment_JJ), max(settings.encoder.dims), lexical)
-    return TargetSpace(share, words_VL, axes_JK)
+        parts.append(joined_parts(share, vectors.rows(rows), None if words is None else words(rows), words_VL))
+    moment_JJ = np.sum([part_nJ.T.astype(np.float64) @ part_nJ / len(part_nJ) for part_nJ in parts], axis=0)
+    dims, lexical = settings.encoder.dims, 0 if words_VL is None else words_VL.shape[1]
+    axes_JK = principal_axes(moment_JJ, max(dims), lexical)
+    queries_nK, passages_nK = (unit_rows(part_nJ @ axes_JK) for part_nJ in parts)
+    return TargetSpace(share, words_VL, axes_JK @ nested_turn(queries_nK, passages_nK, dims, settings.seed))
 
 
 def _drawn(count: int, chance: np.random.Generator) -> np.ndarray:
