@@ -37,7 +37,8 @@ def nested_turn(queries_nK: np.ndarray, passages_nK: np.ndarray, dims: Sequence[
     if not shorter:
         return np.eye(components, dtype=np.float32)
     chance = np.random.default_rng(seed)
-    turn = orthogonal(nn.Linear(components, components, bias=False), orthogonal_map="cayley")
+    with torch.random.fork_rng(devices=[]):  # a Linear draws weights, on rank 0 alone
+        turn = orthogonal(nn.Linear(components, components, bias=False), orthogonal_map="cayley")
     turn.weight = torch.eye(components)
     optimizer = torch.optim.Adam(turn.parameters(), _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
@@ -45,7 +46,8 @@ def nested_turn(queries_nK: np.ndarray, passages_nK: np.ndarray, dims: Sequence[
     for _ in range(_STEPS):
         queries_BK, passages_NK = _drawn(queries_nK, _QUERIES, chance), _drawn(passages_nK, _PASSAGES, chance)
         whole_BN = _log_shares(queries_BK, passages_NK)
-        turned_BK, turned_NK = turn(queries_BK), turn(passages_NK)
+        turn_KK = turn.weight.T
+        turned_BK, turned_NK = queries_BK @ turn_KK, passages_NK @ turn_KK
         prefixes = [_log_shares(normalize(turned_BK[:, :dim]), normalize(turned_NK[:, :dim])) for dim in shorter]
         divergences = [kl_div(prefix_BN, whole_BN, reduction="batchmean", log_target=True) for prefix_BN in prefixes]
         optimizer.zero_grad()

@@ -6,16 +6,20 @@ import numpy as np
 
 from drama_dist.encoder.pooling import matryoshka_cut_array, unit_rows
 from drama_dist.train.nested_axes import nested_turn
+from drama_dist.train.target_space import principal_axes
 
 K, PREFIX = 24, 6
 
 
-def texts(count: int, seed: int) -> np.ndarray:
-    """The first six components are long and almost the same in all texts; the next six say which texts are alike."""
-    chance = np.random.default_rng(seed)
-    common = np.abs(1 + 0.05 * chance.standard_normal((count, PREFIX)))
-    own = chance.standard_normal((count, K - PREFIX)) * np.repeat([0.3, 0.02], [PREFIX, K - 2 * PREFIX])
-    return unit_rows(np.hstack([common, own]))
+def texts(count: int, seed: int, own: float) -> np.ndarray:
+    """The first six components are `own` long, the next six say which texts are alike, the rest says almost nothing."""
+    lengths = np.repeat([own, 0.3, 0.02], [PREFIX, PREFIX, K - 2 * PREFIX])
+    return unit_rows(np.random.default_rng(seed).standard_normal((count, K)) * lengths)
+
+
+def queries_and_passages(queries: int, passages: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries are longest in components in which passages are alike: what is longest says nothing of the order."""
+    return texts(queries, seed, own=1.0), texts(passages, seed + 1, own=0.01)
 
 
 def overlap_of_prefixes(queries: np.ndarray, passages: np.ndarray, turn: np.ndarray) -> float:
@@ -27,22 +31,23 @@ def overlap_of_prefixes(queries: np.ndarray, passages: np.ndarray, turn: np.ndar
 
 
 def test_prefixes_rank_more_as_whole_vectors_do() -> None:
-    turn = nested_turn(texts(300, 0), texts(500, 1), [K, PREFIX], seed=1)
-    queries, passages = texts(50, 2), texts(200, 3)
-    before = overlap_of_prefixes(queries, passages, np.eye(K, dtype=np.float32))
-    after = overlap_of_prefixes(queries, passages, turn)
-    assert before < 0.1
-    assert after > 0.4
+    trained, unseen = queries_and_passages(300, 500, 0), queries_and_passages(50, 200, 2)
+    axes = principal_axes(np.sum([each.T @ each / len(each) for each in trained], axis=0), K, lexical=0)
+    queries, passages = (each @ axes for each in unseen)
+    turn = nested_turn(trained[0] @ axes, trained[1] @ axes, [K, PREFIX], seed=1)
+    before, after, other_way = (overlap_of_prefixes(queries, passages, each) for each in (np.eye(K), turn, turn.T))
+    assert after > before + 0.1
+    assert after > other_way + 0.1
     np.testing.assert_allclose(turn.T @ turn, np.eye(K), atol=1e-5)
     np.testing.assert_allclose((queries @ turn) @ (passages @ turn).T, queries @ passages.T, atol=1e-5)
 
 
 def test_a_seed_gives_the_same_turn_of_fewer_texts_than_a_step_takes() -> None:
-    queries, passages = texts(7, 4), texts(11, 5)
+    queries, passages = queries_and_passages(7, 11, 4)
     turns = [nested_turn(queries, passages, [K, 12, PREFIX], seed) for seed in (1, 1)]
     np.testing.assert_array_equal(*turns)
     assert not np.allclose(turns[0], np.eye(K), atol=1e-3)
 
 
 def test_without_shorter_dims_nothing_is_turned() -> None:
-    np.testing.assert_array_equal(nested_turn(texts(7, 6), texts(9, 7), [K], seed=1), np.eye(K))
+    np.testing.assert_array_equal(nested_turn(*queries_and_passages(7, 9, 6), [K], seed=1), np.eye(K))
