@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from drama_dist.corpus.collection import open_collection
+from drama_dist.encoder.pooling import unit_rows
 from drama_dist.records import Example, read_records
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
+from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards
 from drama_dist.search.systems import SYSTEMS, DenseSystem
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train.batches import batches, texts_of
-from drama_dist.train.target_space import TargetSpace
+from drama_dist.train.nested_axes import nested_turn
+from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes
 from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import open_targets
 
@@ -62,6 +65,18 @@ def test_vectors_are_those_of_the_texts_in_the_target_space(
         expected_nK /= np.linalg.norm(expected_nK, axis=1, keepdims=True)
         np.testing.assert_allclose(found.rows(some), expected_nK, atol=1e-5)
         assert (np.abs(found.rows(some[::-1]) - expected_nK).max(1) > 1e-2).all()
+
+    parts = [
+        joined_parts(0.6, vectors.rows(range(len(vectors))), words_nV, space.words_VL)
+        for vectors, words_nV in (
+            (EmbeddingShards(run.path("augment") / QUERY_VECTORS), lexical.counts([each.query for each in examples])),
+            (EmbeddingShards(run.path("encode/windows/teacher")), lexical.weights()),
+        )
+    ]
+    axes_JK = principal_axes(np.sum([part.T.astype(np.float64) @ part / len(part) for part in parts], axis=0), 40, 20)
+    turn_KK = nested_turn(*(unit_rows(part @ axes_JK) for part in parts), [40, 16], settings.seed)
+    np.testing.assert_allclose(axes_JK.T @ space.axes_JK, turn_KK, atol=1e-4)
+    assert not np.allclose(turn_KK, turn_KK.T, atol=1e-2)
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0, 0.0])
