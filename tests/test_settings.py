@@ -144,7 +144,7 @@ def test_what_changes_only_the_cost_is_not_recorded(read: Read) -> None:
         "tensorboard checkpoint_every keep_checkpoints",
         "corpus": "bad_record_limit",
         "augment": "bad_answer_limit",
-        "teacher": "batch_tokens",
+        "teacher": "batch_tokens requests",
         "encode": "batch_tokens",
     }
     settings = read()

@@ -1,7 +1,7 @@
 """How many texts are longer than what a model reads, and how many tokens they lose.
 
-Covers counting. Texts are cut where they become tokens (texts.py; the teacher's in search/teacher.py), and these places
-`note` what they cut; a stage that wants to know wraps its work in `counting`.
+Covers counting. Texts are cut where they become tokens (texts.py; the teacher's in search/local_teacher.py), and these
+places `note` what they cut; a stage that wants to know wraps its work in `counting`.
 """
 
 from __future__ import annotations

