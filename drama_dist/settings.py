@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from drama_dist.endpoints import is_endpoint
+from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, known_system, labels_of, mixed
 from drama_dist.setting_types import (
     CROP_KINDS,
     Amount,
@@ -42,10 +43,6 @@ from drama_dist.setting_types import (
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
-OWN_COLLECTIONS = ("corpus", "windows")  # of every run: their labels are not for evaluate.collections
-SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
-OTHER_MODEL = "model:"
-MIX = "+"  # drama+bm25: a mix of two systems' scores
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -60,45 +57,12 @@ def _check_windows(section: str, words: int | None, step: int) -> None:
         )
 
 
-def mixed(name: str) -> tuple[str, ...]:
-    """The two systems of a mix; empty for what is none."""
-    parts = tuple(name.split(MIX))
-    return parts if len(parts) == 2 and len({*parts} & {*SYSTEMS}) == 2 else ()
+def _check_endpoint(key: str, name: str) -> None:
+    if is_endpoint(name) and not name.partition("#")[2]:
+        raise SettingsError(f"{key}={name}: expected URL#MODEL, as http://localhost:8000/v1#NAME")
 
 
-def _known_system(name: str) -> str:
-    if name not in SYSTEMS and not mixed(name) and name.removeprefix(OTHER_MODEL) in ("", name):
-        raise ValueError(f"must be {', '.join(SYSTEMS)}, two of these as drama{MIX}bm25, or {OTHER_MODEL}NAME")
-    return name
-
-
-def _labels(names: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
-    """Last parts of names; with a hash of the whole where a label is reserved or taken by a name before it."""
-    labels: dict[str, str] = {}
-    for name in names:
-        path = Path(name.removeprefix(OTHER_MODEL))
-        label = path.name if path.name not in ("", "..") else path.resolve().name
-        is_system = name in SYSTEMS or bool(mixed(name))
-        label = name if is_system else label
-        taken = label in labels or ((label in reserved or bool(mixed(label))) and not is_system)
-        if taken or not label:
-            label = f"{label or 'root'}-{sha256(name.encode()).hexdigest()[:6]}"
-        labels[label] = name
-    return labels
-
-
-def is_endpoint(name: str) -> bool:
-    """Whether a teacher's name is an endpoint's."""
-    return name.startswith(("http://", "https://"))
-
-
-def endpoint_of(name: str) -> tuple[str, str]:
-    """The URL and the model of an endpoint's name."""
-    url, _, model = name.partition("#")
-    return url, model
-
-
-System = Annotated[Text, AfterValidator(_known_system)]
+System = Annotated[Text, AfterValidator(known_system)]
 
 
 @dataclass(config=_CONFIG, kw_only=True)
@@ -204,9 +168,7 @@ class TeacherSettings:
     @model_validator(mode="after")
     def _teachers_have_names(self) -> Self:
         for name in self.models:
-            if is_endpoint(name) and not endpoint_of(name)[1]:
-                key = "teacher.model" if name == self.model else "teacher.others"
-                raise SettingsError(f"{key}={name}: expected URL#MODEL, as http://localhost:8000/v1#e5-small")
+            _check_endpoint("teacher.model" if name == self.model else "teacher.others", name)
         if self.model in self.others:
             raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
         return self
@@ -221,7 +183,10 @@ class TeacherSettings:
 class AugmentSettings:
     """How training examples are written."""
 
-    writer: Name | None = None  # the LLM that writes queries; null: `llm`, the one that is pruned
+    # The LLM that writes: what `llm` may be, or any other model of transformers; or URL#MODEL, an OpenAI-compatible
+    # endpoint of chat completions. null: `llm`, the one that is pruned.
+    writer: Name | None = None
+    requests: CostOnly[Count] = 16  # that an endpoint gets at a time
     crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
     crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
     # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
@@ -244,6 +209,7 @@ class AugmentSettings:
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
+        _check_endpoint("augment.writer", self.writer or "")
         if not self.crops and not self.crops_per_passage and not self.synthetic_queries:
             raise SettingsError(
                 "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on"
@@ -410,7 +376,7 @@ class EvaluateSettings:
     @property
     def labels(self) -> dict[str, str]:
         """What each system is called in folders and tables, and the system: model:NAME by the last part of its name."""
-        return _labels(self.systems, SYSTEMS)
+        return labels_of(self.systems, SYSTEMS)
 
     @property
     def encoded_labels(self) -> dict[str, str]:
@@ -423,7 +389,7 @@ class EvaluateSettings:
     @property
     def collection_labels(self) -> dict[str, str]:
         """What each collection is called in folders and tables, and its path."""
-        return _labels(self.collections, OWN_COLLECTIONS)
+        return labels_of(self.collections, OWN_COLLECTIONS)
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -15,12 +15,15 @@ from drama_dist.augment.parts import in_parts
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.queries import write_queries
-from drama_dist.augment.writers.local import LanguageModel
+from drama_dist.augment.writers.endpoint import EndpointWriter
+from drama_dist.augment.writers.local import LocalWriter
+from drama_dist.augment.writers.writer import Writer
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
+from drama_dist.endpoints import is_endpoint
 from drama_dist.records import Example, Query, write_records
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import CHECKPOINTS, StageFolder
@@ -114,8 +117,11 @@ def _synthetic(
     return write_queries(parts, table, _writer(settings), settings.augment, settings.seed, folder.share)
 
 
-def _writer(settings: Settings) -> LanguageModel:
-    return LanguageModel(settings.writer, settings.augment, settings.trust_remote_code)
+def _writer(settings: Settings) -> Writer:
+    name = settings.writer
+    if is_endpoint(name):
+        return EndpointWriter(name, settings.augment.requests)
+    return LocalWriter(name, settings.trust_remote_code)
 
 
 def _rank(

@@ -15,6 +15,7 @@ from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.evaluate.scoring import score
+from drama_dist.labels import mixed
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import stored_collection
@@ -22,7 +23,7 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import rankings
 from drama_dist.setting_types import recorded
-from drama_dist.settings import Settings, mixed
+from drama_dist.settings import Settings
 
 
 def sections(settings: Settings, collection: str) -> dict[str, Any]:

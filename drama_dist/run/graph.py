@@ -15,9 +15,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, mixed
 from drama_dist.run.artefact import PROVENANCE
 from drama_dist.setting_types import recorded
-from drama_dist.settings import EXACT, OWN_COLLECTIONS, SYSTEMS, Settings, SettingsError, mixed
+from drama_dist.settings import EXACT, Settings, SettingsError
 
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 # system -> the stage that makes its encoder

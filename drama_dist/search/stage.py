@@ -19,7 +19,7 @@ from drama_dist.run.runner import Run
 from drama_dist.search.dense import build_index, check_factory, recall_against_exact
 from drama_dist.search.shards import EmbeddingShards, StoredVectors
 from drama_dist.search.systems import DenseSystem, system_called
-from drama_dist.settings import Settings, is_endpoint
+from drama_dist.settings import Settings
 
 _QUERIES = 1000  # of which recall is measured
 
@@ -30,13 +30,10 @@ def sections(settings: Settings, collection: str, system: str) -> dict[str, Any]
 
 
 def inputs(run: Run, collection: str, system: str) -> dict[str, str]:
-    """The fingerprints of models from elsewhere; of an endpoint, what only its owner can change is not known."""
+    """The fingerprints of models from elsewhere."""
     names = system_called(system, run.settings).models(run.settings)
     keys = ["model", *(f"model {number}" for number in range(2, len(names) + 1))]
-    return {
-        key: name if is_endpoint(name) else run.once(model_fingerprint, name)
-        for key, name in zip(keys, names, strict=False)
-    }
+    return {key: run.once(model_fingerprint, name) for key, name in zip(keys, names, strict=False)}
 
 
 def check(settings: Settings, collection: str, system: str) -> None:

@@ -27,6 +27,8 @@ from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.encoder.pretrained import read_llama_config
 from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.endpoints import is_endpoint
+from drama_dist.labels import OTHER_MODEL, mixed
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING
 from drama_dist.search.dense import search_exact
@@ -37,7 +39,7 @@ from drama_dist.search.local_teacher import LocalTeacher
 from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shards
 from drama_dist.search.teacher import MixedTeacher, Teacher
 from drama_dist.setting_types import recorded
-from drama_dist.settings import OTHER_MODEL, EncodeSettings, Settings, SettingsError, is_endpoint, mixed
+from drama_dist.settings import EncodeSettings, Settings, SettingsError
 
 MIX_DEPTH = 1000  # hits of each system that a mix looks at
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from drama_dist.augment.sources.prompts import Message, write_query_messages
-from drama_dist.augment.writers.local import LanguageModel
-from drama_dist.settings import AugmentSettings
+from drama_dist.augment.writers.local import LocalWriter
+from drama_dist.augment.writers.writer import Sampling
 
+GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=12, seed=1)
 TEXTS = ["bread", "The matrix has a row and a column and a pivot.", "river bank"]
 
 
@@ -20,8 +21,8 @@ def conversation(text: str) -> list[Message]:
 
 
 @pytest.fixture
-def model(llm: Path) -> LanguageModel:
-    model = LanguageModel(str(llm), AugmentSettings(max_new_tokens=12, temperature=1.0, top_p=1e-6))  # greedy
+def model(llm: Path) -> LocalWriter:
+    model = LocalWriter(str(llm))
     model.model.float()
     torch.manual_seed(4)
     for weight in model.model.parameters():
@@ -30,7 +31,7 @@ def model(llm: Path) -> LanguageModel:
 
 
 @torch.no_grad()
-def by_itself(model: LanguageModel, messages: list[Message]) -> str:
+def by_itself(model: LocalWriter, messages: list[Message]) -> str:
     unfinished = messages[-1]["role"] == "assistant"
     ids = model.tokenizer.apply_chat_template(
         messages, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=True
@@ -43,30 +44,30 @@ def by_itself(model: LanguageModel, messages: list[Message]) -> str:
     return str(model.tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
 
 
-def test_a_batch_answers_as_each_conversation_by_itself(model: LanguageModel) -> None:
+def test_a_batch_answers_as_each_conversation_by_itself(model: LocalWriter) -> None:
     conversations = [conversation(text) for text in TEXTS]
     expected = [by_itself(model, messages) for messages in conversations]
-    assert model.answer(conversations, seed=1) == expected
+    assert model.answer(conversations, GREEDY) == expected
     assert len(set(expected)) > 1
 
 
-def test_an_unfinished_answer_is_continued(model: LanguageModel) -> None:
+def test_an_unfinished_answer_is_continued(model: LocalWriter) -> None:
     unfinished = [[*conversation(text), {"role": "assistant", "content": "Task: x\nQuery:"}] for text in TEXTS]
     expected = [by_itself(model, messages) for messages in unfinished]
-    assert model.answer(unfinished, seed=1) == expected
+    assert model.answer(unfinished, GREEDY) == expected
     assert expected != [by_itself(model, conversation(text)) for text in TEXTS]
 
 
-def test_a_single_conversation_works(model: LanguageModel) -> None:
-    assert model.answer([conversation("bread")], seed=1) == [by_itself(model, conversation("bread"))]
+def test_a_single_conversation_works(model: LocalWriter) -> None:
+    assert model.answer([conversation("bread")], GREEDY) == [by_itself(model, conversation("bread"))]
 
 
 def test_answers_follow_the_seed_and_leave_other_randomness_alone(llm: Path) -> None:
-    model = LanguageModel(str(llm), AugmentSettings(max_new_tokens=16))
+    model = LocalWriter(str(llm))
     conversations = [conversation(text) for text in TEXTS]
     torch.manual_seed(9)
     before = torch.random.get_rng_state()
-    first, again, other = (model.answer(conversations, seed) for seed in (1, 1, 2))
+    first, again, other = (model.answer(conversations, Sampling(0.8, 0.9, 16, seed)) for seed in (1, 1, 2))
     assert first == again != other
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -76,7 +77,7 @@ def test_an_llm_without_a_chat_template_is_refused(llm: Path, tmp_path: Path) ->
         if path.name != "chat_template.jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"no chat template, .* or augment.synthetic_queries=0"):
-        LanguageModel(str(tmp_path), AugmentSettings()).answer([conversation("x")], 1)
+        LocalWriter(str(tmp_path)).answer([conversation("x")], GREEDY)
 
 
 GEMMA = (
@@ -87,10 +88,10 @@ GEMMA = (
 SILENT = "{% for m in messages if m['role'] != 'system' %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 
 
-def writer(llm: Path, folder: Path, template: str) -> LanguageModel:
+def writer(llm: Path, folder: Path, template: str) -> LocalWriter:
     shutil.copytree(llm, folder)
     (folder / "chat_template.jinja").write_text(template, "utf-8")
-    return LanguageModel(str(folder), AugmentSettings(max_new_tokens=8))
+    return LocalWriter(str(folder))
 
 
 @pytest.mark.parametrize("template", [GEMMA, SILENT])
@@ -103,7 +104,7 @@ def test_without_a_system_role_the_instruction_opens_the_first_message(
     text = model.tokenizer.decode(model._token_ids(messages))
     assert text.startswith(f"<s>user {messages[0]['content']}\n\nPassage: Sourdough rises")
     assert text.count(messages[0]["content"]) == 1 and "system" not in text.split("Passage:")[0].removeprefix("<s>")
-    assert len(model.answer([messages], seed=1)) == 1
+    assert len(model.answer([messages], GREEDY)) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,18 +139,18 @@ def test_where_no_message_can_be_left_open_nothing_is_added(llm: Path, tmp_path:
     closing = "{% for m in messages %}<s>{{ m['content'] | replace('Query', '') }}{% endfor %}"
     model = writer(llm, tmp_path / "model", closing)
     model.check()
-    assert model.answer([[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]], seed=1) == [""]
+    assert model.answer([[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]], GREEDY) == [""]
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path, llm: Path) -> None:
     shutil.copytree(llm, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}', "utf-8")
     with pytest.raises(ValueError, match=r"model: model type 'vit', which writes no text$"):
-        LanguageModel(str(tmp_path / "model"), AugmentSettings()).check()
+        LocalWriter(str(tmp_path / "model")).check()
 
 
 def test_cutting_leaves_no_limit_behind(llm: Path) -> None:
-    model = LanguageModel(str(llm), AugmentSettings())
+    model = LocalWriter(str(llm))
     before = model.tokenizer.backend_tokenizer.to_str()
     model.cut("flour yeast oven dough " * 20, 5)
     assert model.tokenizer.backend_tokenizer.to_str() == before
@@ -160,15 +161,15 @@ def test_a_token_for_images_is_left_out_of_texts(llm: Path, tmp_path: Path) -> N
     rows = len(model.tokenizer)
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     model.tokenizer.save_pretrained(tmp_path / "model")
-    again = LanguageModel(str(tmp_path / "model"), AugmentSettings(max_new_tokens=2))
+    again = LocalWriter(str(tmp_path / "model"))
     again.check()
     assert again.tokenizer.get_vocab()["<image>"] == rows
     cut = again.cut("flour <image>yeast", 50)
-    assert cut == "flour yeast" and len(again.answer([write_query_messages(cut)], seed=1)) == 1
+    assert cut == "flour yeast" and len(again.answer([write_query_messages(cut)], GREEDY)) == 1
 
 
 def test_cutting_keeps_the_beginning(llm: Path) -> None:
-    model = LanguageModel(str(llm), AugmentSettings())
+    model = LocalWriter(str(llm))
     assert model.cut("flour yeast", 100) == "flour yeast"
     cut = model.cut("flour yeast oven dough " * 20, 5)
     assert "flour yeast oven dough".startswith(cut.strip()) and cut

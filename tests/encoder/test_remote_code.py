@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import drama_dist
-from drama_dist.augment.writers.local import LanguageModel
+from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.plan.report import plan
 from drama_dist.run.runner import make
 from drama_dist.search.local_teacher import LocalTeacher
-from drama_dist.settings import AugmentSettings, Settings, TeacherSettings
+from drama_dist.settings import Settings, TeacherSettings
 
 ROOT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "SentenceTransformer"}
@@ -71,8 +71,8 @@ def test_no_use_of_a_folder_runs_its_code(evil: Path, small_settings: Callable[.
     uses: list[Callable[[], object]] = [
         lambda: drama_dist.load(evil),
         lambda: LocalTeacher(TeacherSettings(model=str(evil))).model,
-        lambda: LanguageModel(str(evil), AugmentSettings()).model,
-        lambda: LanguageModel(str(evil), AugmentSettings()).check(),
+        lambda: LocalWriter(str(evil)).model,
+        lambda: LocalWriter(str(evil)).check(),
         lambda: plan(small_settings(f"llm={evil}"), 1, "cpu"),
     ]
     for use in uses:
@@ -89,5 +89,5 @@ def test_no_use_of_a_folder_runs_its_code(evil: Path, small_settings: Callable[.
 
 
 def test_code_that_is_trusted_runs(evil: Path, tmp_path: Path) -> None:
-    assert LanguageModel(str(evil), AugmentSettings(), trust_remote_code=True).tokenizer.is_fast
+    assert LocalWriter(str(evil), trust_remote_code=True).tokenizer.is_fast
     assert (tmp_path / "RAN").exists()

@@ -20,7 +20,7 @@ from drama_dist.augment.sources.prompts import (
     unfinished_answer,
     write_query_messages,
 )
-from drama_dist.augment.writers.local import LanguageModel
+from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Passage
@@ -30,7 +30,7 @@ from drama_dist.settings import AugmentSettings
 
 
 def write_queries(
-    folder: Path, table: PassageTable, llm: LanguageModel, augment: AugmentSettings, seed: int, share: Share = WHOLE
+    folder: Path, table: PassageTable, llm: Writer, augment: AugmentSettings, seed: int, share: Share = WHOLE
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
     """Ask for `synthetic_queries` queries, one per passage sampled by the seed, in batches stored in `folder`.
 
@@ -43,7 +43,8 @@ def write_queries(
 
     def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]
-        answers = _answers(llm, [write_query_messages(text) for text in texts], seed + index)
+        sampling = Sampling(augment.temperature, augment.top_p, augment.max_new_tokens, seed + index)
+        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling)
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
     rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)
@@ -53,12 +54,14 @@ def write_queries(
     return written, aside
 
 
-def _answers(llm: LanguageModel, conversations: list[list[Message]], seed: int) -> list[str]:
+def _answers(llm: Writer, conversations: list[list[Message]], sampling: Sampling) -> list[str]:
     """The answers; if one stops after the task, the LLM is asked to continue it with the query."""
-    answers = llm.answer(conversations, seed)
+    answers = llm.answer(conversations, sampling)
     unfinished = {index: message for index, answer in enumerate(answers) if (message := unfinished_answer(answer))}
     if unfinished:
-        continuations = llm.answer([[*conversations[index], message] for index, message in unfinished.items()], seed)
+        continuations = llm.answer(
+            [[*conversations[index], message] for index, message in unfinished.items()], sampling
+        )
         for (index, message), text in zip(unfinished.items(), continuations, strict=True):
             answers[index] = f"{message['content']} {text.strip()}"
     return answers

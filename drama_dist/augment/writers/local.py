@@ -1,6 +1,6 @@
-"""The writer: an LLM in this process that answers batches of conversations.
+"""A writer that transformers runs in this process, on a GPU where there is one.
 
-Covers batched, seeded sampling. Prompts, and how answers are parsed, are in prompts.py.
+Covers batched, seeded sampling.
 Shapes: B conversations, T tokens of the longest.
 """
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from drama_dist.augment.sources.prompts import Message, without_system, write_query_messages
+from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
 from drama_dist.encoder.failures import told_as
@@ -32,23 +33,19 @@ from drama_dist.encoder.pretrained import (
     vocabulary_size,
 )
 from drama_dist.encoder.sources import reachable, resolve
-from drama_dist.settings import AugmentSettings
 
 
-class LanguageModel:
-    """An instruction-tuned LLM, loaded on first use, in the precision that suits the device.
+class LocalWriter(Writer):
+    """name: a folder or a hub name; its precision is what suits the device.
 
-    Answers are a function of the batch of conversations, the seed and the settings. One thread at a time may ask.
+    Answers are a function of the batch of conversations and the sampling. One thread at a time may ask.
     """
 
-    def __init__(self, name: str, settings: AugmentSettings, trust_remote_code: bool = False):
-        self.name, self.settings, self.trust_remote_code = name, settings, trust_remote_code
+    def __init__(self, name: str, trust_remote_code: bool = False):
+        self.name, self.trust_remote_code = name, trust_remote_code
 
     def check(self) -> None:
-        """Check everything but the values of the weights; raises ValueError or FileNotFoundError where it cannot write.
-
-        The chat template is tried on conversations like those to come.
-        """
+        # The chat template is tried on conversations like those to come.
         messages = write_query_messages("Bread is baked.")
         ids = self._token_ids(messages)
         for position, message in reversed(list(enumerate(messages))):
@@ -100,13 +97,8 @@ class LanguageModel:
         return str(self.tokenizer.decode([id for id in ids[:tokens] if rows is None or id < rows]))
 
     @torch.no_grad()
-    def answer(self, conversations: Sequence[list[Message]], seed: int) -> list[str]:
-        """One sampled answer per conversation; their common prefix is computed once.
-
-        If a conversation ends with an assistant message, the answer continues it; only the new text is returned, which
-        is empty where the LLM's chat template cannot leave a message open.
-        Raises ValueError if the LLM has no chat template, or one that cannot be used.
-        """
+    def answer(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[str]:
+        """See Writer; what all conversations begin with is computed once."""
         if conversations[0][-1]["role"] == "assistant" and not self._continues:
             return [""] * len(conversations)
         ids = [self._token_ids(messages) for messages in conversations]
@@ -117,15 +109,14 @@ class LanguageModel:
             cache.batch_repeat_interleave(len(ids))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.manual_seed(sampling.seed)
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
             answers = self.model.generate(
                 tokens_BT,
                 attention_mask=mask_BT,
                 past_key_values=cache,
-                do_sample=True,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                max_new_tokens=self.settings.max_new_tokens,
+                **(drawn if sampling.temperature else {"do_sample": False}),
+                max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=self._pad,
             )
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,49 @@
+"""Writers: LLMs that answer conversations, wherever they run.
+
+Covers what they have in common. local.py has those of transformers in this process, endpoint.py those behind an
+OpenAI-compatible server. Prompts, and how answers are parsed, are in sources/prompts.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drama_dist.augment.sources.prompts import Message
+from drama_dist.corpus.split import word_spans
+
+_WORDS = 0.75  # of a token, roughly
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature: 0 is the likeliest token each time."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+class Writer(ABC):
+    """An instruction-tuned LLM, loaded on first use. name: as in the settings, and in every example's provenance."""
+
+    name: str
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check everything but the values of the weights; raises ValueError or OSError where it cannot write."""
+
+    @abstractmethod
+    def answer(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[str]:
+        """One answer per conversation.
+
+        If a conversation ends with an assistant message, the answer continues it; only the new text is returned, which
+        is empty where the LLM cannot leave a message open. Raises ValueError or OSError where it cannot be asked.
+        """
+
+    def cut(self, text: str, tokens: int) -> str:
+        """About the first `tokens` tokens of a text."""
+        spans = word_spans(text)[: max(1, round(_WORDS * tokens))]
+        return text[: spans[-1][1]] if spans else text
