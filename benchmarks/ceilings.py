@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from drama_dist.corpus.collection import Collection, open_collection
+from drama_dist.corpus.windows import windows_by_passage
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.evaluate.scoring import score
 from drama_dist.run.graph import is_finished
@@ -50,9 +51,10 @@ def passage_means(run: Run, collection: Collection) -> np.ndarray:
     windows = open_collection(run.path("windows")).passages
     vectors = VectorTargets.open(run.path("targets")).passages
     own = {id: position for position, id in enumerate(collection.passages.ids)}
-    rows = [(own.get(id, own.get(id.rpartition("#")[0].rstrip("#"))), n) for n, id in enumerate(windows.ids)]
+    row_of = {id: row for row, id in enumerate(windows.ids)}
+    by_passage = windows_by_passage(windows.ids, own)
+    kept = [(own[passage], row_of[id]) for passage, ids in by_passage.items() for id in ids]
     sums_NK = np.zeros((len(own), vectors.dim), dtype=np.float32)
-    kept = [(passage, row) for passage, row in rows if passage is not None]  # general text is not searched
     np.add.at(sums_NK, [passage for passage, _ in kept], vectors.rows([row for _, row in kept]))
     return sums_NK
 

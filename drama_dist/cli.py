@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="INDEX/COUNT",
                 help="do only this share, for example 0/8, as a task of an array job; a run without it then finishes",
             )
+        if verb == "augment":
+            stage.add_argument(
+                "--preview", metavar="N", type=_count, help="only show some N training queries, of every source"
+            )
         if verb in ("encode", "train"):
             stage.add_argument("--system", metavar="NAME", default="drama", help="which system (default drama)")
         if verb in ("encode", "corpus"):
@@ -192,6 +196,11 @@ def _make(settings: Settings, options: argparse.Namespace) -> None:
     from drama_dist.run.runner import make
 
     _quiet_libraries()
+    if getattr(options, "preview", None):
+        from drama_dist.augment.preview import preview
+
+        print("\n".join(preview(settings, options.preview)))
+        return
     if ranks.world_size() == 1:
         make(settings, options.verb, share, options.discard_partial, **parameters)
         return

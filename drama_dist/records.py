@@ -92,8 +92,8 @@ class Hit:
 class Example:
     """One training example: a query and the ids of its positives and hard negatives.
 
-    source: crop, synthetic, rerank, triplet or labelled. provenance: the passage, model, prompt version and seed that
-    it was made from.
+    source: crop, synthetic, labelled or logged. provenance: the passage, model, prompt version and seed that it was
+    made from, or the query's id.
     """
 
     query: str

@@ -166,15 +166,11 @@ class TeacherSettings:
         return {self.model: 1.0, **self.others}
 
     @model_validator(mode="after")
-    def _teachers_have_names(self) -> Self:
+    def _names_and_windows_fit(self) -> Self:
         for name in self.models:
             _check_endpoint("teacher.model" if name == self.model else "teacher.others", name)
         if self.model in self.others:
             raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_leave_nothing_out(self) -> Self:
         _check_windows("teacher", self.window_words, self.window_step)
         return self
 
@@ -196,6 +192,10 @@ class AugmentSettings:
     min_crop_words: Count = 4
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
+    # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: relevant
+    # passages are then positives.
+    queries: Name | None = None
+    judgements: Name | None = None
     temperature: Temperature = 0.8
     top_p: SomeFraction = 0.9
     max_new_tokens: Size = 48
@@ -210,9 +210,12 @@ class AugmentSettings:
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
         _check_endpoint("augment.writer", self.writer or "")
-        if not self.crops and not self.crops_per_passage and not self.synthetic_queries:
+        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries):
+            no = "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null"
+            raise SettingsError(f"{no}: nothing to train on")
+        if self.judgements and not self.queries:
             raise SettingsError(
-                "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0: nothing to train on"
+                f"augment.judgements={self.judgements}: name the queries that they judge, too, in augment.queries"
             )
         if self.min_crop_words > self.max_crop_words:
             raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")

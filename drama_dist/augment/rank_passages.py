@@ -48,13 +48,16 @@ def example(
 ) -> Example:
     """The training example of a written query, given its ranking.
 
-    Negatives are drawn by the seed from the ranks `negatives_from_rank` to `negatives_to_rank`; the
-    passage that the query was written from is never one.
+    Positives are the first ranks; of judged passages the first of those. Negatives are drawn by the seed from the ranks
+    `negatives_from_rank` to `negatives_to_rank`; the passage that the query was written from, and judged ones, are
+    never among them.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
-    positives = ids[: settings.positives]
+    judged = set(written.judged)
+    found = [id for id in ids if id in judged] or list(written.judged) or ids
+    positives = found[: settings.positives]
     far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
-    pool = [id for id in far if id != written.passage_id and id not in positives]
+    pool = [id for id in far if id != written.passage_id and id not in positives and id not in judged]
     rng = random.Random(f"{seed} negatives {written.query}")
     negatives = rng.sample(pool, min(settings.negatives, len(pool)))
     return Example(

@@ -9,47 +9,55 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
+from drama_dist.augment.sources.labelled import labelled_queries
 from drama_dist.augment.sources.queries import write_queries
-from drama_dist.augment.writers.endpoint import EndpointWriter
-from drama_dist.augment.writers.local import LocalWriter
-from drama_dist.augment.writers.writer import Writer
+from drama_dist.augment.writers.choice import writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.read import SetAside
 from drama_dist.distributed import ranks
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
-from drama_dist.endpoints import is_endpoint
 from drama_dist.records import Example, Query, write_records
 from drama_dist.run.files import write_text
-from drama_dist.run.folder import CHECKPOINTS, StageFolder
+from drama_dist.run.folder import CHECKPOINTS, StageFolder, fingerprint
 from drama_dist.run.graph import CORPUS, TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, shard_path, write_shard
 from drama_dist.search.systems import SYSTEMS, DenseSystem
-from drama_dist.settings import Settings
+from drama_dist.settings import Settings, SettingsError
 
 _PART = 512
+_UNFIT = "unfit_queries.jsonl"  # records of people's queries that cannot be used
 
 
 def inputs(run: Run) -> dict[str, str]:
-    """The fingerprint of the LLM that writes queries, if it is to write any."""
+    """The fingerprints of the LLM that writes queries, if it is to write any, and of files of people's queries."""
     settings = run.settings
-    return {"writer": run.once(model_fingerprint, settings.writer)} if settings.augment.synthetic_queries else {}
+    files = {"queries": settings.augment.queries, "judgements": settings.augment.judgements}
+    found = {name: run.once(fingerprint, path) for name, path in files.items() if path is not None}
+    if settings.augment.synthetic_queries:
+        found["writer"] = run.once(model_fingerprint, settings.writer)
+    return found
 
 
 def check(settings: Settings) -> None:
-    """Raise SettingsError if queries are to be written by an LLM that cannot be used."""
+    """Raise SettingsError if queries are to be written by an LLM that cannot be used, or read from what is no file."""
+    for key, path in (("queries", settings.augment.queries), ("judgements", settings.augment.judgements)):
+        if path is not None and not Path(path).is_file():
+            raise SettingsError(f"augment.{key}={path}: no such file")
     if settings.augment.synthetic_queries:
         setting = "llm" if settings.augment.writer is None else "augment.writer"
         with named_by(setting, settings.writer):
-            _writer(settings).check()
+            writer_of(settings).check()
 
 
 def augment(run: Run, folder: StageFolder) -> None:
@@ -97,6 +105,10 @@ def _write(
     if settings.augment.synthetic_queries:
         synthetic, aside = _synthetic(settings, folder, table)
         written += synthetic
+    if settings.augment.queries:
+        labelled, unfit = _labelled(run, folder, table)
+        written += labelled
+        aside += unfit
     tests = {_folded(query.text) for query in test_queries}
     for query in written:
         if _folded(query.query) in tests:
@@ -105,23 +117,27 @@ def _write(
     if not kept:
         raise ValueError(
             "no training query could be written: raise augment.crops or augment.synthetic_queries, lower "
-            "augment.min_crop_words, or name more kinds in augment.crop_kinds"
+            "augment.min_crop_words, or name more kinds in augment.crop_kinds; or name queries in augment.queries"
         )
     return kept, aside, notes
+
+
+def _labelled(run: Run, folder: StageFolder, table: PassageTable) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
+    settings, aside = run.settings, SetAside()
+    passages = open_collection(run.path(CORPUS)).passages
+    written = labelled_queries(settings.augment, settings.corpus, passages, table, aside)
+    rows = list(aside.as_rows())
+    if ranks.rank() == 0:
+        write_records(folder.folder / _UNFIT, rows)
+    aside.refuse_beyond(settings.corpus.bad_record_limit, folder.folder / _UNFIT)
+    return written, rows
 
 
 def _synthetic(
     settings: Settings, folder: StageFolder, table: PassageTable
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
     parts = folder.folder / CHECKPOINTS / "synthetic"
-    return write_queries(parts, table, _writer(settings), settings.augment, settings.seed, folder.share)
-
-
-def _writer(settings: Settings) -> Writer:
-    name = settings.writer
-    if is_endpoint(name):
-        return EndpointWriter(name, settings.augment.requests)
-    return LocalWriter(name, settings.trust_remote_code)
+    return write_queries(parts, table, writer_of(settings), settings.augment, settings.seed, folder.share)
 
 
 def _rank(

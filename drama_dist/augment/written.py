@@ -1,4 +1,4 @@
-"""A written query: a crop or a synthetic query, before passages are ranked for it."""
+"""A query to train on, before passages are ranked for it: cropped, written by an LLM, or asked by people."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WrittenQuery:
-    """A query and the passage that it was written from. source: crop or synthetic."""
+    """A query and the passage that it was written from, "" for none.
+
+    source: crop, synthetic, labelled or logged. judged: ids of passages that people found relevant.
+    """
 
     query: str
     passage_id: str
     source: str
     language: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    judged: tuple[str, ...] = ()

@@ -102,11 +102,23 @@ def read_corpus(path: Path, corpus: CorpusSettings, aside: SetAside, setting: st
         raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{_first(aside.unusable)}")
     if not sources.queries or not sources.judgements:
         return RawCorpus(passages, [], {})
-    keys = _Keys([*_QUERY_IDS, *corpus.id_keys], [*_QUERY_TEXTS, *corpus.text_keys], (), corpus.language_keys)
-    asked = _records(_file_rows([sources.queries], keys.columns), keys, corpus.language, aside)
-    queries = [Query(query.id, query.text, query.language) for query in asked]
-    qrels = _judgements(sources.judgements, {query.id for query in queries}, {one.id for one in passages}, aside)
+    queries = _queries(sources.queries, corpus, aside)
+    qrels = read_judged(sources.judgements, {query.id for query in queries}, {one.id for one in passages}, aside)
     return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
+
+
+def read_queries(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str) -> list[Query]:
+    """Read a file of queries in any supported form; raises ValueError where none can be used."""
+    queries = _queries(path, corpus, aside)
+    if not queries:
+        raise ValueError(f"{setting}={path}: no usable query among {aside.seen} records{_first(aside.unusable)}")
+    return queries
+
+
+def _queries(path: Path, corpus: CorpusSettings, aside: SetAside) -> list[Query]:
+    keys = _Keys([*_QUERY_IDS, *corpus.id_keys], [*_QUERY_TEXTS, *corpus.text_keys], (), corpus.language_keys)
+    asked = _records(_file_rows([path], keys.columns), keys, corpus.language, aside)
+    return [Query(query.id, query.text, query.language) for query in asked]
 
 
 def _file_rows(paths: Iterable[Path], columns: Columns) -> Iterator[tuple[Path, Row]]:
@@ -169,7 +181,7 @@ def _record(
     return Passage(id, unicode_text, unicode_title, own_language or language)
 
 
-def _judgements(path: Path, queries: Collection[str], passages: Collection[str], aside: SetAside) -> Qrels:
+def read_judged(path: Path, queries: Collection[str], passages: Collection[str], aside: SetAside) -> Qrels:
     """Judgements of queries and passages that there are; raises ValueError if there is none."""
     qrels: Qrels = {}
     before, seen = len(aside.unusable), 0

@@ -5,7 +5,7 @@ Covers where windows begin and end and what their ids are. What counts as a word
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 
 from drama_dist.corpus.collection import PassageTable
@@ -31,6 +31,16 @@ def windows(table: PassageTable, words: int, step: int) -> Iterator[Passage]:
         taken.update(ids)
         for id, text in zip(ids, texts, strict=True):
             yield replace(passage, id=id, text=text)
+
+
+def windows_by_passage(window_ids: Iterable[str], passage_ids: Container[str]) -> dict[str, list[str]]:
+    """Passage → its windows in order, for ids that `windows` gave; a window of no passage of these is left out."""
+    found: dict[str, list[str]] = {}
+    for id in window_ids:
+        passage = id if id in passage_ids else id.rpartition("#")[0].rstrip("#")
+        if passage in passage_ids:
+            found.setdefault(passage, []).append(id)
+    return found
 
 
 def cut(text: str, words: int, step: int) -> list[str]:
