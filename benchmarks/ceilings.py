@@ -25,8 +25,8 @@ from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.ranking import top_positions
 from drama_dist.search.systems import SYSTEMS, DenseSystem, Ranking
+from drama_dist.search.target_space import TargetSpace
 from drama_dist.settings import read_settings
-from drama_dist.train.target_space import TargetSpace
 from drama_dist.train.target_vectors import VectorTargets
 
 DEPTH = 1000

@@ -131,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WEIGHT",
         help="mix the scores with BM25's; WEIGHT, 0 to 1, is the share of the vectors (default 0.5)",
     )
+    search.add_argument(
+        "--system",
+        choices=["drama", "asymmetric"],
+        default="drama",
+        help="whose vectors of the passages are searched; asymmetric: the teacher's and BM25's (default drama)",
+    )
     search.add_argument("--dim", type=_count, help="cut vectors to this many components (default: all)")
     plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
     plan.add_argument("--ranks", type=_count, default=1, help="number of training processes (default 1)")
@@ -221,11 +227,11 @@ def _search(options: argparse.Namespace) -> None:
     from drama_dist.search.systems import MIX_DEPTH
 
     encoder = load(_finished(options.run, "train"), dtype="float32")
-    encoded = _finished(options.run, f"encode/{CORPUS}/drama")
+    encoded = _finished(options.run, f"encode/{CORPUS}/{options.system}", f"encode --system {options.system}")
     corpus = open_collection(_finished(options.run, "corpus"))
     query = encoder.encode_queries([options.query], options.dim)
     k = options.k if options.hybrid is None else max(options.k, MIX_DEPTH)
-    scores, positions = search_folder(encoded, _index_over(encoded, options.run), query, k)
+    scores, positions = search_folder(encoded, _index_over(encoded, options.run, options.system), query, k)
     if options.hybrid is not None:
         lexical = LexicalIndex(_finished(options.run, f"encode/{CORPUS}/bm25", "encode --system bm25"))
         rankings = [(scores, positions, None), (*lexical.search([options.query], k), 0.0)]
@@ -238,11 +244,11 @@ def _search(options: argparse.Namespace) -> None:
         print(f"{rank}. {passage.id}  ({score:.3f})\n   {text}")
 
 
-def _index_over(encoded: Path, run: Path) -> Path | None:
-    """The index over drama's vectors; None where the run has none."""
+def _index_over(encoded: Path, run: Path, system: str) -> Path | None:
+    """The index over a system's vectors; None where the run has none."""
     from drama_dist.run.artefact import fingerprint_of_artefact, inputs_of
 
-    name = f"{CORPUS}/drama"
+    name = f"{CORPUS}/{system}"
     if not is_finished(run, f"index/{name}"):
         return None
     index = _finished(run, f"index/{name}")

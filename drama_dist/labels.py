@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 OWN_COLLECTIONS = ("corpus", "windows")  # of every run: their labels are not for evaluate.collections
-SYSTEMS = ("drama", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
+SYSTEMS = ("drama", "asymmetric", "ridge", "random-init", "llm-unpruned", "teacher", "bm25")
 OTHER_MODEL = "model:"
 MIX = "+"  # drama+bm25: a mix of two systems' scores
 

@@ -369,7 +369,7 @@ class EncodeSettings:
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
-    # Also ridge, random-init, llm-unpruned, mixes of two such as drama+bm25, and model:NAME for any Llama-type encoder.
+    # Also asymmetric, ridge, random-init, llm-unpruned, mixes such as drama+bm25, and model:NAME: a Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])

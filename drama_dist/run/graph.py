@@ -83,6 +83,11 @@ def _of_targets(settings: Settings) -> list[str]:
 
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
+    if system == "asymmetric":
+        systems = ["teacher", *(["bm25"] if settings.targets.uses_bm25 else [])]
+        own = [f"encode/{collection}/{system}" for system in systems]
+        of_words = [f"encode/{TRAINING_TEXTS}/bm25"] if settings.targets.uses_bm25 else []
+        return list(dict.fromkeys([stored_collection(collection), TRAINING["drama"], "targets", *own, *of_words]))
     return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
 
 
@@ -96,7 +101,9 @@ def encodings_to_copy(settings: Settings, collection: str, system: str) -> list[
 
 def _trained(settings: Settings) -> list[str]:
     """What the run trains."""
-    return [stage for name, stage in TRAINING.items() if name in settings.evaluate.encoded_labels]
+    encoded = settings.evaluate.encoded_labels
+    asked = {"drama" if name == "asymmetric" else name for name in encoded}
+    return [stage for name, stage in TRAINING.items() if name in asked]
 
 
 def _of_index(settings: Settings, collection: str, system: str) -> list[str]:
@@ -229,7 +236,7 @@ STAGES = (
         inputs="drama_dist.search.stage:inputs",
         check="drama_dist.search.stage:check",
         processes="one",
-        array=lambda settings, collection, system: system != "bm25",
+        array=lambda settings, collection, system: system not in ("bm25", "asymmetric"),
     ),
     Stage(
         name="index/{collection}/{system}",

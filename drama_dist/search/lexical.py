@@ -122,6 +122,14 @@ class LexicalIndex:
         parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
         return csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))
 
+    def weights_in(self, other: LexicalIndex) -> csr_matrix:
+        """The weights of this index's passages in the columns of another's words, which are all that is kept."""
+        own, theirs = self._bm25.vocab_dict, other._bm25.vocab_dict
+        shared = [(id, theirs[word]) for word, id in own.items() if word in theirs]
+        rows, columns = np.array(shared, dtype=np.int64).reshape(-1, 2).T
+        ones = np.ones(len(shared), dtype=np.float32)
+        return csr_matrix(self.weights() @ csr_matrix((ones, (rows, columns)), shape=(len(own), len(theirs))))
+
     def rarest_words(self, text: str, count: int) -> list[str]:
         """The words of a text that the fewest passages have, in small letters, rarest first; ties as in the text.
 

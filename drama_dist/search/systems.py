@@ -30,13 +30,14 @@ from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.endpoints import is_endpoint
 from drama_dist.labels import OTHER_MODEL, mixed
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import TRAINING
+from drama_dist.run.graph import TRAINING, TRAINING_TEXTS
 from drama_dist.search.dense import search_exact
 from drama_dist.search.endpoint_teacher import EndpointTeacher
 from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.local_teacher import LocalTeacher
-from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shards
+from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shard, write_shards
+from drama_dist.search.target_space import TargetSpace
 from drama_dist.search.teacher import MixedTeacher, Teacher
 from drama_dist.setting_types import recorded
 from drama_dist.settings import EncodeSettings, Settings, SettingsError
@@ -136,6 +137,40 @@ class TrainedSystem(DenseSystem):
         return settings.encoder.dims
 
 
+class AsymmetricSystem(TrainedSystem):
+    """Queries by what this run trains, passages by its targets: for passages that are encoded once, and by no one in a
+    hurry (LEAF's asymmetric mode: Vujanic and Rueckstiess 2025, arXiv 2509.12539).
+
+    A passage's target comes from the teacher's vector of it and, with the collection's own statistics, BM25's weights.
+    """
+
+    def check(self, settings: Settings) -> None:
+        if not settings.train.regression_weight:
+            raise SettingsError("evaluate.systems: asymmetric needs targets; set train.regression_weight above 0")
+
+    def load(self, settings: Settings) -> Encoder:
+        return SYSTEMS["drama"].load(settings)  # type: ignore[attr-defined, no-any-return]
+
+    def encode(
+        self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None
+    ) -> None:
+        run, label = Path(settings.run), folder.name.split("/")[1]
+        ranks.by_rank_0(lambda: self._write(settings, run, label, folder.folder))
+        shards = EmbeddingShards(folder.folder)
+        folder.finish(passages=len(shards), dim=shards.dim)
+
+    def _write(self, settings: Settings, run: Path, label: str, folder: Path) -> None:
+        space = TargetSpace.open(run / "targets")
+        vectors = EmbeddingShards(run / "encode" / label / "teacher")
+        weights_NV = None
+        if settings.targets.uses_bm25:
+            words = LexicalIndex(run / "encode" / TRAINING_TEXTS / "bm25")
+            weights_NV = LexicalIndex(run / "encode" / label / "bm25").weights_in(words)
+        for shard, (first, teacher_nT) in enumerate(vectors.blocks(settings.encode.shard_passages)):
+            some = None if weights_NV is None else weights_NV[first : first + len(teacher_nT)]
+            write_shard(folder, shard, space.targets(teacher_nT, some))
+
+
 class ClosedFormSystem(TrainedSystem):
     """What training by regression begins from; its layers add nothing yet (train/token_start.py), so none is run."""
 
@@ -226,6 +261,7 @@ SYSTEMS: dict[str, System] = {
     system.name: system
     for system in (
         TrainedSystem("drama", "the small retriever of this run", "#0b6e99"),
+        AsymmetricSystem("asymmetric", "queries as drama, passages by the targets: teacher and BM25", "#1f8a70"),
         ClosedFormSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
         UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),

@@ -24,11 +24,11 @@ from drama_dist.run.progress import progress_bar
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, write_shard
+from drama_dist.search.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings
 from drama_dist.train.batches import TextBatch
 from drama_dist.train.nested_axes import nested_turn
-from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 from drama_dist.train.term import TargetVectors
 from drama_dist.train.token_vectors import PASSAGE_WEIGHT
 

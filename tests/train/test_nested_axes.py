@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from drama_dist.encoder.pooling import matryoshka_cut_array, unit_rows
+from drama_dist.search.target_space import principal_axes
 from drama_dist.train.nested_axes import nested_turn
-from drama_dist.train.target_space import principal_axes
 
 K, PREFIX = 24, 6
 

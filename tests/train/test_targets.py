@@ -18,10 +18,10 @@ from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards
 from drama_dist.search.systems import SYSTEMS, DenseSystem
+from drama_dist.search.target_space import TargetSpace, joined_parts, principal_axes
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train.batches import batches, texts_of
 from drama_dist.train.nested_axes import nested_turn
-from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes
 from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import open_targets
 

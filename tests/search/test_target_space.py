@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, random_array
 
-from drama_dist.train.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
+from drama_dist.search.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
 
 T, V, SHARE = 6, 40, 0.6
 

@@ -4,8 +4,8 @@ Covers the map from what teacher and BM25 say of a text to its target, and how t
 scores: the dot product of [√a · t ; √(1 − a) · l] of a query and of a passage is a · (dot of t) + (1 − a) · (dot of l).
 BM25's part l is latent semantic indexing of its weights (Deerwester et al. 1990): the weights of a passage, or the word
 counts of a query, times the weights' leading right singular vectors. The components are then turned onto the principal
-axes of the targets, and from there as nested_axes.py says, which leaves dot products as they are and makes prefixes
-of encoder.dims rank as whole vectors do.
+axes of the targets, and from there as train/nested_axes.py says, which leaves dot products as they are and makes
+prefixes of encoder.dims rank as whole vectors do.
 Shapes: n texts, T components of the teacher, V words, L singular vectors, J = T + L, K components that are kept.
 """
 
