@@ -205,6 +205,8 @@ def _make(settings: Settings, options: argparse.Namespace) -> None:
     if getattr(options, "preview", None):
         from drama_dist.augment.preview import preview
 
+        if ranks.world_size() > 1 or not share.whole or options.discard_partial:
+            raise ValueError("--preview: by itself, in one process, without --share and --discard-partial")
         print("\n".join(preview(settings, options.preview)))
         return
     if ranks.world_size() == 1:

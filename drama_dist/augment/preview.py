@@ -15,6 +15,7 @@ from typing import Any
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries
 from drama_dist.augment.sources.queries import write_queries
+from drama_dist.augment.stage import check
 from drama_dist.augment.writers.choice import writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
@@ -28,34 +29,39 @@ _SHOWN = 160  # characters of a passage
 
 
 def preview(settings: Settings, count: int) -> list[str]:
-    """Lines to print, of about `count` queries; makes the corpus, and BM25's index where it is needed.
+    """Lines to print, of about `count` queries.
 
-    Nothing of what it writes by itself is kept. Raises as the augment stage does.
+    Makes the corpus, and BM25's index where it is needed; nothing else is kept. Raises as the augment stage does, but
+    for records and answers that cannot be used, which are shown.
     """
+    check(settings)
+    augment = settings.augment
     table = open_collection(make(settings, "corpus", collection=TRAINING_TEXTS)).passages
     chance = random.Random(f"{settings.seed} preview")
     positions = sorted(chance.sample(range(len(table)), min(count, len(table))))
     some = PassageTable.in_memory(table[position] for position in positions)
+    crops_wanted, synthetic_wanted, log_wanted = augment.crops_of(1), augment.synthetic_queries, augment.queries
+    each = max(1, count // sum(map(bool, (crops_wanted, synthetic_wanted, log_wanted))))
+    few = replace(
+        augment, crops=each, crops_per_passage=0, synthetic_queries=min(each, synthetic_wanted), bad_answer_limit=1.0
+    )
     written: list[WrittenQuery] = []
-    augment = settings.augment
-    sources = [bool(augment.crops_of(1)), bool(augment.synthetic_queries), bool(augment.queries)]
-    each = max(1, count // max(1, sum(sources)))
-    few = replace(augment, crops=each, crops_per_passage=0, synthetic_queries=min(each, augment.synthetic_queries))
-    if sources[0]:
-        built = augment.draws_keywords
-        lexical = LexicalIndex(make(settings, "encode", collection=TRAINING_TEXTS, system="bm25")) if built else None
-        written += crops(some, lexical, few, settings.seed)[0]
     aside: list[dict[str, Any]] = []
-    if sources[1]:
+    if crops_wanted:
+        words = augment.draws_keywords
+        lexical = LexicalIndex(make(settings, "encode", collection=TRAINING_TEXTS, system="bm25")) if words else None
+        written += crops(some, lexical, few, settings.seed)[0]
+    if synthetic_wanted:
         with TemporaryDirectory() as folder:
-            queries, aside = write_queries(Path(folder), some, writer_of(settings), few, settings.seed)
-        written += queries
-    if sources[2]:
-        passages = open_collection(make(settings, "corpus", collection=CORPUS)).passages
-        asked = labelled_queries(augment, settings.corpus, passages, table, SetAside())
+            synthetic, aside = write_queries(Path(folder), some, writer_of(settings), few, settings.seed)
+        written += synthetic
+    if log_wanted:
+        passages, unfit = open_collection(make(settings, "corpus", collection=CORPUS)).passages, SetAside()
+        asked = labelled_queries(augment, settings.corpus, passages, table, unfit)
         written += chance.sample(asked, min(each, len(asked)))
+        aside += list(unfit.as_rows())[:each]
     lines = [line for query in written for line in _lines(query, table)]
-    return lines + [f"set aside: {row['reason']}: {row['value'][:_SHOWN]!r}" for row in aside]
+    return lines + [f"set aside: {row['reason']}: {str(row['value'])[:_SHOWN]!r}" for row in aside]
 
 
 def _lines(query: WrittenQuery, table: PassageTable) -> list[str]:

@@ -48,16 +48,18 @@ def example(
 ) -> Example:
     """The training example of a written query, given its ranking.
 
-    Positives are the first ranks; of judged passages the first of those. Negatives are drawn by the seed from the ranks
-    `negatives_from_rank` to `negatives_to_rank`; the passage that the query was written from, and judged ones, are
-    never among them.
+    Positives are judged passages, all of them, those that rank first before others; without any, the first ranks, less
+    what was judged irrelevant. Negatives are drawn by the seed from the ranks `negatives_from_rank` to
+    `negatives_to_rank`; positives and the passage that the query was written from are never among them.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
-    judged = set(written.judged)
-    found = [id for id in ids if id in judged] or list(written.judged) or ids
-    positives = found[: settings.positives]
+    if written.judged:
+        ranked = dict.fromkeys(id for id in ids if id in set(written.judged))
+        positives = list(ranked | dict.fromkeys(written.judged))
+    else:
+        positives = ([id for id in ids if id not in written.irrelevant] or ids)[: settings.positives]
     far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
-    pool = [id for id in far if id != written.passage_id and id not in positives and id not in judged]
+    pool = [id for id in far if id != written.passage_id and id not in positives]
     rng = random.Random(f"{seed} negatives {written.query}")
     negatives = rng.sample(pool, min(settings.negatives, len(pool)))
     return Example(

@@ -15,19 +15,20 @@ from typing import Any
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
-from drama_dist.augment.sources.labelled import labelled_queries
+from drama_dist.augment.sources.labelled import labelled_queries, read_log
 from drama_dist.augment.sources.queries import write_queries
-from drama_dist.augment.writers.choice import writer_of
+from drama_dist.augment.writers.choice import sampling_of, writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.judgements import read_judgements
 from drama_dist.corpus.read import SetAside
 from drama_dist.distributed import ranks
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
-from drama_dist.records import Example, Query, write_records
+from drama_dist.records import BadRecord, Example, Query, write_records
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import CHECKPOINTS, StageFolder, fingerprint
-from drama_dist.run.graph import CORPUS, TRAINING_TEXTS
+from drama_dist.run.graph import CORPUS, TRAINING_TEXTS, collections_to_leave_out
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
@@ -50,14 +51,23 @@ def inputs(run: Run) -> dict[str, str]:
 
 
 def check(settings: Settings) -> None:
-    """Raise SettingsError if queries are to be written by an LLM that cannot be used, or read from what is no file."""
-    for key, path in (("queries", settings.augment.queries), ("judgements", settings.augment.judgements)):
+    """Raise SettingsError if the teacher, the LLM that is to write, or a file of people's queries cannot be used."""
+    augment = settings.augment
+    SYSTEMS["teacher"].check(settings)
+    for key, path in (("queries", augment.queries), ("judgements", augment.judgements)):
         if path is not None and not Path(path).is_file():
             raise SettingsError(f"augment.{key}={path}: no such file")
-    if settings.augment.synthetic_queries:
-        setting = "llm" if settings.augment.writer is None else "augment.writer"
+    if augment.queries:
+        with named_by("augment.queries", augment.queries):
+            read_log(augment, settings.corpus, SetAside())
+    if augment.judgements:
+        with named_by("augment.judgements", augment.judgements):
+            if all(isinstance(row, BadRecord) for _, row in read_judgements(Path(augment.judgements))):
+                raise ValueError("has no judgement that can be read")
+    if augment.synthetic_queries:
+        setting = "llm" if augment.writer is None else "augment.writer"
         with named_by(setting, settings.writer):
-            writer_of(settings).check()
+            writer_of(settings).check(sampling_of(augment, settings.seed))
 
 
 def augment(run: Run, folder: StageFolder) -> None:
@@ -71,7 +81,9 @@ def augment(run: Run, folder: StageFolder) -> None:
     if not folder.share.whole:
         _synthetic(settings, folder, table)
         return
-    written, aside, notes = _write(run, folder, table, open_collection(run.path(CORPUS)).queries)
+    collections = [CORPUS, *collections_to_leave_out(settings)]
+    tests = [query for name in collections for query in open_collection(run.path(name)).queries]
+    written, aside, notes = _write(run, folder, table, tests)
     examples = _rank(settings, folder, table, written, _ranker(run))
     counts = _counts(examples, aside) | notes
     if ranks.rank() == 0:
@@ -101,14 +113,13 @@ def _write(
     settings = run.settings
     lexical = _words(run) if settings.augment.draws_keywords else None
     written, notes = crops(table, lexical, settings.augment, settings.seed)
-    aside: list[dict[str, Any]] = []
+    # Before an LLM writes for hours: of people's queries too many may be unusable.
+    asked, aside = _asked(run, folder, table) if settings.augment.queries else ([], [])
     if settings.augment.synthetic_queries:
-        synthetic, aside = _synthetic(settings, folder, table)
+        synthetic, unusable = _synthetic(settings, folder, table)
         written += synthetic
-    if settings.augment.queries:
-        labelled, unfit = _labelled(run, folder, table)
-        written += labelled
-        aside += unfit
+        aside += unusable
+    written += asked
     tests = {_folded(query.text) for query in test_queries}
     for query in written:
         if _folded(query.query) in tests:
@@ -122,14 +133,16 @@ def _write(
     return kept, aside, notes
 
 
-def _labelled(run: Run, folder: StageFolder, table: PassageTable) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
+def _asked(run: Run, folder: StageFolder, table: PassageTable) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
+    """People's queries, and rows of the records that cannot be used."""
     settings, aside = run.settings, SetAside()
     passages = open_collection(run.path(CORPUS)).passages
     written = labelled_queries(settings.augment, settings.corpus, passages, table, aside)
-    rows = list(aside.as_rows())
+    rows, unfit = list(aside.as_rows()), folder.folder / CHECKPOINTS / _UNFIT
     if ranks.rank() == 0:
-        write_records(folder.folder / _UNFIT, rows)
-    aside.refuse_beyond(settings.corpus.bad_record_limit, folder.folder / _UNFIT)
+        unfit.parent.mkdir(exist_ok=True)
+        write_records(unfit, rows)
+    aside.refuse_beyond(settings.corpus.bad_record_limit, unfit)
     return written, rows
 
 

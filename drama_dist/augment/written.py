@@ -10,7 +10,7 @@ from typing import Any
 class WrittenQuery:
     """A query and the passage that it was written from, "" for none.
 
-    source: crop, synthetic, labelled or logged. judged: ids of passages that people found relevant.
+    source: crop, synthetic, labelled or logged. judged, irrelevant: ids of passages that people found relevant, or not.
     """
 
     query: str
@@ -19,3 +19,4 @@ class WrittenQuery:
     language: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     judged: tuple[str, ...] = ()
+    irrelevant: tuple[str, ...] = ()

@@ -181,36 +181,48 @@ def _record(
     return Passage(id, unicode_text, unicode_title, own_language or language)
 
 
-def read_judged(path: Path, queries: Collection[str], passages: Collection[str], aside: SetAside) -> Qrels:
-    """Judgements of queries and passages that there are; raises ValueError if there is none."""
+def read_judged(
+    path: Path,
+    queries: Collection[str],
+    passages: Collection[str],
+    aside: SetAside,
+    remedy: str = "mend it, or take it away to have test queries held out",
+    of_others: bool = False,
+) -> Qrels:
+    """Judgements of queries and passages that there are; raises ValueError, with the remedy, if there is none.
+
+    of_others: judgements of other queries and passages are expected too, and are unwanted, not unusable.
+    """
     qrels: Qrels = {}
     before, seen = len(aside.unusable), 0
     for line, row in read_judgements(path):
         seen += 1
-        bad = row if isinstance(row, BadRecord) else _mismatch(path, line, row, queries, passages, qrels)
-        if bad:
-            aside.unusable.append(bad)
-        elif not isinstance(row, BadRecord):
+        if isinstance(row, BadRecord):
+            aside.unusable.append(row)
+        elif foreign := _foreign(path, line, row, queries, passages):
+            (aside.unwanted if of_others else aside.unusable).append(foreign)
+        elif qrels.get(row[0], {}).get(row[1], row[2]) != row[2]:
+            aside.unusable.append(BadRecord(path, line, "judges a passage again, with another grade", row[1]))
+        else:
             query, passage, grade = row
             qrels.setdefault(query, {})[passage] = grade
     aside.seen += seen
     if not qrels:
-        problem = f"no usable judgement among {seen}{_first(aside.unusable[before:])}" if seen else "has no judgements"
-        raise ValueError(f"{path}: {problem}; mend it, or take it away to have test queries held out")
+        first = [*aside.unusable[before:], *(aside.unwanted if of_others else ())]
+        problem = f"no usable judgement among {seen}{_first(first)}" if seen else "has no judgements"
+        raise ValueError(f"{path}: {problem}; {remedy}")
     return qrels
 
 
-def _mismatch(
-    path: Path, line: int, row: Judgement, queries: Collection[str], passages: Collection[str], qrels: Qrels
+def _foreign(
+    path: Path, line: int, row: Judgement, queries: Collection[str], passages: Collection[str]
 ) -> BadRecord | None:
-    """Why a judgement cannot be used with these queries, passages and judgements before it."""
-    query, passage, grade = row
+    """Why a judgement is not of these queries and passages."""
+    query, passage, _ = row
     if query not in queries:
         return BadRecord(path, line, "judges a query that is not among the queries", query)
     if passage not in passages:
         return BadRecord(path, line, "names a passage that is not in the corpus", passage)
-    if qrels.get(query, {}).get(passage, grade) != grade:
-        return BadRecord(path, line, "judges a passage again, with another grade", passage)
     return None
 
 

@@ -16,6 +16,8 @@ from sentencex import segment
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"  # scripts without spaces
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
+_WORDS_PER_TOKEN = 0.75
+_CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
 _WORDS = regex.compile(rf"(?:(?=[{UNSPACED}])\X){{1,{_LETTERS_PER_WORD}}}|[^\s{UNSPACED}]+")
 
 Span = tuple[int, int]  # where a word begins and ends in its text
@@ -48,3 +50,15 @@ def random_span(text: str, spans: Sequence[Span], words: int, rng: random.Random
 def crop(sentence: str, most: int, rng: random.Random) -> str:
     """A sentence, or a random span of `most` words where it is longer."""
     return sentence if count_words(sentence) <= most else random_span(sentence, word_spans(sentence), most, rng)
+
+
+def about_tokens(text: str, tokens: int) -> str:
+    """About the first `tokens` tokens of a text, for a tokenizer that is not known."""
+    spans = word_spans(text)
+    words = max(1, round(_WORDS_PER_TOKEN * tokens))
+    return text if len(spans) <= words else text[: spans[words - 1][1]]
+
+
+def lower_if_capitals(text: str) -> str:
+    """A text of several words that are all capitals in small letters; any other as it is."""
+    return text.lower() if text.isupper() and count_words(text) >= _CAPITAL_WORDS else text

@@ -22,7 +22,7 @@ from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
-from drama_dist.corpus.split import count_words, sentences
+from drama_dist.corpus.split import count_words, lower_if_capitals, sentences
 from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
 from drama_dist.records import BadRecord, Passage, Query, write_records
@@ -38,7 +38,6 @@ _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_key
 _OF_WINDOWS = ("window_words", "window_step", "general_share")
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
-_CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
 
 
 @dataclass(frozen=True)
@@ -176,17 +175,16 @@ def _existing(setting: str, path: str) -> Path:
 
 def _lower_capitals(raw: RawCorpus, name: str) -> RawCorpus:
     """Lower-case texts of several words that are all capitals: LLM tokenizers split those into fragments."""
-    passages = [replace(passage, title=_lower(passage.title), text=_lower(passage.text)) for passage in raw.passages]
-    queries = [replace(query, text=_lower(query.text)) for query in raw.queries]
+    passages = [
+        replace(passage, title=lower_if_capitals(passage.title), text=lower_if_capitals(passage.text))
+        for passage in raw.passages
+    ]
+    queries = [replace(query, text=lower_if_capitals(query.text)) for query in raw.queries]
     changed = sum(old != new for old, new in zip(raw.passages, passages, strict=True))
     changed += sum(old != new for old, new in zip(raw.queries, queries, strict=True))
     if changed:
         say(f"{name}: lower-cased {changed} texts that were all capitals (corpus.lower_capitals)")
     return RawCorpus(passages, queries, raw.qrels)
-
-
-def _lower(text: str) -> str:
-    return text.lower() if text.isupper() and count_words(text) >= _CAPITAL_WORDS else text
 
 
 def _worthwhile(

@@ -5,6 +5,7 @@ Covers where windows begin and end and what their ids are. What counts as a word
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 
@@ -33,13 +34,21 @@ def windows(table: PassageTable, words: int, step: int) -> Iterator[Passage]:
             yield replace(passage, id=id, text=text)
 
 
-def windows_by_passage(window_ids: Iterable[str], passage_ids: Container[str]) -> dict[str, list[str]]:
-    """Passage → its windows in order, for ids that `windows` gave; a window of no passage of these is left out."""
+def windows_by_passage(window_ids: Iterable[str], passage_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Passage → its windows, for ids that `windows` gave for a table of these passages, both in their order.
+
+    Windows of other passages may follow. Ids alone do not tell: a passage may be called as another's window would be.
+    """
     found: dict[str, list[str]] = {}
+    coming = iter(passage_ids)
+    expected, current = next(coming, None), None
     for id in window_ids:
-        passage = id if id in passage_ids else id.rpartition("#")[0].rstrip("#")
-        if passage in passage_ids:
-            found.setdefault(passage, []).append(id)
+        if expected is not None and (id == expected or re.fullmatch(rf"{re.escape(expected)}#+0", id)):
+            found[expected], current, expected = [id], expected, next(coming, None)
+        elif current is not None and re.fullmatch(rf"{re.escape(current)}#+{len(found[current])}", id):
+            found[current].append(id)
+        else:
+            current = None
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from drama_dist.encoder.contract import has_files, read_modules
 from drama_dist.encoder.failures import reason, told_as
 from drama_dist.encoder.model_files import has_weights, refuse_pointers
-from drama_dist.endpoints import is_endpoint
+from drama_dist.labels import is_endpoint, without_url
 from drama_dist.run.folder import fingerprint
 from drama_dist.run.progress import say
 
@@ -63,13 +63,13 @@ def _expanded(name: str) -> Path:
 
 
 def model_fingerprint(name: str) -> str:
-    """What identifies a model as an input of a stage: the hash of its files, its hub name and revision, or an endpoint.
+    """What identifies a model as an input of a stage: the hash of its files, or its hub name and revision.
 
-    What the owner of an endpoint changes is not seen.
+    Of an endpoint no more is known than the model's name.
     Raises FileNotFoundError as `resolve` does, and if the hub does not know the name or cannot be reached.
     """
     if is_endpoint(name):
-        return name
+        return without_url(name)
     source = resolve(name)
     return fingerprint(source) if Path(source).exists() else f"hub:{source}@{_revision(source)}"
 

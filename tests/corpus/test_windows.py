@@ -10,7 +10,7 @@ import pytest
 
 from drama_dist.corpus.collection import Collection, PassageTable, open_collection
 from drama_dist.corpus.split import count_words, word_spans
-from drama_dist.corpus.windows import cut, windows
+from drama_dist.corpus.windows import cut, windows, windows_by_passage
 from drama_dist.records import Example, Passage, Query, read_records
 from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import OtherSettings, fingerprint
@@ -131,3 +131,15 @@ def test_training_needs_windows_and_their_encodings(small_settings: Callable[...
     assert {"corpus", "windows", "encode/windows/teacher", "encode/windows/bm25"} < order
     assert not {name for name in order if name.startswith("encode/corpus/")}
     assert "windows" not in {artefact.name for artefact in order_of(settings, "evaluate/corpus")}
+
+
+@pytest.mark.parametrize("ids", [["c", "c#", "c#0"], ["c#"], ["a", "a#0", "b"], ["x##", "x"]])
+def test_windows_find_their_passages_whatever_ids_are(ids: list[str]) -> None:
+    table = PassageTable.in_memory(Passage(id, f"{number} " + "word " * 20) for number, id in enumerate(ids))
+    made = list(windows(table, 8, 6))
+    of_passage = windows_by_passage([window.id for window in made], ids)
+    assert {id: [number for number, window in enumerate(made) if window.id in of_passage[id]] for id in ids} == {
+        id: list(range(position * (len(made) // len(ids)), (position + 1) * (len(made) // len(ids))))
+        for position, id in enumerate(ids)
+    }
+    assert windows_by_passage(["a#0", "a#1", "other", "other#0", "a#2"], ["a"]) == {"a": ["a#0", "a#1"]}

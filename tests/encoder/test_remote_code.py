@@ -12,6 +12,7 @@ import pytest
 
 import drama_dist
 from drama_dist.augment.writers.local import LocalWriter
+from drama_dist.augment.writers.writer import Sampling
 from drama_dist.plan.report import plan
 from drama_dist.run.runner import make
 from drama_dist.search.local_teacher import LocalTeacher
@@ -72,7 +73,7 @@ def test_no_use_of_a_folder_runs_its_code(evil: Path, small_settings: Callable[.
         lambda: drama_dist.load(evil),
         lambda: LocalTeacher(TeacherSettings(model=str(evil))).model,
         lambda: LocalWriter(str(evil)).model,
-        lambda: LocalWriter(str(evil)).check(),
+        lambda: LocalWriter(str(evil)).check(Sampling(0, 1, 1, 1)),
         lambda: plan(small_settings(f"llm={evil}"), 1, "cpu"),
     ]
     for use in uses:

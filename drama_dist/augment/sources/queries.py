@@ -20,6 +20,7 @@ from drama_dist.augment.sources.prompts import (
     unfinished_answer,
     write_query_messages,
 )
+from drama_dist.augment.writers.choice import sampling_of
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
@@ -43,8 +44,7 @@ def write_queries(
 
     def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]
-        sampling = Sampling(augment.temperature, augment.top_p, augment.max_new_tokens, seed + index)
-        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling)
+        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling_of(augment, seed + index))
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
     rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)

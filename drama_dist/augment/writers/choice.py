@@ -1,12 +1,12 @@
-"""Which writer the settings mean."""
+"""Which writer the settings mean, and how it is to draw."""
 
 from __future__ import annotations
 
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
-from drama_dist.augment.writers.writer import Writer
-from drama_dist.endpoints import is_endpoint
-from drama_dist.settings import Settings
+from drama_dist.augment.writers.writer import Sampling, Writer
+from drama_dist.labels import is_endpoint
+from drama_dist.settings import AugmentSettings, Settings
 
 
 def writer_of(settings: Settings) -> Writer:
@@ -15,3 +15,8 @@ def writer_of(settings: Settings) -> Writer:
     if is_endpoint(name):
         return EndpointWriter(name, settings.augment.requests)
     return LocalWriter(name, settings.trust_remote_code)
+
+
+def sampling_of(augment: AugmentSettings, seed: int) -> Sampling:
+    """How queries are written."""
+    return Sampling(augment.temperature, augment.top_p, augment.max_new_tokens, seed)

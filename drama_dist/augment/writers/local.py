@@ -44,7 +44,7 @@ class LocalWriter(Writer):
     def __init__(self, name: str, trust_remote_code: bool = False):
         self.name, self.trust_remote_code = name, trust_remote_code
 
-    def check(self) -> None:
+    def check(self, sampling: Sampling) -> None:
         # The chat template is tried on conversations like those to come.
         messages = write_query_messages("Bread is baked.")
         ids = self._token_ids(messages)

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drama_dist.augment.sources.prompts import Message
-from drama_dist.corpus.split import word_spans
-
-_WORDS = 0.75  # of a token, roughly
+from drama_dist.corpus.split import about_tokens
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Writer(ABC):
     name: str
 
     @abstractmethod
-    def check(self) -> None:
+    def check(self, sampling: Sampling) -> None:
         """Check everything but the values of the weights; raises ValueError or OSError where it cannot write."""
 
     @abstractmethod
@@ -45,5 +43,4 @@ class Writer(ABC):
 
     def cut(self, text: str, tokens: int) -> str:
         """About the first `tokens` tokens of a text."""
-        spans = word_spans(text)[: max(1, round(_WORDS * tokens))]
-        return text[: spans[-1][1]] if spans else text
+        return about_tokens(text, tokens)
