@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator
 
 from drama_dist.labels import checked_endpoint, without_url
 
 T = TypeVar("T")
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every section
 COST_ONLY = object()  # marks fields, see `recorded`
 
 

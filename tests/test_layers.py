@@ -8,7 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"records", "settings", "settings_file", "setting_types", "labels", "run", "distributed", "kernels"},
+    {
+        "records",
+        "settings",
+        "settings_file",
+        "setting_types",
+        "learning_settings",
+        "labels",
+        "run",
+        "distributed",
+        "kernels",
+    },
     {"corpus", "encoder"},
     {"search"},
     {"augment", "prune", "train", "evaluate"},

