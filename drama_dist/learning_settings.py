@@ -107,6 +107,9 @@ class AugmentSettings:
     bad_answer_limit: CostOnly[Fraction] = 0.5  # of the writer's answers, without a usable query before the stage fails
     generation_batch: Count = 32
     prompt_passage_tokens: Size = 128
+    # Triplets: the writer makes up tasks, and so many queries with a text that answers each and one that does not.
+    triplets: CountOrZero = 0
+    triplet_tokens: Size = 384  # of an answer with one
     # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order.
     rerank: CountOrZero = 0
     rerank_depth: Annotated[int, Field(ge=2, le=1000)] = 20  # passages of a query
@@ -119,8 +122,11 @@ class AugmentSettings:
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
-        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries):
-            no = "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null"
+        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries or self.triplets):
+            no = (
+                "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null, "
+                "augment.triplets=0"
+            )
             raise SettingsError(f"{no}: nothing to train on")
         if self.judgements and not self.queries:
             raise SettingsError(

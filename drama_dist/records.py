@@ -92,8 +92,8 @@ class Hit:
 class Example:
     """One training example: a query and the ids of its positives and hard negatives.
 
-    source: crop, synthetic, labelled, logged or rerank. provenance: the passage, model, prompt version and seed that it
-    was made from, or the query's id.
+    source: crop, synthetic, labelled, logged, triplet or rerank. provenance: the passage or task, model, prompt version
+    and seed that it was made from, or the query's id.
     """
 
     query: str

@@ -15,12 +15,13 @@ from typing import Any
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries
 from drama_dist.augment.sources.queries import write_queries
+from drama_dist.augment.sources.triplets import write_triplets
 from drama_dist.augment.stage import check
 from drama_dist.augment.writers.choice import writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.corpus.read import SetAside
-from drama_dist.run.graph import CORPUS, TRAINING_TEXTS
+from drama_dist.corpus.windows import windows
 from drama_dist.run.runner import make
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.settings import Settings
@@ -36,31 +37,45 @@ def preview(settings: Settings, count: int) -> list[str]:
     """
     check(settings)
     augment = settings.augment
-    table = open_collection(make(settings, "corpus", collection=TRAINING_TEXTS)).passages
+    table = open_collection(make(settings, "corpus")).passages  # not RUN/windows, which may wait for an LLM
     chance = random.Random(f"{settings.seed} preview")
     positions = sorted(chance.sample(range(len(table)), min(count, len(table))))
-    some = PassageTable.in_memory(table[position] for position in positions)
+    drawn = PassageTable.in_memory(table[position] for position in positions)
+    some = PassageTable.in_memory(windows(drawn, settings.corpus.window_words, settings.corpus.window_step))
     crops_wanted, synthetic_wanted, log_wanted = augment.crops_of(1), augment.synthetic_queries, augment.queries
-    each = max(1, count // sum(map(bool, (crops_wanted, synthetic_wanted, log_wanted))))
+    each = max(1, count // sum(map(bool, (crops_wanted, synthetic_wanted, log_wanted, augment.triplets))))
     few = replace(
-        augment, crops=each, crops_per_passage=0, synthetic_queries=min(each, synthetic_wanted), bad_answer_limit=1.0
+        augment,
+        crops=each,
+        crops_per_passage=0,
+        synthetic_queries=min(each, synthetic_wanted),
+        triplets=min(each, augment.triplets),
+        bad_answer_limit=1.0,
     )
     written: list[WrittenQuery] = []
     aside: list[dict[str, Any]] = []
     if crops_wanted:
         words = augment.draws_keywords
-        lexical = LexicalIndex(make(settings, "encode", collection=TRAINING_TEXTS, system="bm25")) if words else None
+        lexical = LexicalIndex(make(settings, "encode", system="bm25")) if words else None
         written += crops(some, lexical, few, settings.seed)[0]
     if synthetic_wanted:
         with TemporaryDirectory() as folder:
             synthetic, aside = write_queries(Path(folder), some, writer_of(settings), few, settings.seed)
         written += synthetic
     if log_wanted:
-        passages, unfit = open_collection(make(settings, "corpus", collection=CORPUS)).passages, SetAside()
-        asked = labelled_queries(augment, settings.corpus, passages, table, unfit)
+        unfit = SetAside()
+        asked = labelled_queries(augment, settings.corpus, table, table, unfit)
         written += chance.sample(asked, min(each, len(asked)))
         aside += list(unfit.as_rows())[:each]
-    lines = [line for query in written for line in _lines(query, table)]
+    lines = [line for query in written for line in _lines(query, table if query.judged else some)]
+    if augment.triplets:
+        with TemporaryDirectory() as folder:
+            language = settings.corpus.language
+            made_up, unusable = write_triplets(Path(folder), writer_of(settings), few, language, settings.seed)
+        for row in made_up:
+            texts = (("answer", row["positive"]), ("distractor", row["negative"]))
+            lines += [f"triplet: {row['query']}", *(f"    {name}: {text[:_SHOWN]}" for name, text in texts)]
+        aside += unusable
     return lines + [f"set aside: {row['reason']}: {str(row['value'])[:_SHOWN]!r}" for row in aside]
 
 

@@ -49,8 +49,9 @@ def example(
     """The training example of a written query, given its ranking.
 
     Positives are judged passages, all of them, those that rank first before others; without any, the first ranks, less
-    what was judged irrelevant. Negatives are drawn by the seed from the ranks `negatives_from_rank` to
-    `negatives_to_rank`; positives and the passage that the query was written from are never among them.
+    what was judged irrelevant. That is the first of the negatives; others are drawn by the seed from the ranks
+    `negatives_from_rank` to `negatives_to_rank`; positives and the passage that the query was written from are never
+    among them.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
     if written.judged:
@@ -59,9 +60,10 @@ def example(
     else:
         positives = ([id for id in ids if id not in written.irrelevant] or ids)[: settings.positives]
     far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
-    pool = [id for id in far if id != written.passage_id and id not in positives]
+    pool = [id for id in far if id != written.passage_id and id not in positives and id not in written.irrelevant]
     rng = random.Random(f"{seed} negatives {written.query}")
-    negatives = rng.sample(pool, min(settings.negatives, len(pool)))
+    known = list(written.irrelevant[: settings.negatives])
+    negatives = known + rng.sample(pool, min(settings.negatives - len(known), len(pool)))
     return Example(
         written.query, tuple(positives), tuple(negatives), written.source, written.language, written.provenance
     )

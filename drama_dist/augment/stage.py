@@ -21,6 +21,7 @@ from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries, read_log
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.sources.rerank import rerank
+from drama_dist.augment.triplet_stage import triplet_queries
 from drama_dist.augment.writers.choice import sampling_of, writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
@@ -32,7 +33,7 @@ from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import BadRecord, Example, Query, write_records
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import CHECKPOINTS, StageFolder, fingerprint
-from drama_dist.run.graph import CORPUS, TRAINING_TEXTS, collections_to_leave_out
+from drama_dist.run.graph import CORPUS, TRAINING_TEXTS, TRIPLETS, collections_to_leave_out
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
@@ -128,6 +129,8 @@ def _write(
         written += synthetic
         aside += unusable
     written += asked
+    if settings.augment.triplets:
+        written += triplet_queries(run.path(TRIPLETS))
     tests = {_folded(query.text) for query in test_queries}
     for query in written:
         if _folded(query.query) in tests:
@@ -189,7 +192,8 @@ def _rerank(
     def rank(numbers: Sequence[int], depth: int) -> np.ndarray:
         return ranker.rank([examples[number].query for number in numbers], vectors.rows(numbers), depth)
 
-    unjudged = [number for number, example in enumerate(examples) if example.source != "labelled"]
+    judged = ("labelled", "triplet")
+    unjudged = [number for number, example in enumerate(examples) if example.source not in judged]
     count = min(settings.augment.rerank, len(unjudged))
     numbers = sorted(random.Random(f"{settings.seed} rerank").sample(unjudged, count))
     parts, llm = folder.folder / CHECKPOINTS / "reranked", writer_of(settings)

@@ -10,7 +10,8 @@ from typing import Any
 class WrittenQuery:
     """A query and the passage that it was written from, "" for none.
 
-    source: crop, synthetic, labelled or logged. judged, irrelevant: ids of passages that people found relevant, or not.
+    source: crop, synthetic, labelled, logged or triplet. judged, irrelevant: ids of passages that are known to answer
+    it, or not to.
     """
 
     query: str

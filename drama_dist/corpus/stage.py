@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
 from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
-from drama_dist.run.graph import CORPUS
+from drama_dist.run.graph import CORPUS, TRIPLETS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
@@ -126,10 +126,21 @@ def build_windows(run: Run, folder: StageFolder, collection: str) -> None:
         if general is not None:
             others = windows(general, corpus.window_words, corpus.window_step)
             texts = with_general(texts, others, corpus.general_share)
+        if run.settings.augment.triplets:
+            texts = _with_triplets(texts, PassageTable.open(run.path(TRIPLETS) / "passages"))
         write_collection(folder.folder, texts, [], {})
         facts = {"passages": len(PassageTable.open(folder.folder / "passages"))}
         say(f"{folder.name}: {facts['passages']} texts to train on, of {len(whole)} passages")
     folder.finish(**facts)
+
+
+def _with_triplets(texts: Iterable[Passage], triplets: PassageTable) -> Iterator[Passage]:
+    """Behind the others, and as they are: examples name them by their ids."""
+    for passage in texts:
+        if triplets.find(passage.id) is not None:
+            raise ValueError(f"corpus.path: a passage has the id {passage.id!r}, as one of a triplet has; rename it")
+        yield passage
+    yield from (triplets[position] for position in range(len(triplets)))
 
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:

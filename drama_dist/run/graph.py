@@ -21,6 +21,7 @@ from drama_dist.setting_types import recorded
 from drama_dist.settings import EXACT, Settings, SettingsError
 
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
+TRIPLETS = "triplets"
 # system -> the stage that makes its encoder
 TRAINING = {"drama": "train", "ridge": "ridge", "random-init": "train-random-init"}
 
@@ -120,8 +121,12 @@ def _of_evaluation(settings: Settings, collection: str) -> list[str]:
 def _of_augmentation(settings: Settings) -> list[str]:
     words_count = settings.teacher.fuse_bm25 or settings.augment.draws_keywords
     systems = ["teacher", *(["bm25"] if words_count else [])]
-    collections = [CORPUS, TRAINING_TEXTS, *collections_to_leave_out(settings)]
+    collections = [CORPUS, TRAINING_TEXTS, *collections_to_leave_out(settings), *_triplets(settings)]
     return [*collections, *(f"encode/{TRAINING_TEXTS}/{system}" for system in systems)]
+
+
+def _triplets(settings: Settings, **_: str) -> list[str]:
+    return [TRIPLETS] if settings.augment.triplets else []
 
 
 def collections_to_leave_out(settings: Settings) -> list[str]:
@@ -147,12 +152,22 @@ STAGES = (
         processes="one",
     ),
     Stage(
+        name=TRIPLETS,
+        verb="triplets",
+        help="let an LLM make up tasks, queries and texts",
+        work="drama_dist.augment.triplet_stage:triplets",
+        sections="drama_dist.augment.triplet_stage:sections",
+        inputs="drama_dist.augment.triplet_stage:inputs",
+        check="drama_dist.augment.triplet_stage:check",
+        processes="node",
+    ),
+    Stage(
         name=TRAINING_TEXTS,
         verb="corpus",
         help="cut the corpus into the windows that are trained on",
         work="drama_dist.corpus.stage:build_windows",
         sections=("corpus.window_words", "corpus.window_step", "corpus.general_share"),
-        needs=lambda settings, **_: [CORPUS],
+        needs=lambda settings, **_: [CORPUS, *_triplets(settings)],
         processes="one",
         constants={"collection": TRAINING_TEXTS},
     ),

@@ -171,7 +171,7 @@ def test_judgements_need_queries(small_settings: Small) -> None:
 def test_a_preview_shows_every_source_and_leaves_no_examples(
     small_settings: Small, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = [*files, "augment.synthetic_queries=4", "augment.bad_answer_limit=1"]
+    overrides = [*files, "augment.synthetic_queries=4", "corpus.window_words=10", "corpus.window_step=8"]
     settings = small_settings(*overrides)
     path = Path(settings.run).parent / "small.yaml"
     corpus = f"corpus.path={settings.corpus.path}"

@@ -74,13 +74,18 @@ def read_query(answer: str, passage: str) -> str:
         raise UnusableAnswer("the query has no words")
     if len(query) > _MAX_CHARACTERS:
         raise UnusableAnswer(f"the query has more than {_MAX_CHARACTERS} characters")
-    if _REFUSAL.search(query):
+    if is_refusal(query):
         raise UnusableAnswer("the answer is a refusal")
     if query.casefold() in {example.casefold() for _, _, example in _WORKED_EXAMPLES}:
         raise UnusableAnswer("repeats a worked example of the prompt")
     if query.casefold() == " ".join(passage.split()).casefold():
         raise UnusableAnswer("repeats the whole passage")
     return query
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an LLM says that it will not."""
+    return bool(_REFUSAL.search(answer))
 
 
 def unfinished_answer(answer: str) -> Message | None:

@@ -17,6 +17,6 @@ def writer_of(settings: Settings) -> Writer:
     return LocalWriter(name, settings.trust_remote_code)
 
 
-def sampling_of(augment: AugmentSettings, seed: int) -> Sampling:
-    """How queries are written."""
-    return Sampling(augment.temperature, augment.top_p, augment.max_new_tokens, seed)
+def sampling_of(augment: AugmentSettings, seed: int, max_new_tokens: int | None = None) -> Sampling:
+    """How texts are written. max_new_tokens: where it is not augment.max_new_tokens, which queries take."""
+    return Sampling(augment.temperature, augment.top_p, max_new_tokens or augment.max_new_tokens, seed)

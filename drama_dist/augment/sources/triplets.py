@@ -1,0 +1,97 @@
+"""Triplets: an LLM makes up tasks, and for each a query, a text that answers it and one that does not.
+
+No corpus is needed. Covers asking for both in parts that are stored as they come; prompts are in triplet_prompts.py,
+the stage that keeps the texts in ../triplet_stage.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drama_dist.augment.parts import in_parts
+from drama_dist.augment.sources.prompts import UnusableAnswer
+from drama_dist.augment.sources.triplet_prompts import (
+    PROMPT_VERSION,
+    read_tasks,
+    read_triplet,
+    task_messages,
+    triplet_messages,
+)
+from drama_dist.augment.writers.choice import sampling_of
+from drama_dist.augment.writers.writer import Writer
+from drama_dist.learning_settings import AugmentSettings
+from drama_dist.run.folder import DISCARD
+
+_TASKS = 10  # that an answer is asked for
+_TRIPLETS = 10  # of a task, about
+
+
+def write_triplets(
+    folder: Path, llm: Writer, augment: AugmentSettings, language: str, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows {query, positive, negative, task, answer} in order, and a row {reason, value} for each unusable answer.
+
+    Asks `augment.triplets` times. Raises ValueError where no task is usable, or more than the fraction
+    `bad_answer_limit` of the answers to either question is not.
+    """
+    limit = augment.triplet_tokens
+
+    def ask_for_tasks(index: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        conversations = [task_messages(n, _TASKS, random.Random(f"{seed} tasks {n}")) for n in numbers]
+        return [_tasks_row(answer) for answer in llm.answer(conversations, sampling_of(augment, seed + index, limit))]
+
+    asked = range(-(-augment.triplets // (_TASKS * _TRIPLETS)))
+    rows = in_parts(folder / "tasks", asked, augment.generation_batch, "tasks", ask_for_tasks)
+    _refuse_beyond(augment.bad_answer_limit, [row for row in rows if "reason" in row], len(asked), llm.name)
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks", ())))
+    if not tasks:
+        raise ValueError(f"{llm.name}: none of {len(asked)} answers has a usable task; use a stronger LLM")
+
+    def ask(index: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        of_numbers = [tasks[number % len(tasks)] for number in numbers]
+        conversations = [
+            triplet_messages(task, language, random.Random(f"{seed} triplet {number}"))
+            for number, task in zip(numbers, of_numbers, strict=True)
+        ]
+        answers = llm.answer(conversations, sampling_of(augment, seed + index, limit))
+        return [_row(task, answer) for task, answer in zip(of_numbers, answers, strict=True)]
+
+    wanted = range(augment.triplets)
+    written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask)
+    aside = [row for row in written if "reason" in row]
+    _refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name)
+    return [row for row in written if "reason" not in row], aside
+
+
+def provenance(row: dict[str, Any], model: str, seed: int) -> dict[str, Any]:
+    """What an example says of where it comes from."""
+    return {"task": row["task"], "model": model, "prompt": PROMPT_VERSION, "seed": seed, "answer": row["answer"]}
+
+
+def _tasks_row(answer: str) -> dict[str, Any]:
+    try:
+        return {"tasks": read_tasks(answer)}
+    except UnusableAnswer as reason:
+        return {"reason": str(reason), "value": answer}
+
+
+def _row(task: str, answer: str) -> dict[str, Any]:
+    try:
+        triplet = read_triplet(answer)
+    except UnusableAnswer as reason:
+        return {"task": task, "reason": str(reason), "value": answer}
+    return {"task": task, "answer": answer, **vars(triplet)}
+
+
+def _refuse_beyond(limit: float, aside: list[dict[str, Any]], count: int, model: str) -> None:
+    if len(aside) > limit * count:
+        first = "\n".join(f"  {row['reason']}: {row['value'][:120]!r}" for row in aside[:3])
+        raise ValueError(
+            f"{len(aside)} of {count} answers of {model} are unusable, more than augment.bad_answer_limit={limit} "
+            f"allows; the first:\n{first}\n"
+            "Raise the limit; or use a stronger LLM, raise augment.triplet_tokens or set augment.triplets=0, "
+            f"and add {DISCARD} to give up the answers that are stored."
+        )
