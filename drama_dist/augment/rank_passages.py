@@ -48,22 +48,28 @@ def example(
 ) -> Example:
     """The training example of a written query, given its ranking.
 
-    Positives are judged passages, all of them, those that rank first before others; without any, the first ranks, less
-    what was judged irrelevant. That is the first of the negatives; others are drawn by the seed from the ranks
-    `negatives_from_rank` to `negatives_to_rank`; positives and the passage that the query was written from are never
-    among them.
+    Positives are the first ranks, or the first of the judged passages; the other judged ones are relevant. Negatives
+    are first those that are known to be irrelevant; others are drawn by the seed from the ranks `negatives_from_rank`
+    to `negatives_to_rank`. Neither a relevant passage nor the one that the query was written from is among them. Where
+    all that is ranked is known to be irrelevant, the first ranks are positives after all.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
-    if written.judged:
-        ranked = dict.fromkeys(id for id in ids if id in set(written.judged))
-        positives = list(ranked | dict.fromkeys(written.judged))
-    else:
-        positives = ([id for id in ids if id not in written.irrelevant] or ids)[: settings.positives]
+    judged, irrelevant = dict.fromkeys(written.judged), set(written.irrelevant)
+    found = list(dict.fromkeys(id for id in ids if id in judged) | judged) if judged else []
+    found = found or [id for id in ids if id not in irrelevant] or ids
+    positives, relevant = found[: settings.positives], found[settings.positives :] if judged else []
     far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
-    pool = [id for id in far if id != written.passage_id and id not in positives and id not in written.irrelevant]
+    barred = {written.passage_id, *positives, *relevant, *irrelevant}
+    pool = [id for id in far if id not in barred]
     rng = random.Random(f"{seed} negatives {written.query}")
     known = list(written.irrelevant[: settings.negatives])
     negatives = known + rng.sample(pool, min(settings.negatives - len(known), len(pool)))
     return Example(
-        written.query, tuple(positives), tuple(negatives), written.source, written.language, written.provenance
+        written.query,
+        tuple(positives),
+        tuple(negatives),
+        written.source,
+        written.language,
+        written.provenance,
+        tuple(relevant),
     )

@@ -16,7 +16,8 @@ from sentencex import segment
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"  # scripts without spaces
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _LETTERS_PER_WORD = 4  # in scripts without spaces
-_WORDS_PER_TOKEN = 0.75
+_TOKENS_PER_WORD, _LETTERS_PER_TOKEN = 1.33, 5
+_UNSPACED_WORD = regex.compile(rf"[{UNSPACED}]")
 _CAPITAL_WORDS = 4  # fewer could be an abbreviation or a name
 _WORDS = regex.compile(rf"(?:(?=[{UNSPACED}])\X){{1,{_LETTERS_PER_WORD}}}|[^\s{UNSPACED}]+")
 
@@ -54,9 +55,14 @@ def crop(sentence: str, most: int, rng: random.Random) -> str:
 
 def about_tokens(text: str, tokens: int) -> str:
     """About the first `tokens` tokens of a text, for a tokenizer that is not known."""
-    spans = word_spans(text)
-    words = max(1, round(_WORDS_PER_TOKEN * tokens))
-    return text if len(spans) <= words else text[: spans[words - 1][1]]
+    room, end = float(tokens), 0
+    for begin, after in word_spans(text):
+        letters = after - begin
+        cost = letters if _UNSPACED_WORD.match(text, begin) else max(_TOKENS_PER_WORD, letters / _LETTERS_PER_TOKEN)
+        if cost > room:
+            return text[: end or int(begin + max(1, room))]
+        room, end = room - cost, after
+    return text
 
 
 def lower_if_capitals(text: str) -> str:

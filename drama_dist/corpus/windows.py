@@ -5,7 +5,6 @@ Covers where windows begin and end and what their ids are. What counts as a word
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 
@@ -43,13 +42,18 @@ def windows_by_passage(window_ids: Iterable[str], passage_ids: Iterable[str]) ->
     coming = iter(passage_ids)
     expected, current = next(coming, None), None
     for id in window_ids:
-        if expected is not None and (id == expected or re.fullmatch(rf"{re.escape(expected)}#+0", id)):
+        if expected is not None and (id == expected or _is_window(id, expected, 0)):
             found[expected], current, expected = [id], expected, next(coming, None)
-        elif current is not None and re.fullmatch(rf"{re.escape(current)}#+{len(found[current])}", id):
+        elif current is not None and _is_window(id, current, len(found[current])):
             found[current].append(id)
         else:
             current = None
     return found
+
+
+def _is_window(id: str, passage: str, number: int) -> bool:
+    rest = id[len(passage) :]
+    return id.startswith(passage) and rest.startswith("#") and rest.lstrip("#") == str(number)
 
 
 def cut(text: str, words: int, step: int) -> list[str]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from threading import Event
+from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
 from drama_dist.encoder.failures import reason
@@ -26,12 +28,12 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _KEY = "OPENAI_API_KEY"
-_TIMEOUT, _CONNECT_TIMEOUT = 300, 10  # seconds for an answer, which a server that loads its model first needs
+_TIMEOUT, _CONNECT_TIMEOUT = 120, 10  # seconds for an answer, some of which a server may take to load its model
 # The client waits .5 s before it tries again, twice as long each time up to 8 s, or as long as the server asks for: a
 # server that starts again has a minute and a half.
 _RETRIES = 14
 _GARBLED = 3  # answers to a request that are not what was asked for
-_KEPT = "run again, what is finished is kept"
+_KEPT = "run again later: what is finished is kept"
 
 
 class GarbledAnswer(ValueError):
@@ -46,7 +48,7 @@ class Endpoint:
         self._url, _, self.model = name.partition("#")
 
     def check(self, call: Callable[[OpenAI], Answer], read: Callable[[Answer], Value]) -> None:
-        """As `ask`, for a first request: what is not there is told soon."""
+        """As `ask`, for a first request, with a single further try."""
         self._ask(self._client.with_options(max_retries=1), call, read)
 
     def ask(self, call: Callable[[OpenAI], Answer], read: Callable[[Answer], Value]) -> Value:
@@ -64,16 +66,18 @@ class Endpoint:
         for _ in range(_GARBLED):
             try:
                 return read(call(client))
-            except APITimeoutError as error:
-                raise ConnectionError(f"{self.name}: no answer within {_TIMEOUT} s; {_KEPT}") from error
             except APIConnectionError as error:
                 cause = reason(error.__cause__ or error)
+                if isinstance(error, APITimeoutError) and not isinstance(error.__cause__, _connect_timeout()):
+                    tries = client.max_retries + 1
+                    raise ConnectionError(f"{self.name}: {tries} times no answer in {_TIMEOUT} s; {_KEPT}") from error
                 raise ConnectionError(
-                    f"{self.name}: no answer ({cause}); start the server or correct the URL, then {_KEPT}"
+                    f"{self.name}: no answer ({cause}); start the server or correct the URL, and run again: what is "
+                    "finished is kept"
                 ) from error
             except APIStatusError as error:
                 if error.status_code == 429 or error.status_code >= 500:
-                    raise ConnectionError(f"{self.name}: {reason(error)}; later, {_KEPT}") from error
+                    raise ConnectionError(f"{self.name}: {reason(error)}; {_KEPT}") from error
                 hint = f"; set {_KEY} or {self._key_name} in the environment" if error.status_code in (401, 403) else ""
                 raise ValueError(f"{self.name}: {reason(error)}{hint}") from error
             except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError, GarbledAnswer) as error:
@@ -100,7 +104,7 @@ class Endpoint:
         for name in (self._key_name, _KEY):
             if key := os.environ.get(name, "").strip():
                 if not key.isascii() or not key.isprintable():
-                    raise ValueError(f"{self.name}: {name} in the environment is no key: it has other signs than ASCII")
+                    raise ValueError(f"{self.name}: {name} in the environment is not a key: keys are printable ASCII")
                 return key
         return "none"  # servers of one's own want no key, the client does
 
@@ -112,13 +116,33 @@ def in_flight(
 
     done: told each result when it is there, in any order.
     """
+    failed = Event()
+
+    def unless_failed(item: Item) -> Value | None:
+        if failed.is_set():
+            return None  # which nobody reads
+        try:
+            return work(item)
+        except BaseException:
+            failed.set()
+            raise
+
     pool = ThreadPoolExecutor(requests)  # not as a context, which would wait for requests that are on their way
     try:
-        futures = [pool.submit(work, item) for item in items]
+        futures = [pool.submit(unless_failed, item) for item in items]
         for future in as_completed(futures):
             value = future.result()
-            if done is not None:
-                done(value)
-        return [future.result() for future in futures]
+            if done is not None and not failed.is_set():
+                done(cast(Value, value))
+        return [cast(Value, future.result()) for future in futures]
     finally:
+        failed.set()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _connect_timeout() -> tuple[type[BaseException], ...]:
+    """Of the HTTP library that openai uses, whichever that is."""
+    import openai
+
+    module = sys.modules[openai.Timeout.__module__.partition(".")[0]]
+    return (module.ConnectTimeout,) if hasattr(module, "ConnectTimeout") else ()

@@ -85,10 +85,8 @@ def _of_targets(settings: Settings) -> list[str]:
 
 def _of_encoding(settings: Settings, collection: str, system: str) -> list[str]:
     if system == "asymmetric":
-        systems = ["teacher", *(["bm25"] if settings.targets.uses_bm25 else [])]
-        own = [f"encode/{collection}/{system}" for system in systems]
-        of_words = [f"encode/{TRAINING_TEXTS}/bm25"] if settings.targets.uses_bm25 else []
-        return list(dict.fromkeys([stored_collection(collection), TRAINING["drama"], "targets", *own, *of_words]))
+        words = [f"encode/{TRAINING_TEXTS}/bm25"] if settings.targets.uses_bm25 else []
+        return [stored_collection(collection), "targets", f"encode/{collection}/teacher", *words]
     return [stored_collection(collection), *([TRAINING[system]] if system in TRAINING else [])]
 
 
@@ -108,14 +106,20 @@ def _trained(settings: Settings) -> list[str]:
 
 
 def _of_index(settings: Settings, collection: str, system: str) -> list[str]:
-    return [stored_collection(collection), f"encode/{collection}/{system}"]
+    return [stored_collection(collection), f"encode/{collection}/{system}", *_of_asymmetric_queries([system])]
 
 
 def _of_evaluation(settings: Settings, collection: str) -> list[str]:
     return [
         stored_collection(collection),
         *(f"encode/{collection}/{label}" for label in settings.evaluate.encoded_labels),
+        *_of_asymmetric_queries(settings.evaluate.encoded_labels),
     ]
+
+
+def _of_asymmetric_queries(systems: Iterable[str]) -> list[str]:
+    """The encoder of queries, which the vectors of passages do not depend on."""
+    return [TRAINING["drama"]] if "asymmetric" in systems else []
 
 
 def _of_augmentation(settings: Settings) -> list[str]:
@@ -385,8 +389,9 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
         raise SettingsError(f"--system {system}: a mix has no encoding; name {' or '.join(parts)}")
     system = _label(system, {**{name: name for name in SYSTEMS}, **encoded}, "evaluate.systems")
     if verb == "run":
-        searched = [*_encoding(settings, CORPUS, "drama"), *_encoding(settings, CORPUS, "bm25")]
-        served = [*searched, "export"] if "drama" in encoded else []
+        dense = [name for name in ("drama", "asymmetric") if name in encoded]
+        searched = [artefact for name in (*dense, "bm25") for artefact in _encoding(settings, CORPUS, name)]
+        served = [*searched, "export"] if dense else []
         return [*_trained(settings), *evaluations(settings), *served, "report"]
     if verb == "evaluate":
         return evaluations(settings)
@@ -406,7 +411,8 @@ def _label(name: str, labels: dict[str, str], setting: str) -> str:
 
 def _encoding(settings: Settings, collection: str, system: str) -> list[str]:
     """A system's encoding of a collection, and the index that `drama search` uses."""
-    indexed = settings.encode.index != EXACT and (collection, system) == (CORPUS, "drama")
+    searched = collection == CORPUS and system in ("drama", "asymmetric")
+    indexed = settings.encode.index != EXACT and searched
     return [f"encode/{collection}/{system}", *([f"index/{collection}/{system}"] if indexed else [])]
 
 

@@ -64,11 +64,15 @@ def _rows(answer: object, count: int) -> np.ndarray:
     if not isinstance(data, list) or len(data) != count:
         raise GarbledAnswer(f"expected {count} vectors, found {str(answer)[:100]!r}")
     try:
-        by_index = {item.index: item.embedding for item in data}
-        in_order = range(count) if by_index.keys() == set(range(count)) else None
-        # Some servers number nothing, and answer in order.
-        embeddings = [item.embedding for item in data] if in_order is None else [by_index[index] for index in in_order]
+        indices = [item.index for item in data]
+        numbered = sorted(indices) == list(range(count)) if None not in indices else False
+        if not numbered and len(set(indices)) > 1:
+            raise GarbledAnswer(f"expected vectors 0 to {count - 1}, found {str(indices)[:60]}")
+        # Some servers number nothing, or all alike, and answer in order.
+        embeddings = [item.embedding for item in (sorted(data, key=lambda item: item.index) if numbered else data)]
         rows_nK = np.array(embeddings, dtype=np.float32)
+    except GarbledAnswer:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
         raise GarbledAnswer(f"expected rows of numbers: {error}") from error
     if rows_nK.ndim != 2 or not np.isfinite(rows_nK).all() or not rows_nK.any(1).all():

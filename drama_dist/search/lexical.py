@@ -53,7 +53,8 @@ def build_lexical_index(texts: Iterable[str], language: str, folder: Path) -> Le
     bm25.save(folder, show_progress=False)
     for path in folder.glob("*.index.*"):
         sync(path)
-    write_text(folder / _RECORD, json.dumps({"language": language, "passages": len(tokens)}) + "\n")
+    record = {"language": language, "passages": len(tokens), "tokens": tokens.total}
+    write_text(folder / _RECORD, json.dumps(record) + "\n")
     return LexicalIndex(folder)
 
 
@@ -72,8 +73,9 @@ class LexicalIndex:
         try:
             record = json.loads((folder / _RECORD).read_text("utf-8"))
             self._analyzer, self._count = Analyzer(record["language"]), int(record["passages"])
+            self._mean_length = int(record["tokens"]) / self._count
             self._bm25 = bm25s.BM25.load(folder, mmap=True)
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(
                 f"{folder}: a damaged BM25 index ({type(error).__name__}); delete it and encode again"
             ) from error
@@ -108,11 +110,7 @@ class LexicalIndex:
 
     def counts(self, texts: Sequence[str]) -> csr_matrix:
         """How often each text has each word of the index, (n, V) float32; a score is counts times `weights`."""
-        tokens = [self._bm25.get_tokens_ids(self._analyzer.tokenize(text)) for text in texts]
-        columns = np.concatenate([np.empty(0, np.int64), *tokens]).astype(np.int64)
-        rows = np.repeat(np.arange(len(texts)), [len(ids) for ids in tokens])
-        shape = len(texts), len(self._bm25.vocab_dict)
-        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+        return self._counts([self._analyzer.tokenize(text) for text in texts])
 
     def weights(self) -> csr_matrix:
         """The weight of every word in every passage, (N, V) float32; in memory, as large as the index."""
@@ -122,13 +120,20 @@ class LexicalIndex:
         parts = (self._bm25.scores[name] for name in ("data", "indices", "indptr"))
         return csc_matrix(tuple(parts), shape=(self._count, len(self._bm25.vocab_dict)))
 
-    def weights_in(self, other: LexicalIndex) -> csr_matrix:
-        """The weights of this index's passages in the columns of another's words, which are all that is kept."""
-        own, theirs = self._bm25.vocab_dict, other._bm25.vocab_dict
-        shared = [(id, theirs[word]) for word, id in own.items() if word in theirs]
-        rows, columns = np.array(shared, dtype=np.int64).reshape(-1, 2).T
-        ones = np.ones(len(shared), dtype=np.float32)
-        return csr_matrix(self.weights() @ csr_matrix((ones, (rows, columns)), shape=(len(own), len(theirs))))
+    def weights_of(self, texts: Sequence[str]) -> csr_matrix:
+        """The weights that passages of these texts would have, (n, V) float32, with this index's statistics.
+
+        Lucene's BM25 (Kamphuis et al. 2020): idf · tf / (tf + k1 (1 − b + b · length / mean length)). Words that the
+        index does not have count for the length alone.
+        """
+        tokens = [self._analyzer.tokenize(text) for text in texts]
+        counts_nV, frequencies_V = self._counts(tokens), np.diff(self._bm25.scores["indptr"])
+        idf_V = np.log(1 + (self._count - frequencies_V + 0.5) / (frequencies_V + 0.5))
+        lengths_n = np.array([len(each) for each in tokens])
+        norms_n = self._bm25.k1 * (1 - self._bm25.b + self._bm25.b * lengths_n / self._mean_length)
+        row_of = np.repeat(np.arange(len(texts)), np.diff(counts_nV.indptr))
+        counts_nV.data *= (idf_V[counts_nV.indices] / (counts_nV.data + norms_n[row_of])).astype(np.float32)
+        return counts_nV
 
     def rarest_words(self, text: str, count: int) -> list[str]:
         """The words of a text that the fewest passages have, in small letters, rarest first; ties as in the text.
@@ -139,6 +144,13 @@ class LexicalIndex:
         tokens = self._analyzer.stemmed(words)
         word_of = dict(zip(reversed(tokens), reversed(words), strict=True))
         return [word_of[token] for token in sorted(dict.fromkeys(tokens), key=self._passages_with)[:count]]
+
+    def _counts(self, tokens: Sequence[list[str]]) -> csr_matrix:
+        ids = [self._bm25.get_tokens_ids(each) for each in tokens]
+        columns = np.concatenate([np.empty(0, np.int64), *ids]).astype(np.int64)
+        rows = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
+        shape = len(ids), len(self._bm25.vocab_dict)
+        return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
 
     def _passages_with(self, token: str) -> int:
         id, ends = self._bm25.vocab_dict.get(token), self._bm25.scores["indptr"]
@@ -185,6 +197,10 @@ class _TokenIds:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    @property
+    def total(self) -> int:
+        return len(self._ids)
 
     def __iter__(self) -> Iterator[array[int]]:
         return (self._ids[start:end] for start, end in pairwise(self._ends))

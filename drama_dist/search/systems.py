@@ -30,6 +30,7 @@ from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.labels import OTHER_MODEL, is_endpoint, mixed
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING, TRAINING_TEXTS
+from drama_dist.run.progress import progress_bar
 from drama_dist.search.dense import search_exact
 from drama_dist.search.endpoint_teacher import EndpointTeacher
 from drama_dist.search.fusion import convex_mix
@@ -137,37 +138,40 @@ class TrainedSystem(DenseSystem):
 
 
 class AsymmetricSystem(TrainedSystem):
-    """Queries by what this run trains, passages by its targets: for passages that are encoded once, and by no one in a
-    hurry (LEAF's asymmetric mode: Vujanic and Rueckstiess 2025, arXiv 2509.12539).
+    """Queries by what this run trains, passages by its targets: for passages that are encoded ahead of time (LEAF's
+    asymmetric mode: Vujanic and Rueckstiess 2025, arXiv 2509.12539).
 
-    A passage's target comes from the teacher's vector of it and, with the collection's own statistics, BM25's weights.
+    A passage's target comes from the teacher's vector of it and BM25's weights, with the training texts' statistics.
     """
 
     def check(self, settings: Settings) -> None:
         if not settings.train.regression_weight:
-            raise SettingsError("evaluate.systems: asymmetric needs targets; set train.regression_weight above 0")
+            raise SettingsError("system asymmetric needs targets: set train.regression_weight above 0")
 
     def load(self, settings: Settings) -> Encoder:
-        return SYSTEMS["drama"].load(settings)  # type: ignore[attr-defined, no-any-return]
+        drama = SYSTEMS["drama"]
+        assert isinstance(drama, TrainedSystem)
+        return drama.load(settings)
 
     def encode(
         self, settings: Settings, folder: StageFolder, collection: Collection, stored: StoredVectors | None
     ) -> None:
-        run, label = Path(settings.run), folder.name.split("/")[1]
-        ranks.by_rank_0(lambda: self._write(settings, run, label, folder.folder))
+        ranks.by_rank_0(lambda: self._write(settings, folder, collection))
         shards = EmbeddingShards(folder.folder)
         folder.finish(passages=len(shards), dim=shards.dim)
 
-    def _write(self, settings: Settings, run: Path, label: str, folder: Path) -> None:
-        space = TargetSpace.open(run / "targets")
-        vectors = EmbeddingShards(run / "encode" / label / "teacher")
-        weights_NV = None
-        if settings.targets.uses_bm25:
-            words = LexicalIndex(run / "encode" / TRAINING_TEXTS / "bm25")
-            weights_NV = LexicalIndex(run / "encode" / label / "bm25").weights_in(words)
+    def _write(self, settings: Settings, folder: StageFolder, collection: Collection) -> None:
+        run, label = Path(settings.run), folder.name.split("/")[1]
+        space, vectors = TargetSpace.open(run / "targets"), EmbeddingShards(run / "encode" / label / "teacher")
+        uses_bm25 = settings.targets.uses_bm25
+        words = LexicalIndex(run / "encode" / TRAINING_TEXTS / "bm25") if uses_bm25 else None
+        bar = progress_bar(len(vectors), folder.name, "passages")
         for shard, (first, teacher_nT) in enumerate(vectors.blocks(settings.encode.shard_passages)):
-            some = None if weights_NV is None else weights_NV[first : first + len(teacher_nT)]
-            write_shard(folder, shard, space.targets(teacher_nT, some))
+            texts = collection.passages.contents(range(first, first + len(teacher_nT)))
+            weights_nV = None if words is None else words.weights_of(texts)
+            write_shard(folder.folder, shard, space.targets(teacher_nT, weights_nV))
+            bar.update(len(texts))
+        bar.close()
 
 
 class ClosedFormSystem(TrainedSystem):
@@ -195,7 +199,7 @@ class UnprunedSystem(DenseSystem):
 
 
 class TeacherSystem(DenseSystem):
-    """The retriever that is learnt from and ranks the training data, or several as one."""
+    """The retriever that the encoder learns from and that ranks the training data, or several as one."""
 
     def sections(self, settings: Settings) -> dict[str, Any]:
         of_fusion = ("fuse_bm25", "rrf_k")  # with BM25, when examples are ranked
@@ -264,7 +268,7 @@ SYSTEMS: dict[str, System] = {
         ClosedFormSystem("ridge", "the pruned LLM with token vectors in closed form, not trained", "#7fb5c8"),
         TrainedSystem("random-init", "the same shape and training, from random weights", "#a0a4ab"),
         UnprunedSystem("llm-unpruned", "the unpruned LLM, mean pooled", "#8f6bb3"),
-        TeacherSystem("teacher", "what is learnt from, and ranked the training data", "#d98324"),
+        TeacherSystem("teacher", "the retriever that the encoder learns from", "#d98324"),
         LexicalSystem("bm25", "lexical search", "#4d8b45"),
     )
 }

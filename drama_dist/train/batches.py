@@ -24,7 +24,7 @@ class Batch:
     """B queries, and N different passages by id.
 
     positives: for each query the column in `passages` of the positive that was drawn for it. other_positives: the ids
-    of those that were not; where they stand in the batch, they are no negatives of this query. examples: where each
+    of all other relevant ones; where they stand in the batch, they are no negatives of this query. examples: where each
     query stands among the examples.
     """
 
@@ -157,7 +157,9 @@ def _batch(
         wanted = int(hard_negatives) + (generator.random() < hard_negatives % 1)
         for negative in generator.sample(example.negatives, min(wanted, len(example.negatives))):
             columns.setdefault(negative, len(columns))
-    others = [tuple(id for id in example.positives if id != positive) for example, positive in members]
+    others = [
+        tuple(id for id in (*example.positives, *example.relevant) if id != positive) for example, positive in members
+    ]
     queries = [example.query for example, _ in members]
     return Batch(queries, list(columns), positives, others, [index for index, _ in drawn])
 

@@ -14,7 +14,8 @@ from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Passage
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
-from drama_dist.settings import CROP_KINDS, AugmentSettings
+from drama_dist.setting_types import CROP_KINDS
+from drama_dist.settings import AugmentSettings
 
 WORDS = [f"w{number}" for number in range(400)]
 

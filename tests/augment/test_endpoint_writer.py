@@ -114,7 +114,7 @@ def test_a_host_has_its_key_which_is_not_told(server: FaultyServer, monkeypatch:
     EndpointWriter(server.name, requests=2).check(GREEDY)
     assert server.keys == ["Bearer sk-own"]
     monkeypatch.setenv("DRAMA_KEY_127_0_0_1", "sk-\N{LATIN SMALL LETTER A WITH DIAERESIS}")
-    with pytest.raises(ValueError, match="DRAMA_KEY_127_0_0_1 in the environment is no key") as failure:
+    with pytest.raises(ValueError, match="DRAMA_KEY_127_0_0_1 in the environment is not a key") as failure:
         EndpointWriter(server.name, requests=2).check(GREEDY)
     assert "sk-" not in str(failure.value)
 

@@ -56,14 +56,16 @@ def test_judged_passages_are_positives_and_never_negatives(small_settings: Small
     assert len(examples) == 3
 
 
-def test_all_judged_passages_are_positives_and_what_is_irrelevant_is_none(corpus_file: Path) -> None:
+def test_judged_passages_are_positives_and_what_is_irrelevant_is_negative(corpus_file: Path) -> None:
     table = PassageTable.in_memory(Passage(id, id) for id in IDS)
     ranking, settings = np.arange(40), AugmentSettings(positives=2, negatives=8, negatives_from_rank=5)
     judged = WrittenQuery("q", "", "labelled", judged=(IDS[60], IDS[9], IDS[3]))
     row = example(judged, ranking, table, settings, seed=1)
-    assert row.positives == (IDS[3], IDS[9], IDS[60]) and not set(row.positives) & set(row.negatives)
+    assert row.positives == (IDS[3], IDS[9]) and row.relevant == (IDS[60],)
+    assert not {*row.positives, *row.relevant} & set(row.negatives) and len(row.negatives) == 8
     row = example(WrittenQuery("q", "", "logged", irrelevant=(IDS[0], IDS[2])), ranking, table, settings, seed=1)
-    assert row.positives == (IDS[1], IDS[3])
+    assert row.positives == (IDS[1], IDS[3]) and not row.relevant
+    assert row.negatives[:2] == (IDS[0], IDS[2]) and len(set(row.negatives)) == 8
 
 
 def test_counts_tell_what_people_asked(small_settings: Small, files: list[str]) -> None:
@@ -79,7 +81,8 @@ def test_a_long_passages_windows_are_all_judged(small_settings: Small, files: li
     judged = {id for id in windows for passage in (IDS[40], IDS[41]) if id == passage or id.startswith(f"{passage}#")}
     assert len(judged) > 2
     dough = examples_of(settings)["how does dough rise"]
-    assert set(dough.positives) == judged and not set(dough.negatives) & judged
+    assert len(dough.positives) == 1 and {*dough.positives, *dough.relevant} == judged
+    assert not set(dough.negatives) & judged
 
 
 def test_without_crops_the_queries_are_all_there_is(small_settings: Small, files: list[str]) -> None:

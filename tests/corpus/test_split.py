@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from drama_dist.corpus.split import count_words, crop, random_span, sentences, word_spans
+from drama_dist.corpus.split import about_tokens, count_words, crop, random_span, sentences, word_spans
 
 TEXT = "Dr. Smith computes the inverse. It needs a square matrix! Does it always exist?"
 
@@ -57,3 +57,12 @@ def test_a_long_sentence_is_cropped_to_a_span_of_it() -> None:
         cut = crop(text, 10, random.Random(1))
         assert cut in text and len(cut.split(joint) if joint else cut) == units
     assert crop(TEXT, 40, random.Random(1)) == TEXT
+
+
+def test_about_so_many_tokens_in_any_script() -> None:
+    assert about_tokens("Flour, yeast and salt.", 4) == "Flour, yeast and"
+    assert about_tokens("Flour, yeast.", 400) == "Flour, yeast." and about_tokens("", 4) == ""
+    assert len(about_tokens("発酵させた生地を焼く" * 50, 20)) in range(17, 21)
+    assert len(about_tokens("x" * 5000, 20)) in range(20, 81)
+    mixed = about_tokens("bread 発酵させた生地 " * 50, 40)
+    assert mixed.startswith("bread 発酵") and 20 < len(mixed) < 60

@@ -27,6 +27,19 @@ def fewer(handler: Handler, body: bytes) -> None:
     handler.reply(200, json.dumps({"object": "list", "data": json.loads(body)["data"][1:]}).encode())
 
 
+def misnumbered(handler: Handler, body: bytes) -> None:
+    data = json.loads(body)["data"]
+    handler.reply(
+        200,
+        json.dumps({"object": "list", "data": [row | {"index": 0 if row["index"] else 5} for row in data]}).encode(),
+    )
+
+
+def unnumbered(handler: Handler, body: bytes) -> None:
+    data = json.loads(body)["data"][::-1]
+    handler.reply(200, json.dumps({"object": "list", "data": [row | {"index": 0} for row in data]}).encode())
+
+
 def not_a_number(handler: Handler, body: bytes) -> None:
     data = json.loads(body)
     data["data"][0]["embedding"][3] = float("nan")
@@ -72,6 +85,11 @@ def test_vectors_are_the_models_in_the_order_of_the_texts(server: FaultyServer, 
     assert {request["model"] for request in server.requests} == {"model"}
 
 
+def test_vectors_without_numbers_are_in_order(server: FaultyServer, model: LocalTeacher) -> None:
+    server.faults = [unnumbered, unnumbered]
+    np.testing.assert_allclose(teacher_at(server).encode_passages(TEXTS), model.encode_passages(TEXTS), atol=1e-5)
+
+
 def test_prefixes_come_before_texts_and_no_text_is_empty(server: FaultyServer) -> None:
     teacher = teacher_at(server, query_prefix="query: ", passage_prefix="")
     assert teacher.encode_queries(["x"]).shape == (1, 384)
@@ -95,6 +113,7 @@ def test_long_passages_are_sent_in_windows(server: FaultyServer, model: LocalTea
         [truncated, fewer],
         [dropped, error(502), dropped],
         [not_a_number, another_page],
+        [misnumbered, misnumbered],
     ],
 )
 def test_what_passes_is_tried_again(faults: list[Fault], server: FaultyServer, model: LocalTeacher) -> None:

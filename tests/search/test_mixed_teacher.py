@@ -102,6 +102,7 @@ def test_a_further_teacher_that_cannot_be_used_is_named(small: Path, tmp_path: P
         ("teacher.model=http://localhost:80a/v1#m", "teacher.model=.*: must be URL#MODEL"),
         ("augment.writer=http:///v1#m", "augment.writer=.*: must be URL#MODEL"),
         ("teacher.query_prefix=query: ", "teacher.query_prefix='query: '.*: are for endpoints"),
+        ("teacher.others={http://a/v1#m: 1, http://b/v1#m: 1}", "teacher.others=.*two have the same"),
         ("teacher.others={https://x/v1: 1}", "teacher.others.*: must be URL#MODEL"),
     ],
 )
