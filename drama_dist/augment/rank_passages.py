@@ -51,7 +51,8 @@ def example(
     Positives are the first ranks, or the first of the judged passages; the other judged ones are relevant. Negatives
     are first those that are known to be irrelevant; others are drawn by the seed from the ranks `negatives_from_rank`
     to `negatives_to_rank`. Neither a relevant passage nor the one that the query was written from is among them. Where
-    all that is ranked is known to be irrelevant, the first ranks are positives after all.
+    all that is ranked is known to be irrelevant, the first ranks are positives after all. Its provenance has the rank
+    of the passage that the query was written from, None beyond `negatives_to_rank`.
     """
     ids = [table.ids[position] for position in ranking_D if position >= 0]
     judged, irrelevant = dict.fromkeys(written.judged), set(written.irrelevant)
@@ -61,6 +62,10 @@ def example(
     far = ids[settings.negatives_from_rank - 1 : settings.negatives_to_rank]
     barred = {written.passage_id, *positives, *relevant, *irrelevant}
     pool = [id for id in far if id not in barred]
+    provenance = written.provenance
+    if written.passage_id:
+        rank = ids.index(written.passage_id) + 1 if written.passage_id in ids else None
+        provenance = {**provenance, "rank": rank}
     rng = random.Random(f"{seed} negatives {written.query}")
     known = list(written.irrelevant[: settings.negatives])
     negatives = known + rng.sample(pool, min(settings.negatives - len(known), len(pool)))
@@ -70,6 +75,6 @@ def example(
         tuple(negatives),
         written.source,
         written.language,
-        written.provenance,
+        provenance,
         tuple(relevant),
     )

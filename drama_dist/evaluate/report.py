@@ -19,6 +19,7 @@ from markupsafe import Markup
 from drama_dist.distributed import ranks
 from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
+from drama_dist.evaluate.samples import samples_by_source
 from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
 from drama_dist.run.artefact import PROVENANCE, read_provenance, seconds_of, verify
@@ -31,6 +32,7 @@ from drama_dist.settings import Settings, as_dict, read_settings
 
 _READ = (
     "augment",
+    "windows",
     "train",
     "train-random-init",
     "evaluate",
@@ -90,6 +92,7 @@ def write_report(run: Path, settings: Settings) -> Path:
         figures=[(title, note, Markup(svg)) for title, note, svg in _figures(run, rows, seconds, _colours(settings))],
         cut=cut,
         counts=_json(run / "augment" / "counts.json") or {},
+        sources=samples_by_source(run, settings.seed),
         settings=yaml.safe_dump(as_dict(settings), sort_keys=False),
     )
     write_text(run / "report.html", page)

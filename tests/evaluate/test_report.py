@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from drama_dist.corpus.collection import write_collection
 from drama_dist.evaluate.report import results_table, write_report
+from drama_dist.records import Example, Passage, write_records
 from drama_dist.run.folder import open_stage
 from drama_dist.settings import Settings
 
@@ -76,3 +78,26 @@ def test_the_table_as_text_and_as_markdown() -> None:
     assert results_table(ROWS).splitlines()[2] == "drama    32    0.500       0.900   0.400"
     markdown = results_table(ROWS, markdown=True).splitlines()
     assert markdown[2].split("|")[3:6] == ["     0.500 ", "  **0.900** ", " **0.400** "] and "**0.600**" in markdown[4]
+
+
+def test_the_page_shows_samples_of_each_source(run: Settings) -> None:
+    texts = [Passage("a", "Bread <b>rises</b>. " * 30, "Dough"), Passage("b", "A river floods.")]
+    for name in ("windows", "augment"):
+        stage = open_stage(run.run, name, {}, {})
+        if name == "windows":
+            write_collection(stage.folder, texts, [], {})
+        else:
+            crops = [
+                Example(
+                    f"crop {n}", ("a",), ("b",), "crop", provenance={"kind": "span", "rank": [1, 7, None, 12][n % 4]}
+                )
+                for n in range(8)
+            ]
+            judged = [Example("what <i>floods</i>", ("b",), ("a",), "labelled", provenance={"query": "q1"})]
+            write_records(stage.folder / "examples.jsonl", [*crops, *judged])
+        stage.finish()
+    page = write_report(Path(run.run), run).read_text("utf-8")
+    assert "crop: 8 examples, whose own passage ranks first for 25% and among the first ten for 50%" in page
+    assert "labelled: 1 examples</summary>" in page and "what &lt;i&gt;floods&lt;/i&gt;" in page
+    assert page.count("<dt>crop ") == 5 and "kind span, rank of its passage " in page
+    assert "a: Dough Bread &lt;b&gt;rises&lt;/b&gt;." in page and " ...<br>" in page
