@@ -39,14 +39,19 @@ def main() -> None:
     options = parser.parse_args()
     seeds: dict[str, list[dict[str, PerQuery]]] = {}
     for run in options.runs:
-        seeds.setdefault(Path(read_settings(run / "settings.yaml").corpus.path).name, []).append(values(run))
+        seeds.setdefault(read_settings(run / "settings.yaml").corpus.path, []).append(values(run))
+    for corpus, of_corpus in seeds.items():
+        if len({tuple(sorted(found)) for runs in of_corpus for found in runs.values()}) > 1:
+            raise SystemExit(f"{corpus}: its runs were evaluated with different queries")
+    if len({len(of_corpus) for of_corpus in seeds.values()}) > 1:
+        raise SystemExit("not the same number of runs of each corpus")
     systems = sorted(set.intersection(*(set(found) for of_corpus in seeds.values() for found in of_corpus)))
-    heads = [f"{corpus} ({len(found)} seeds)" for corpus, found in seeds.items()]
+    heads = [f"{Path(corpus).name} ({len(found)} seeds)" for corpus, found in seeds.items()]
     print(f"| system | {' | '.join(heads)} | mean | by seed |")
     print(f"|---|{'--:|' * (len(seeds) + 1)}---|")
     for system in systems:
         means = [[float(np.mean(list(found[system].values()))) for found in of_corpus] for of_corpus in seeds.values()]
-        by_seed = [f"{np.mean(each):.3f}" for each in zip(*means, strict=False)]
+        by_seed = [f"{np.mean(each):.3f}" for each in zip(*means, strict=True)]
         of_corpora = [float(np.mean(each)) for each in means]
         cells = [f"{value:.3f}" for value in [*of_corpora, float(np.mean(of_corpora))]]
         print(f"| {system} | {' | '.join(cells)} | {', '.join(by_seed)} |")

@@ -102,8 +102,9 @@ class AugmentSettings:
     min_crop_words: Count = 4
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
-    # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: relevant
-    # passages are then positives. Test queries are left out, of evaluate.collections too, which then cannot change.
+    # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: the
+    # relevant passages that rank first are then positives, and none is a negative. Test queries are left out, of
+    # evaluate.collections too, which then cannot change.
     queries: Name | None = None
     judgements: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time
@@ -113,10 +114,11 @@ class AugmentSettings:
     generation_batch: Count = 32
     prompt_passage_tokens: Size = 128
     # Triplets: the writer makes up tasks, and so many queries with a text that answers each and one that does not.
+    # These texts are trained on like the corpus's: crops are taken from them, too.
     triplets: CountOrZero = 0
     triplet_tokens: Size = 384  # of an answer with one
     # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order.
-    rerank: CountOrZero = 0
+    rerank: CountOrZero = 0  # crops and synthetic queries alone
     rerank_depth: Annotated[int, Field(ge=2, le=1000)] = 20  # passages of a query
     rerank_window: Annotated[int, Field(ge=2, le=1000)] = 20  # passages that the writer reads at a time
     rerank_tokens: Size = 256  # of each passage
@@ -153,7 +155,7 @@ class AugmentSettings:
 
     @property
     def asks_a_writer(self) -> bool:
-        """Whether an LLM has a part."""
+        """Whether the augment stage needs an LLM."""
         return bool(self.synthetic_queries or self.rerank)
 
     @property

@@ -107,7 +107,8 @@ class Example:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Example:
-        lists = {name: tuple(value.get(name, ())) for name in ("positives", "negatives", "relevant")}
+        lists = {name: tuple(value[name]) for name in ("positives", "negatives")}
+        lists["relevant"] = tuple(value.get("relevant", ()))
         return cls(**{**value, **lists})
 
 

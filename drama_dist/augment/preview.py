@@ -17,6 +17,7 @@ from drama_dist.augment.sources.labelled import labelled_queries
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.sources.triplets import write_triplets
 from drama_dist.augment.stage import check
+from drama_dist.augment.triplet_stage import check as check_triplets
 from drama_dist.augment.writers.choice import writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
@@ -35,8 +36,10 @@ def preview(settings: Settings, count: int) -> list[str]:
     Makes the corpus, and BM25's index where it is needed; nothing else is kept. Raises as the augment stage does, but
     for records and answers that cannot be used, which are shown.
     """
-    check(settings)
     augment = settings.augment
+    check(settings)
+    if augment.triplets:
+        check_triplets(settings)
     table = open_collection(make(settings, "corpus")).passages  # not RUN/windows, which may wait for an LLM
     chance = random.Random(f"{settings.seed} preview")
     positions = sorted(chance.sample(range(len(table)), min(count, len(table))))

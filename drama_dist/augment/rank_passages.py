@@ -67,7 +67,8 @@ def example(
         rank = ids.index(written.passage_id) + 1 if written.passage_id in ids else None
         provenance = {**provenance, "rank": rank}
     rng = random.Random(f"{seed} negatives {written.query}")
-    known = list(written.irrelevant[: settings.negatives])
+    known = [id for id in written.irrelevant if id not in (*positives, *relevant)]
+    known = rng.sample(known, min(settings.negatives, len(known)))
     negatives = known + rng.sample(pool, min(settings.negatives - len(known), len(pool)))
     return Example(
         written.query,

@@ -190,10 +190,11 @@ def _rerank(
     vectors = EmbeddingShards(folder.folder / QUERY_VECTORS)
 
     def rank(numbers: Sequence[int], depth: int) -> np.ndarray:
-        return ranker.rank([examples[number].query for number in numbers], vectors.rows(numbers), depth)
+        # As deep as for the examples: fusion depends on it.
+        deep = max(depth, settings.augment.negatives_to_rank)
+        return ranker.rank([examples[number].query for number in numbers], vectors.rows(numbers), deep)[:, :depth]
 
-    judged = ("labelled", "triplet")
-    unjudged = [number for number, example in enumerate(examples) if example.source not in judged]
+    unjudged = [number for number, example in enumerate(examples) if example.source in ("crop", "synthetic")]
     count = min(settings.augment.rerank, len(unjudged))
     numbers = sorted(random.Random(f"{settings.seed} rerank").sample(unjudged, count))
     parts, llm = folder.folder / CHECKPOINTS / "reranked", writer_of(settings)
@@ -203,7 +204,7 @@ def _rerank(
 
 def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, int]:
     by_source = Counter(f"{example.source} examples" for example in examples)
-    by_kind = Counter(f"{kind} crops" for example in examples if (kind := example.provenance.get("kind")))
+    by_kind = Counter(f"{example.provenance['kind']} crops" for example in examples if example.source == "crop")
     by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
     return {**by_source, **by_kind, **by_reason}
 

@@ -25,7 +25,7 @@ from drama_dist.run.folder import CHECKPOINTS, StageFolder
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
-from drama_dist.settings import Settings
+from drama_dist.settings import Settings, SettingsError
 
 _QUERIES = "queries.jsonl"
 
@@ -43,7 +43,9 @@ def inputs(run: Run) -> dict[str, str]:
 
 
 def check(settings: Settings) -> None:
-    """Raise SettingsError if the LLM cannot be used."""
+    """Raise SettingsError if the LLM cannot be used, or nothing is asked for."""
+    if not settings.augment.triplets:
+        raise SettingsError("augment.triplets=0: set how many an LLM is to make up")
     with named_by("llm" if settings.augment.writer is None else "augment.writer", settings.writer):
         writer_of(settings).check(sampling_of(settings.augment, settings.seed, settings.augment.triplet_tokens))
 

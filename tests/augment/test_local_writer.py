@@ -76,7 +76,7 @@ def test_an_llm_without_a_chat_template_is_refused(llm: Path, tmp_path: Path) ->
     for path in llm.iterdir():
         if path.name != "chat_template.jinja":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"no chat template, .* or augment.synthetic_queries=0"):
+    with pytest.raises(ValueError, match=r"no chat template, .* augment.synthetic_queries, rerank and triplets"):
         LocalWriter(str(tmp_path)).answer([conversation("x")], GREEDY)
 
 

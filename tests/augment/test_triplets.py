@@ -68,6 +68,11 @@ def test_an_answers_parts_are_read() -> None:
     assert read_triplet(GOOD) == Triplet(
         "how does yeast rise", "Yeast rises in warm dough.", "Yeast was drawn by a painter."
     )
+    answer, distractor = "面团在温暖的地方发酵两个小时以后再烤。", "这家面包店在河边已经开了三十年之久。"
+    chinese = f"Query： 如何烤面包\nAnswer：{answer}\nDistractor：{distractor}"
+    assert read_triplet(chinese) == Triplet("如何烤面包", answer, distractor)
+    birds = GOOD.replace("Yeast was drawn by a painter.", "Penguins are not able to fly at all.")
+    assert read_triplet(birds).negative == "Penguins are not able to fly at all."
     many_lines = "- **query**: x y\n\n**Answer** : one two\nthree four\n Distractor: five six\nseven eight."
     assert read_triplet(many_lines) == Triplet("x y", "one two three four", "five six seven eight.")
 
@@ -80,7 +85,7 @@ def test_an_answers_parts_are_read() -> None:
         (GOOD.replace("Yeast rises in warm dough.", ""), "has no answer"),
         (GOOD.replace("Yeast rises in warm dough.", "It does."), "a text has fewer than 4 words"),
         (GOOD.replace("Yeast was drawn by a painter.", "yeast rises in warm dough."), "two parts are the same"),
-        (GOOD.replace("Yeast rises in", "I'm sorry, as an AI"), "the answer is a refusal"),
+        ("I'm sorry, as an AI I write no such texts.", "the answer is a refusal"),
     ],
 )
 def test_what_is_no_triplet_is_said(answer: str, reason: str) -> None:
@@ -107,8 +112,12 @@ def test_prompts_differ_by_number_and_name_the_language() -> None:
 def test_each_task_gives_triplets_and_bad_answers_are_told(tmp_path: Path) -> None:
     writer = Scripted(bad=[2])
     rows, aside = write_triplets(tmp_path, writer, augment(), "en", seed=0)
-    assert len(rows) + len(aside) == 7 and 1 <= len(aside) <= 2 and {row["reason"] for row in aside} == {"has no query"}
-    assert {row["task"] for row in rows} == {"Given a dough 0, find how it rises.", "Given a river 0, find its bridge."}
+    assert (
+        len(rows) + len(aside) == 7
+        and 1 <= len(aside) <= 2
+        and {row["reason"] for row in aside} == {"the answer is a refusal"}
+    )
+    assert len({row["task"] for row in rows}) >= 3 and all(row["task"].startswith("Given a ") for row in rows)
     assert len({row["query"] for row in rows}) == len(rows)
     with pytest.raises(ValueError, match=r"7 of 7 answers of scripted are unusable, more than"):
         write_triplets(tmp_path / "bad", Scripted(bad=range(20)), augment(), "en", seed=0)
@@ -120,7 +129,7 @@ def test_an_interrupted_pass_goes_on(tmp_path: Path) -> None:
     writer = Scripted()
     whole = write_triplets(tmp_path / "b", Scripted(), augment(), "en", seed=0)
     assert write_triplets(tmp_path / "a", writer, augment(), "en", seed=0) == whole
-    assert writer.asked == 3
+    assert writer.asked == 5
 
 
 @pytest.fixture
@@ -178,5 +187,5 @@ def test_a_passage_of_a_triplets_name_is_refused(settings: Settings, tmp_path: P
 
 def test_a_random_llm_is_told_to_be_replaced(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings("augment.triplets=2", "augment.triplet_tokens=8")
-    with pytest.raises(ValueError, match=r"none of 1 answers has a usable task; use a stronger LLM"):
+    with pytest.raises(ValueError, match=r"none of 4 answers has a usable task; use a stronger LLM"):
         make(settings, "triplets")

@@ -97,7 +97,7 @@ def test_the_page_shows_samples_of_each_source(run: Settings) -> None:
             write_records(stage.folder / "examples.jsonl", [*crops, *judged])
         stage.finish()
     page = write_report(Path(run.run), run).read_text("utf-8")
-    assert "crop: 8 examples, whose own passage ranks first for 25% and among the first ten for 50%" in page
-    assert "labelled: 1 examples</summary>" in page and "what &lt;i&gt;floods&lt;/i&gt;" in page
+    assert "crop: 8 examples, whose own passage the teacher ranks first for 25% and among the first ten for 50%" in page
+    assert "labelled: 1 example</summary>" in page and "what &lt;i&gt;floods&lt;/i&gt;" in page
     assert page.count("<dt>crop ") == 5 and "kind span, rank of its passage " in page
     assert "a: Dough Bread &lt;b&gt;rises&lt;/b&gt;." in page and " ...<br>" in page

@@ -39,7 +39,7 @@ def read_order(answer: str, count: int) -> tuple[list[int], Counter[str]]:
     known = [position for position in named if 0 <= position < count]
     order = list(dict.fromkeys(known))
     if 2 * len(order) < count:
-        raise UnusableAnswer(f"names {len(order)} of {count} passages")
+        raise UnusableAnswer("names fewer than half of the passages")
     missing = [position for position in range(count) if position not in set(order)]
     mended = Counter(invented=len(named) - len(known), repeated=len(known) - len(order), missing=len(missing))
     return order + missing, +mended

@@ -91,7 +91,9 @@ class _Order:
     def result(self, example: Example, model: str, augment: AugmentSettings) -> dict[str, Any]:
         if self.problem is not None:
             return {"query": self.query, "reason": self.problem, "value": self.answers[-1]}
-        negatives = min(augment.negatives, len(self.ids) // 2)
+        own = example.provenance.get("passage")  # which the query was written from
+        behind = [id for id in self.ids[1:] if id != own]
+        negatives = min(augment.negatives, len(self.ids) // 2, len(behind))
         provenance = {
             **example.provenance,
             "source": example.source,
@@ -102,17 +104,16 @@ class _Order:
         reranked = replace(
             example,
             positives=tuple(self.ids[:1]),
-            negatives=tuple(self.ids[len(self.ids) - negatives :]),
+            negatives=tuple(behind[len(behind) - negatives :]),
             source="rerank",
             provenance=provenance,
         )
         return {"example": asdict(reranked), "mended": sorted(self.mended)}
 
 
-def _begins(depth: int, window: int) -> range:
-    """Where windows begin, the last first."""
-    step = max(1, window // 2)
-    return range(max(0, depth - window), -1, -step) if depth > window else range(1)
+def _begins(depth: int, window: int) -> list[int]:
+    """Where windows begin, the last first; the last to come begins with the first passage."""
+    return [*range(depth - window, 0, -(window // 2)), 0]
 
 
 def _order_windows(

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from drama_dist.augment.sources.prompts import Message, UnusableAnswer, is_refusal
+from drama_dist.corpus.split import count_words
 
 PROMPT_VERSION = "triplet-1"
 
@@ -27,7 +28,7 @@ _STYLES = ("a question", "some keywords", "a claim to be checked", "a problem th
 _LENGTHS = ("about 30 words", "about 60 words", "about 100 words")
 _FEWEST_WORDS = 4  # of a text
 _NUMBERED = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*(.+)$", re.MULTILINE)
-_PARTS = re.compile(r"^\W*(Query|Answer|Distractor)\W*:", re.MULTILINE | re.IGNORECASE)
+_PARTS = re.compile(r"^\W*(Query|Answer|Distractor)\W*[:：]", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def task_messages(number: int, count: int, chance: random.Random) -> list[Messag
 def read_tasks(answer: str) -> list[str]:
     """The tasks in an answer, each once; raises UnusableAnswer where there is none."""
     lines = (" ".join(line.split()) for line in _NUMBERED.findall(answer))
-    tasks = list(dict.fromkeys(line for line in lines if len(line.split()) >= _FEWEST_WORDS))
-    if not tasks or is_refusal(answer):
+    tasks = list(dict.fromkeys(line for line in lines if count_words(line) >= _FEWEST_WORDS and not is_refusal(line)))
+    if not tasks:
         raise UnusableAnswer("no list of tasks")
     return tasks
 
@@ -87,13 +88,11 @@ def read_triplet(answer: str) -> Triplet:
     parts = {name.lower(): " ".join(text.split()).strip("\"'“”*` ") for name, text in named}
     missing = [name for name in ("query", "answer", "distractor") if not parts.get(name)]
     if missing:
-        raise UnusableAnswer(f"has no {missing[0]}")
+        raise UnusableAnswer("the answer is a refusal" if is_refusal(answer) else f"has no {missing[0]}")
     triplet = Triplet(parts["query"], parts["answer"], parts["distractor"])
-    if min(len(triplet.positive.split()), len(triplet.negative.split())) < _FEWEST_WORDS:
+    if min(count_words(triplet.positive), count_words(triplet.negative)) < _FEWEST_WORDS:
         raise UnusableAnswer(f"a text has fewer than {_FEWEST_WORDS} words")
     texts = {text.casefold() for text in (triplet.query, triplet.positive, triplet.negative)}
     if len(texts) < 3:
         raise UnusableAnswer("two parts are the same")
-    if is_refusal(answer):
-        raise UnusableAnswer("the answer is a refusal")
     return triplet

@@ -25,14 +25,16 @@ from drama_dist.augment.writers.writer import Writer
 from drama_dist.learning_settings import AugmentSettings
 from drama_dist.run.folder import DISCARD
 
-_TASKS = 10  # that an answer is asked for
-_TRIPLETS = 10  # of a task, about
+_TASKS = 10  # asked for at a time
+_TRIPLETS = 10  # for each task, where all answers are usable
+_FEWEST_LISTS = 4  # of tasks, so that one bad answer is not all
 
 
 def write_triplets(
     folder: Path, llm: Writer, augment: AugmentSettings, language: str, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows {query, positive, negative, task, answer} in order, and a row {reason, value} for each unusable answer.
+    """Rows {query, positive, negative, task, answer} in order, and a row {reason, value} for each unusable answer to
+    either question.
 
     Asks `augment.triplets` times. Raises ValueError where no task is usable, or more than the fraction
     `bad_answer_limit` of the answers to either question is not.
@@ -43,9 +45,10 @@ def write_triplets(
         conversations = [task_messages(n, _TASKS, random.Random(f"{seed} tasks {n}")) for n in numbers]
         return [_tasks_row(answer) for answer in llm.answer(conversations, sampling_of(augment, seed + index, limit))]
 
-    asked = range(-(-augment.triplets // (_TASKS * _TRIPLETS)))
+    asked = range(max(_FEWEST_LISTS, -(-augment.triplets // (_TASKS * _TRIPLETS))))
     rows = in_parts(folder / "tasks", asked, augment.generation_batch, "tasks", ask_for_tasks)
-    _refuse_beyond(augment.bad_answer_limit, [row for row in rows if "reason" in row], len(asked), llm.name)
+    no_tasks = [row for row in rows if "reason" in row]
+    _refuse_beyond(augment.bad_answer_limit, no_tasks, len(asked), llm.name)
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks", ())))
     if not tasks:
         raise ValueError(f"{llm.name}: none of {len(asked)} answers has a usable task; use a stronger LLM")
@@ -63,7 +66,7 @@ def write_triplets(
     written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask)
     aside = [row for row in written if "reason" in row]
     _refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name)
-    return [row for row in written if "reason" not in row], aside
+    return [row for row in written if "reason" not in row], no_tasks + aside
 
 
 def provenance(row: dict[str, Any], model: str, seed: int) -> dict[str, Any]:

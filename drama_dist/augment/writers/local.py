@@ -79,7 +79,7 @@ class LocalWriter(Writer):
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"{self.name}: has no chat template, so it cannot write queries; set augment.writer to an "
-                "instruction-tuned LLM, or augment.synthetic_queries=0"
+                "instruction-tuned LLM, or augment.synthetic_queries, rerank and triplets to 0"
             )
         return tokenizer
 
