@@ -11,12 +11,12 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
-from drama_dist.augment.writers.local import LanguageModel
+from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.contract import read_contract, save_tokenizer, wire_tokenizer
 from drama_dist.encoder.texts import TextTokenizer
 from drama_dist.export.stage import write_sentence_transformers
-from drama_dist.settings import AugmentSettings, EncoderSettings
+from drama_dist.settings import EncoderSettings
 from tests.conftest import save_llama, train_tokenizer
 
 CAPITALS, SMALL = ["THE BREAD Rises", "É"], ["the bread rises", "é"]
@@ -109,4 +109,4 @@ def test_models_that_do_not_say_are_left_as_they_are(model: Path, tmp_path: Path
 
 def test_the_llm_that_writes_keeps_its_capitals(model: Path) -> None:
     assert isinstance(load(model, contract=contract(True)), Encoder)
-    assert LanguageModel(str(model), AugmentSettings()).cut("Bread IS Baked", 64) == "Bread IS Baked"
+    assert LocalWriter(str(model)).cut("Bread IS Baked", 64) == "Bread IS Baked"

@@ -71,7 +71,7 @@ def test_two_models_of_one_name_are_two_systems_and_an_unknown_one_is_refused(
     assert labels[2].startswith("export-") and labels[4] == Path.cwd().name
     system = system_called(labels[2], settings)
     assert isinstance(system, OtherModel) and system.models(settings) == ["b/export"]
-    with pytest.raises(SettingsError, match=r"system 'tacher': expected drama, ridge, random-init, .* or a model of"):
+    with pytest.raises(SettingsError, match=r"system 'tacher': expected drama, asymmetric, ridge, .* or a model of"):
         system_called("tacher", settings)
 
 
