@@ -123,6 +123,11 @@ def test_each_task_gives_triplets_and_bad_answers_are_told(tmp_path: Path) -> No
         write_triplets(tmp_path / "bad", Scripted(bad=range(20)), augment(), "en", seed=0)
 
 
+def test_no_usable_triplet_at_all_is_an_error_whatever_the_limit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of 7 answers has a usable triplet; use a stronger LLM"):
+        write_triplets(tmp_path, Scripted(bad=range(20)), augment(bad_answer_limit=1), "en", seed=0)
+
+
 def test_an_interrupted_pass_goes_on(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         write_triplets(tmp_path / "a", Scripted(fail_after=5), augment(), "en", seed=0)

@@ -36,7 +36,7 @@ def write_triplets(
     """Rows {query, positive, negative, task, answer} in order, and a row {reason, value} for each unusable answer to
     either question.
 
-    Asks `augment.triplets` times. Raises ValueError where no task is usable, or more than the fraction
+    Asks `augment.triplets` times. Raises ValueError where no task or no triplet is usable, or more than the fraction
     `bad_answer_limit` of the answers to either question is not.
     """
     limit = augment.triplet_tokens
@@ -66,6 +66,8 @@ def write_triplets(
     written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask)
     aside = [row for row in written if "reason" in row]
     _refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name)
+    if len(aside) == len(written):
+        raise ValueError(f"{llm.name}: none of {len(written)} answers has a usable triplet; use a stronger LLM")
     return [row for row in written if "reason" not in row], no_tasks + aside
 
 
