@@ -119,7 +119,7 @@ def test_each_task_gives_triplets_and_bad_answers_are_told(tmp_path: Path) -> No
     )
     assert len({row["task"] for row in rows}) >= 3 and all(row["task"].startswith("Given a ") for row in rows)
     assert len({row["query"] for row in rows}) == len(rows)
-    with pytest.raises(ValueError, match=r"7 of 7 answers of scripted are unusable, more than"):
+    with pytest.raises(ValueError, match=r"7 of 7 answers of scripted have no usable triplet, more than"):
         write_triplets(tmp_path / "bad", Scripted(bad=range(20)), augment(), "en", seed=0)
 
 

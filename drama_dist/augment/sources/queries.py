@@ -20,12 +20,12 @@ from drama_dist.augment.sources.prompts import (
     unfinished_answer,
     write_query_messages,
 )
+from drama_dist.augment.unusable import refuse_beyond
 from drama_dist.augment.writers.choice import sampling_of
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Passage
-from drama_dist.run.folder import DISCARD
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.settings import AugmentSettings
 
@@ -50,7 +50,8 @@ def write_queries(
     rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)
     written = [WrittenQuery(**row) for row in rows if "reason" not in row]
     aside = [row for row in rows if "reason" in row]
-    _refuse_beyond(augment.bad_answer_limit, aside, count, llm.name)
+    remedy = "raise augment.max_new_tokens or set augment.synthetic_queries=0"
+    refuse_beyond(augment.bad_answer_limit, aside, count, llm.name, "query", remedy)
     return written, aside
 
 
@@ -74,14 +75,3 @@ def _row(passage: Passage, answer: str, model: str, seed: int) -> dict[str, Any]
         return {"passage": passage.id, "reason": str(reason), "value": answer}
     provenance = {"passage": passage.id, "model": model, "prompt": PROMPT_VERSION, "seed": seed, "answer": answer}
     return asdict(WrittenQuery(query, passage.id, "synthetic", passage.language, provenance))
-
-
-def _refuse_beyond(limit: float, aside: list[dict[str, Any]], count: int, model: str) -> None:
-    if len(aside) > limit * count:
-        first = "\n".join(f"  {row['passage']}: {row['reason']}: {row['value'][:120]!r}" for row in aside[:3])
-        raise ValueError(
-            f"{len(aside)} of {count} answers of {model} have no usable query, more than "
-            f"augment.bad_answer_limit={limit} allows; the first:\n{first}\n"
-            "Raise the limit; or use a stronger LLM, raise augment.max_new_tokens or set augment.synthetic_queries=0, "
-            f"and add {DISCARD} to give up the answers that are stored."
-        )

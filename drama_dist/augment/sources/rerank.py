@@ -18,11 +18,11 @@ import numpy as np
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import UnusableAnswer
 from drama_dist.augment.sources.rank_prompts import ANSWER_TOKENS, PROMPT_VERSION, rank_messages, read_order
+from drama_dist.augment.unusable import refuse_beyond
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.learning_settings import AugmentSettings
 from drama_dist.records import Example
-from drama_dist.run.folder import DISCARD
 
 Rank = Callable[[Sequence[int], int], np.ndarray]  # of examples' numbers and a depth: positions Q × D, -1 for none
 
@@ -56,14 +56,8 @@ def rerank(
 
     rows = in_parts(folder, numbers, augment.generation_batch, "reranked", ask)
     aside = [{name: row[name] for name in ("query", "reason", "value")} for row in rows if "reason" in row]
-    if len(aside) > augment.bad_answer_limit * len(numbers):
-        first = "\n".join(f"  {row['query'][:80]}: {row['reason']}: {row['value'][:120]!r}" for row in aside[:3])
-        raise ValueError(
-            f"{len(aside)} of {len(numbers)} answers of {llm.name} have no usable order, more than "
-            f"augment.bad_answer_limit={augment.bad_answer_limit} allows; the first:\n{first}\n"
-            "Raise the limit; or use a stronger LLM, lower augment.rerank_window or set augment.rerank=0, "
-            f"and add {DISCARD} to give up the answers that are stored."
-        )
+    remedy = "lower augment.rerank_window or set augment.rerank=0"
+    refuse_beyond(augment.bad_answer_limit, aside, len(numbers), llm.name, "order", remedy)
     mended = Counter(f"reranked with {what} passages" for row in rows for what in row.get("mended", ()))
     return {row["number"]: Example.from_json(row["example"]) for row in rows if "example" in row}, aside, mended
 

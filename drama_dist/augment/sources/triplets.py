@@ -20,13 +20,14 @@ from drama_dist.augment.sources.triplet_prompts import (
     task_messages,
     triplet_messages,
 )
+from drama_dist.augment.unusable import refuse_beyond
 from drama_dist.augment.writers.choice import sampling_of
 from drama_dist.augment.writers.writer import Writer
 from drama_dist.learning_settings import AugmentSettings
-from drama_dist.run.folder import DISCARD
 
 _TASKS = 10  # asked for at a time
 _TRIPLETS = 10  # for each task, where all answers are usable
+_REMEDY = "raise augment.triplet_tokens or set augment.triplets=0"
 _FEWEST_LISTS = 4  # of tasks, so that one bad answer is not all
 
 
@@ -48,7 +49,7 @@ def write_triplets(
     asked = range(max(_FEWEST_LISTS, -(-augment.triplets // (_TASKS * _TRIPLETS))))
     rows = in_parts(folder / "tasks", asked, augment.generation_batch, "tasks", ask_for_tasks)
     no_tasks = [row for row in rows if "reason" in row]
-    _refuse_beyond(augment.bad_answer_limit, no_tasks, len(asked), llm.name)
+    refuse_beyond(augment.bad_answer_limit, no_tasks, len(asked), llm.name, "tasks", _REMEDY)
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks", ())))
     if not tasks:
         raise ValueError(f"{llm.name}: none of {len(asked)} answers has a usable task; use a stronger LLM")
@@ -65,7 +66,7 @@ def write_triplets(
     wanted = range(augment.triplets)
     written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask)
     aside = [row for row in written if "reason" in row]
-    _refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name)
+    refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name, "triplet", _REMEDY)
     if len(aside) == len(written):
         raise ValueError(f"{llm.name}: none of {len(written)} answers has a usable triplet; use a stronger LLM")
     return [row for row in written if "reason" not in row], no_tasks + aside
@@ -89,14 +90,3 @@ def _row(task: str, answer: str) -> dict[str, Any]:
     except UnusableAnswer as reason:
         return {"task": task, "reason": str(reason), "value": answer}
     return {"task": task, "answer": answer, **vars(triplet)}
-
-
-def _refuse_beyond(limit: float, aside: list[dict[str, Any]], count: int, model: str) -> None:
-    if len(aside) > limit * count:
-        first = "\n".join(f"  {row['reason']}: {row['value'][:120]!r}" for row in aside[:3])
-        raise ValueError(
-            f"{len(aside)} of {count} answers of {model} are unusable, more than augment.bad_answer_limit={limit} "
-            f"allows; the first:\n{first}\n"
-            "Raise the limit; or use a stronger LLM, raise augment.triplet_tokens or set augment.triplets=0, "
-            f"and add {DISCARD} to give up the answers that are stored."
-        )
