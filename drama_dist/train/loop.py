@@ -1,7 +1,8 @@
 """The training stage: one run of contrastive training over any number of ranks, resumable.
 
-Covers the stage's folder, the order of batches, what metrics.jsonl says of a step, and saving the encoder. What a step
-does is in step.py, what it costs in telemetry.py, resuming and checkpoints in distributed/loop.py.
+Covers the stage's folder, the order of batches, what metrics.jsonl says of a step, and saving the encoder, whose
+weights may be averaged with those that training began from (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, eq. 1).
+What a step does is in step.py, what it costs in telemetry.py, resuming and checkpoints in distributed/loop.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
@@ -50,11 +53,14 @@ def train_encoder(
     """
     train = settings.train
     check_batch_size(examples, train.batch_size, ranks.world_size())
+    # The step rounds and splits them. A stage that resumes begins from the same start.
+    kept = start.named_parameters() if train.start_share and ranks.rank() == 0 else ()
+    begun_from = {name: weight.detach().cpu().float().clone() for name, weight in kept}
     step = TrainingStep(start, train, scores, vectors)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
     done = _run_steps(settings, folder, step, examples, table)
-    _save_encoder(folder, start, step.engine)
+    _save_encoder(folder, start, step.engine, begun_from, train.start_share)
     return {"examples": len(examples), **done, "dtype": step.dtype, "cut": _texts_cut(folder)}
 
 
@@ -112,8 +118,11 @@ def _progress(figures: dict[str, Any]) -> str:
     )
 
 
-def _save_encoder(folder: StageFolder, encoder: Encoder, engine: Engine) -> None:
+def _save_encoder(
+    folder: StageFolder, encoder: Encoder, engine: Engine, begun_from: dict[str, torch.Tensor], start_share: float
+) -> None:
     weights = engine.full_weights()
     if ranks.rank() == 0:
+        weights |= {name: torch.lerp(weights[name], weight, start_share) for name, weight in begun_from.items()}
         encoder.save(folder.folder, weights)
     ranks.barrier()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
@@ -100,6 +101,24 @@ def test_a_hard_negative_less_here_and_there_is_noticed(
 ) -> None:
     losses = train(small_settings(*CHANGES, "train.hard_negatives=0.9"), llm, table)
     assert losses != pytest.approx(LOSSES, rel=10 * SAME)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_saved_lies_between_start_and_end(
+    small_settings: Callable[..., Settings], llm: Path, table: PassageTable, tmp_path: Path, dtype: str
+) -> None:
+    def saved(share: float) -> dict[str, torch.Tensor]:
+        changes = [f"run={tmp_path / str(share)}", f"train.start_share={share}", f"train.dtype={dtype}"]
+        settings = small_settings(*CHANGES, *changes, "train.steps=3")
+        folder = open_stage(settings.run, "train", {}, {})
+        train_encoder(settings, folder, load(llm, contract=settings.encoder), examples(table), table)
+        return load(folder.folder).state_dict()
+
+    start, end, between, all_start = load(llm).state_dict(), saved(0), saved(0.25), saved(1)
+    for name, weight in start.items():
+        assert torch.equal(all_start[name], weight)  # not rounded, either
+        torch.testing.assert_close(between[name], end[name] + 0.25 * (weight - end[name]), rtol=1e-6, atol=1e-7)
+    assert not all(torch.equal(end[name], weight) for name, weight in start.items())
 
 
 @pytest.mark.slow
