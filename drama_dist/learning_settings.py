@@ -120,7 +120,7 @@ class AugmentSettings:
     # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order.
     rerank: CountOrZero = 0  # crops and synthetic queries alone
     rerank_depth: Annotated[int, Field(ge=2, le=1000)] = 20  # passages of a query
-    rerank_window: Annotated[int, Field(ge=2, le=1000)] = 20  # passages that the writer reads at a time
+    rerank_window: Annotated[int, Field(ge=2, le=26)] = 20  # passages that the writer reads at a time, a letter each
     rerank_tokens: Size = 256  # of each passage
     positives: Rank = 1  # the top ranks
     negatives: CountOrZero = 8  # hard negatives kept per example

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,18 @@ def test_an_unfinished_answer_is_continued(model: LocalWriter) -> None:
 
 def test_a_single_conversation_works(model: LocalWriter) -> None:
     assert model.answer([conversation("bread")], GREEDY) == [by_itself(model, conversation("bread"))]
+
+
+@torch.no_grad()
+def test_scores_of_the_next_token_are_the_models(model: LocalWriter) -> None:
+    opened = [[*conversation(text), {"role": "assistant", "content": "["}] for text in TEXTS]
+    scores = model.next_token_scores(opened, "CAB")
+    assert scores is not None
+    for row, messages in zip(scores, opened, strict=True):
+        prompt = model.tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=True)
+        logits = model.model(torch.tensor([prompt["input_ids"]])).logits[0, -1]
+        np.testing.assert_allclose(row, [logits[model.tokenizer.convert_tokens_to_ids(c)] for c in "CAB"], rtol=1e-5)
+    assert model.next_token_scores(opened, ["no such token"]) is None
 
 
 def test_answers_follow_the_seed_and_leave_other_randomness_alone(llm: Path) -> None:
@@ -139,7 +152,8 @@ def test_where_no_message_can_be_left_open_nothing_is_added(llm: Path, tmp_path:
     closing = "{% for m in messages %}<s>{{ m['content'] | replace('Query', '') }}{% endfor %}"
     model = writer(llm, tmp_path / "model", closing)
     model.check(GREEDY)
-    assert model.answer([[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]], GREEDY) == [""]
+    opened = [[*conversation("x"), {"role": "assistant", "content": "Task: x\nQuery:"}]]
+    assert model.answer(opened, GREEDY) == [""] and model.next_token_scores(opened, "AB") is None
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path, llm: Path) -> None:

@@ -1,6 +1,8 @@
 """Listwise preference: an LLM puts a query's first passages in order (arXiv 2502.18460, section 3.2).
 
-Its first passage becomes the positive, its last ones the hard negatives. Where it cannot read all passages at once, a
+Its first passage becomes the positive, its last ones the hard negatives. An LLM in this process is not asked to write
+the order: passages are sorted by how likely it is to begin with each (Reddy et al. 2024, arXiv 2406.15657, section 3),
+which takes one token, and cannot be unusable. Where it cannot read all passages at once, a
 window slides over them from the last to the first, half a window at a time (Sun et al. 2023, arXiv 2304.09542).
 Shapes: Q queries, D passages of each.
 """
@@ -17,7 +19,15 @@ import numpy as np
 
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import UnusableAnswer
-from drama_dist.augment.sources.rank_prompts import ANSWER_TOKENS, PROMPT_VERSION, rank_messages, read_order
+from drama_dist.augment.sources.rank_prompts import (
+    ANSWER_TOKENS,
+    LETTERS,
+    OPENING,
+    PROMPT_VERSION,
+    as_answer,
+    rank_messages,
+    read_order,
+)
 from drama_dist.augment.unusable import refuse_beyond
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.corpus.collection import PassageTable
@@ -122,6 +132,13 @@ def _order_windows(
     for order in asked:
         contents = table.contents([table.position(id) for id in order.ids[begin:end]])
         conversations.append(rank_messages(order.query, [llm.cut(text, augment.rerank_tokens) for text in contents]))
-    greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=ANSWER_TOKENS * augment.rerank_window, seed=0)
-    for order, answer in zip(asked, llm.answer(conversations, greedy), strict=True):
+    opened = [[*messages, OPENING] for messages in conversations]
+    likely = llm.next_token_scores(opened, LETTERS[: augment.rerank_window])
+    if likely is None:
+        greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=ANSWER_TOKENS * augment.rerank_window, seed=0)
+        answers = llm.answer(conversations, greedy)
+    else:
+        shown = [len(order.ids[begin:end]) for order in asked]
+        answers = [as_answer(np.argsort(-row[:n], kind="stable")) for row, n in zip(likely, shown, strict=True)]
+    for order, answer in zip(asked, answers, strict=True):
         order.take(answer, begin, end)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -120,6 +121,27 @@ class LocalWriter(Writer):
                 pad_token_id=self._pad,
             )
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def next_token_scores(self, conversations: Sequence[list[Message]], tokens: Sequence[str]) -> np.ndarray | None:
+        """See Writer. One conversation at a time: these are long, and fill the machine by themselves."""
+        columns = self.tokenizer.convert_tokens_to_ids(list(tokens))
+        if not self._continues or {None, self.tokenizer.unk_token_id} & {*columns}:
+            return None
+        rows = []
+        for messages in conversations:
+            ids = torch.tensor([self._token_ids(messages)], device=self.model.device)
+            answer = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=1,
+                pad_token_id=self._pad,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            rows.append(answer.logits[0][0, columns].float().cpu().numpy())
+        return np.stack(rows)
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
         conversation = messages if self._has_system_role else without_system(messages)

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from drama_dist.augment.sources.prompts import Message
 from drama_dist.corpus.split import about_tokens
 
@@ -40,6 +42,13 @@ class Writer(ABC):
         If a conversation ends with an assistant message, the answer continues it; only the new text is returned, which
         is empty where the LLM cannot leave a message open. Raises ValueError or OSError where it cannot be asked.
         """
+
+    def next_token_scores(self, conversations: Sequence[list[Message]], tokens: Sequence[str]) -> np.ndarray | None:
+        """Scores by which the LLM would draw each of these tokens next, float32 (conversations, tokens).
+
+        Conversations end with an assistant message, which is continued. None where the LLM does not tell.
+        """
+        return None
 
     def cut(self, text: str, tokens: int) -> str:
         """About the first `tokens` tokens of a text."""
