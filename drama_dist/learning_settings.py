@@ -55,7 +55,7 @@ class TeacherSettings:
     passage_prefix: FreeText = ""
     requests: CostOnly[Count] = 8  # that each rank sends to an endpoint at a time
     dtype: Dtype = "float32"
-    batch_tokens: CostOnly[Count] = 8192
+    batch_tokens: CostOnly[Count | None] = None  # null: what suits the device
     max_tokens: TextTokens = 256  # of an endpoint's about as many: its tokenizer is not known
     # A passage of more words has the mean of the vectors of its windows, one every window_step words; null: it is cut
     window_words: Count | None = 120

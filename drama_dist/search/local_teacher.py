@@ -1,6 +1,7 @@
 """A teacher from sentence-transformers, in this process.
 
-Covers checking and loading it, its prompts, and batches of a token budget. Shapes: N texts, K components.
+Covers checking and loading it, its prompts, and batches of a token budget, which CPU threads encode side by side.
+Shapes: N texts, K components.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -28,6 +31,7 @@ from drama_dist.encoder.model_files import check_model_files, read_json_object, 
 from drama_dist.encoder.pooling import unit_rows
 from drama_dist.encoder.pretrained import check_weights, is_own_code, read_config, read_tokenizer
 from drama_dist.encoder.sources import reachable, resolve
+from drama_dist.encoder.threads import side_by_side
 from drama_dist.run.progress import Progress
 from drama_dist.search.teacher import Kind, Teacher
 from drama_dist.settings import TeacherSettings
@@ -41,6 +45,8 @@ _WITH_SETTINGS = ("Pooling", "Dropout", *_WITH_WEIGHTS)
 _DESCRIPTIONS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _QUERY_PROMPTS = ("query",)
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # with more, short texts wait for long ones in padding
+_WITH_STATE = ("dynamic", "longrope")  # rotary embeddings that change with the texts
 
 
 class LocalTeacher(Teacher):
@@ -134,13 +140,32 @@ class LocalTeacher(Teacher):
                 "passage": (model.encode_document, _PASSAGE_PROMPTS),
             }[kind]
             prompt = next((model.prompts[name] for name in names if model.prompts.get(name)), "")
-            parts, order = [], []
-            for batch in padded_batches(self._lengths([prompt + text for text in texts]), self.settings.batch_tokens):
-                parts.append(encode([texts[row] for row in batch], batch_size=len(batch), show_progress_bar=False))
-                order += batch
+            budget = self.settings.batch_tokens or _TOKENS_PER_BATCH[model.device.type]
+            batches = padded_batches(self._lengths([prompt + text for text in texts]), budget)
+
+            def of(batch: list[int]) -> np.ndarray:
+                rows: np.ndarray = encode([texts[row] for row in batch], batch_size=len(batch), show_progress_bar=False)
+                return rows
+
+            parts = []
+            # The first sets the tokenizer's truncation and padding, which would fail while another thread reads them.
+            first, others = map(of, batches[:1]), batches[1:]
+            threaded = len(others) >= 2 * torch.get_num_threads() and self._thread_safe()
+            for part in chain(first, side_by_side(of, others) if threaded else map(of, others)):
+                parts.append(part)
                 if progress is not None:
-                    progress(len(batch))
-        return unit_rows(np.concatenate(parts)[np.argsort(order)])
+                    progress(len(part))
+        return unit_rows(np.concatenate(parts)[np.argsort(list(chain.from_iterable(batches)))])
+
+    def _thread_safe(self) -> bool:
+        """Whether batches may be encoded by several threads at a time: not where a text changes the model."""
+        ropes = {getattr(module, "rope_type", "") for module in self.model.modules()}
+        return (
+            self.model.device.type == "cpu"
+            and not self.trust_remote_code
+            and not torch.is_autocast_enabled("cpu")  # autocast is per thread
+            and not any(state in str(rope) for rope in ropes for state in _WITH_STATE)
+        )
 
     def _lengths(self, texts: list[str]) -> list[int]:
         """Token counts after truncation."""

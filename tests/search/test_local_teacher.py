@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
@@ -116,6 +118,30 @@ def test_threads_that_share_a_teacher_get_the_vectors_of_one(teacher: LocalTeach
     with ThreadPoolExecutor(8) as pool:
         for number, vectors in enumerate(pool.map(lambda number: calls[number % 2](), range(24))):
             np.testing.assert_allclose(vectors, expected[number % 2], atol=1e-5)
+
+
+@pytest.mark.parametrize(("rope", "threads"), [("default", 3), ("dynamic", 1)])
+def test_batches_go_to_several_threads_where_texts_change_nothing(
+    teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch, rope: str, threads: int
+) -> None:
+    texts = [f"{text} {number}" for number in range(12) for text in TEXTS]
+    expected = teacher.model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    encode, encoded_by = teacher.model.encode_query, set()
+
+    def noted(*arguments: object, **options: object) -> object:
+        encoded_by.add(threading.get_ident())
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(teacher.model, "encode_query", noted)
+    monkeypatch.setattr(teacher.model[0].model.embeddings, "rope_type", rope, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        vectors = teacher.encode_queries(texts)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert (threading.get_ident() in encoded_by) and (len(encoded_by) > 1) == (threads > 1)
 
 
 def copied(folder: Path) -> Path:
