@@ -143,7 +143,7 @@ def test_what_changes_only_the_cost_is_not_recorded(read: Read) -> None:
         "train": "zero_stage offload_optimizer loss_partition chunk_tokens activation_budget checkpoint_layers "
         "tensorboard checkpoint_every keep_checkpoints",
         "corpus": "bad_record_limit",
-        "augment": "bad_answer_limit requests",
+        "augment": "bad_answer_limit requests answers",
         "teacher": "batch_tokens requests",
         "encode": "batch_tokens",
     }

@@ -160,8 +160,10 @@ def _asked(run: Run, folder: StageFolder, table: PassageTable) -> tuple[list[Wri
 def _synthetic(
     settings: Settings, folder: StageFolder, table: PassageTable
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
-    parts = folder.folder / CHECKPOINTS / "synthetic"
-    return write_queries(parts, table, writer_of(settings), settings.augment, settings.seed, folder.share)
+    parts, llm = folder.folder / CHECKPOINTS / "synthetic", writer_of(settings)
+    written = write_queries(parts, table, llm, settings.augment, settings.seed, folder.share)
+    llm.tell_cost()
+    return written
 
 
 def _rank(
@@ -199,6 +201,7 @@ def _rerank(
     numbers = sorted(random.Random(f"{settings.seed} rerank").sample(unjudged, count))
     parts, llm = folder.folder / CHECKPOINTS / "reranked", writer_of(settings)
     reranked, aside, mended = rerank(parts, numbers, examples, rank, table, llm, settings.augment)
+    llm.tell_cost()
     return [reranked.get(number, example) for number, example in enumerate(examples)], aside, mended
 
 

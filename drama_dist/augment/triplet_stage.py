@@ -55,6 +55,7 @@ def triplets(run: Run, folder: StageFolder) -> None:
     settings, llm = run.settings, writer_of(run.settings)
     parts = folder.folder / CHECKPOINTS
     rows, aside = write_triplets(parts, llm, settings.augment, settings.corpus.language, settings.seed)
+    llm.tell_cost()
     counts = {"triplets": len(rows), **Counter(f"set aside: {row['reason']}" for row in aside)}
     if ranks.rank() == 0:
         PassageTable.write(folder.folder / "passages", _passages(rows, settings.corpus.language))

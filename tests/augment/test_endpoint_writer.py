@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,9 @@ def server(model: LocalWriter) -> Iterator[FaultyServer]:
             (text,) = model.answer([asked["messages"]], sampling)
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        return {"id": "x", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
+        usage = {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35}
+        about = {"id": "x", "object": "chat.completion", "created": 0, "model": asked["model"]}
+        return {**about, "choices": [choice], "usage": usage}
 
     server = FaultyServer(answer)
     yield server
@@ -73,8 +76,10 @@ def without_choices(handler: Handler, body: bytes) -> None:
         [another_page, error(503)],
     ],
 )
-def test_answers_come_in_order_whatever_passes(faults: list[Fault], server: FaultyServer, expected: list[str]) -> None:
-    writer = EndpointWriter(server.name, requests=3)
+def test_answers_come_in_order_whatever_passes(
+    faults: list[Fault], server: FaultyServer, expected: list[str], tmp_path: Path
+) -> None:
+    writer = EndpointWriter(server.name, 3, tmp_path)
     writer.check(GREEDY)
     server.faults = list(faults)
     assert writer.answer(CONVERSATIONS, GREEDY) == expected
@@ -83,48 +88,80 @@ def test_answers_come_in_order_whatever_passes(faults: list[Fault], server: Faul
     assert (asked["temperature"], asked["top_p"], asked["max_tokens"], asked["seed"]) == (0, 1, 5, 1)
 
 
-def test_the_server_may_start_again(server: FaultyServer, expected: list[str]) -> None:
+def test_what_was_answered_is_not_asked_again(
+    server: FaultyServer, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by another process, at another URL, nor where a request failed; but where another draw is asked for."""
+    server.faults = [whole, whole, error(400)]
+    with pytest.raises(ValueError, match="it is said why"):
+        EndpointWriter(server.name, 1, tmp_path).answer(CONVERSATIONS, GREEDY)
+    server.requests.clear()
+    writer = EndpointWriter(server.name.replace("127.0.0.1", "localhost"), 1, tmp_path)
+    assert writer.answer(CONVERSATIONS, GREEDY) == expected and len(server.requests) == 3
+    writer.tell_cost()
+    assert "5 answers, of which 2 were there from before; 90 tokens read, 15 written" in capsys.readouterr().err
+    server.requests.clear()
+    for changed in (replace(GREEDY, seed=2), replace(GREEDY, max_new_tokens=4), replace(GREEDY, temperature=0.5)):
+        writer.answer(CONVERSATIONS[:1], changed)
+    EndpointWriter(f"{server.name}-other", 1, tmp_path).answer(CONVERSATIONS[:1], GREEDY)
+    assert len(server.requests) == 4
+
+
+def test_a_damaged_answer_is_asked_for_again(server: FaultyServer, expected: list[str], tmp_path: Path) -> None:
+    writer = EndpointWriter(server.name, 2, tmp_path)
+    writer.answer(CONVERSATIONS, GREEDY)
+    files = sorted(tmp_path.glob("*/*.json"))
+    assert len(files) == len(CONVERSATIONS)
+    for file, content in zip(files, ("", '{"text": "cut o', "[]", '{"other": 1}'), strict=False):
+        file.write_text(content, "utf-8")
+    server.requests.clear()
+    assert writer.answer(CONVERSATIONS, GREEDY) == expected and len(server.requests) == 4
+
+
+def test_the_server_may_start_again(server: FaultyServer, expected: list[str], tmp_path: Path) -> None:
     again: list[FaultyServer] = []
     server.faults = [whole, server.restarting(again)]
-    assert EndpointWriter(server.name, requests=2).answer(CONVERSATIONS, GREEDY) == expected
+    assert EndpointWriter(server.name, 2, tmp_path).answer(CONVERSATIONS, GREEDY) == expected
     again[0].end()
 
 
-def test_a_message_is_not_continued(server: FaultyServer) -> None:
+def test_a_message_is_not_continued(server: FaultyServer, tmp_path: Path) -> None:
     begun: list[Message] = [*CONVERSATIONS[0], {"role": "assistant", "content": "The query is"}]
-    assert EndpointWriter(server.name, requests=2).answer([begun], GREEDY) == [""]
+    assert EndpointWriter(server.name, 2, tmp_path).answer([begun], GREEDY) == [""]
     assert not server.requests
 
 
-def test_one_that_refuses_is_named(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_refuses_is_named(server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     server.faults = [error(401)]
     with pytest.raises(
         ValueError,
         match=rf"^{server.name}: .*it is said why.*; set OPENAI_API_KEY or DRAMA_KEY_127_0_0_1 in the environment$",
     ):
-        EndpointWriter(server.name, requests=2).check(GREEDY)
+        EndpointWriter(server.name, 2, tmp_path).check(GREEDY)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"http://x#y: .*pip install 'drama-dist\[endpoint\]'"):
-        EndpointWriter("http://x#y", 1).check(GREEDY)
+        EndpointWriter("http://x#y", 1, tmp_path).check(GREEDY)
 
 
-def test_a_host_has_its_key_which_is_not_told(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_has_its_key_which_is_not_told(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-others")
     monkeypatch.setenv("DRAMA_KEY_127_0_0_1", "sk-own\n")
-    EndpointWriter(server.name, requests=2).check(GREEDY)
+    EndpointWriter(server.name, 2, tmp_path).check(GREEDY)
     assert server.keys == ["Bearer sk-own"]
     monkeypatch.setenv("DRAMA_KEY_127_0_0_1", "sk-\N{LATIN SMALL LETTER A WITH DIAERESIS}")
     with pytest.raises(ValueError, match="DRAMA_KEY_127_0_0_1 in the environment is not a key") as failure:
-        EndpointWriter(server.name, requests=2).check(GREEDY)
+        EndpointWriter(server.name, 2, tmp_path).check(GREEDY)
     assert "sk-" not in str(failure.value)
 
 
-def test_a_failure_does_not_wait_for_what_is_on_its_way(server: FaultyServer) -> None:
+def test_a_failure_does_not_wait_for_what_is_on_its_way(server: FaultyServer, tmp_path: Path) -> None:
     ended = threading.Event()
     server.faults = [lambda handler, body: bool(ended.wait(30)), error(401)]
     try:
         with pytest.raises(ValueError, match="it is said why"):
-            EndpointWriter(server.name, requests=2).answer(CONVERSATIONS, GREEDY)
+            EndpointWriter(server.name, 2, tmp_path).answer(CONVERSATIONS, GREEDY)
         assert len(server.requests) == 2
     finally:
         ended.set()
@@ -147,8 +184,8 @@ def test_the_stage_writes_and_learns_from_endpoints(
     other = FaultyServer(answer)
     overrides = ["augment.generation_batch=2", "augment.crops=20", "augment.requests=1", "teacher.requests=1"]
 
-    def settings_at(place: FaultyServer, run: str) -> Settings:
-        names = [f"augment.writer={place.name}", f"teacher.model={place.name}"]
+    def settings_at(place: FaultyServer, run: str, *more: str) -> Settings:
+        names = [f"augment.writer={place.name}", f"teacher.model={place.name}", *more]
         return small_settings(*overrides, *names, f"run={tmp_path / run}")
 
     make(settings_at(server, "whole"), "augment")
@@ -162,11 +199,15 @@ def test_the_stage_writes_and_learns_from_endpoints(
     other.end()
     server.requests.clear()
     make(settings_at(server, "broken"), "augment")
-    assert sum("messages" in asked for asked in server.requests) == 1 + 2
+    assert sum("messages" in asked for asked in server.requests) == 1 + 1  # the first of the part was answered
     assert fingerprint(tmp_path / "broken" / "augment") == fingerprint(tmp_path / "whole" / "augment")
+    more = ["augment.synthetic_queries=6", f"augment.answers={tmp_path / 'whole' / 'answers'}"]
+    server.requests.clear()
+    make(settings_at(server, "more", *more), "augment")
+    assert sum("messages" in asked for asked in server.requests) == 1 + 2
 
 
-def test_texts_are_cut_at_words() -> None:
-    writer = EndpointWriter("http://x#y", 1)
+def test_texts_are_cut_at_words(tmp_path: Path) -> None:
+    writer = EndpointWriter("http://x#y", 1, tmp_path)
     assert writer.cut("Flour, yeast and salt. And water.", 4) == "Flour, yeast and"
     assert writer.cut("Flour, yeast.", 400) == "Flour, yeast." and writer.cut("", 4) == ""

@@ -39,12 +39,13 @@ def write_queries(
     nothing. Raises ValueError if more than the fraction `bad_answer_limit` of the answers is unusable.
     """
     count = min(augment.synthetic_queries, len(table))
-    positions = random.Random(f"{seed} synthetic").sample(range(len(table)), count)
+    # All in a random order, so that those of a smaller count are among those of a larger one.
+    positions = random.Random(f"{seed} synthetic").sample(range(len(table)), len(table))[:count]
     passages = sorted((table[position] for position in positions), key=lambda passage: len(passage.content))
 
     def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]
-        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling_of(augment, seed + index))
+        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling_of(augment, seed))
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
     rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)

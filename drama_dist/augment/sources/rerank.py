@@ -139,6 +139,8 @@ def _order_windows(
         answers = llm.answer(conversations, greedy)
     else:
         shown = [len(order.ids[begin:end]) for order in asked]
-        answers = [as_answer(np.argsort(-row[:n], kind="stable")) for row, n in zip(likely, shown, strict=True)]
+        answers = [
+            as_answer(np.argsort(-row[:n], kind="stable").tolist()) for row, n in zip(likely, shown, strict=True)
+        ]
     for order, answer in zip(asked, answers, strict=True):
         order.take(answer, begin, end)

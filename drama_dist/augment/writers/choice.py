@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling, Writer
@@ -13,7 +15,8 @@ def writer_of(settings: Settings) -> Writer:
     """The LLM of augment.writer, or the one that is pruned; not loaded yet."""
     name = settings.writer
     if is_endpoint(name):
-        return EndpointWriter(name, settings.augment.requests)
+        kept = settings.augment.answers or Path(settings.run) / "answers"
+        return EndpointWriter(name, settings.augment.requests, Path(kept))
     return LocalWriter(name, settings.trust_remote_code)
 
 

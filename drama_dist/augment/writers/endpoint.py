@@ -1,27 +1,33 @@
 """A writer behind an OpenAI-compatible endpoint of chat completions.
 
-Covers several requests at a time. What was answered before an endpoint failed for good is in the stage's parts.
+Covers several requests at a time. What was answered before an endpoint failed for good is in kept_answers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from drama_dist.augment.sources.prompts import Message, write_query_messages
+from drama_dist.augment.writers.kept_answers import Answer, KeptAnswers
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.encoder.endpoint import Endpoint, GarbledAnswer, in_flight
+from drama_dist.run.progress import say
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 
 class EndpointWriter(Writer):
-    """name: URL#MODEL. requests: that are sent before the first is answered."""
+    """name: URL#MODEL. requests: that are sent before the first is answered. kept: the folder of answers."""
 
-    def __init__(self, name: str, requests: int):
+    def __init__(self, name: str, requests: int, kept: Path):
         self.name, self._requests, self._endpoint = name, requests, Endpoint(name)
+        self._kept, self._counting = KeptAnswers(kept), Lock()
+        self._asked = self._known = self._read = self._written = 0
 
     def check(self, sampling: Sampling) -> None:
         """Ask for one token. Raises as `Endpoint.ask` does."""
@@ -35,10 +41,23 @@ class EndpointWriter(Writer):
             return [""] * len(conversations)
 
         def ask(messages: list[Message]) -> str:
-            text: str = self._endpoint.ask(*self._request(messages, sampling))
-            return text
+            asked = {"model": self._endpoint.model, "messages": messages, **asdict(sampling)}
+            known = self._kept.find(asked)
+            answer: Answer = known or self._endpoint.ask(*self._request(messages, sampling))
+            if known is None:
+                self._kept.keep(asked, answer)
+            with self._counting:
+                self._asked += 1
+                self._known += known is not None
+                self._read += answer.tokens_read if known is None else 0
+                self._written += answer.tokens_written if known is None else 0
+            return answer.text
 
         return in_flight(ask, conversations, self._requests)
+
+    def tell_cost(self) -> None:
+        tokens = f"{self._read:,} tokens read, {self._written:,} written"
+        say(f"{self.name}: {self._asked:,} answers, of which {self._known:,} were there from before; {tokens}")
 
     def _request(self, messages: list[Message], sampling: Sampling) -> tuple[Any, Any]:
         def call(client: OpenAI) -> object:
@@ -51,10 +70,10 @@ class EndpointWriter(Writer):
                 seed=sampling.seed,
             )
 
-        return call, _text
+        return call, _answer
 
 
-def _text(answer: object) -> str:
+def _answer(answer: object) -> Answer:
     """The message; empty where there is none, which prompts.py finds unusable."""
     try:
         content = answer.choices[0].message.content  # type: ignore[attr-defined]
@@ -62,4 +81,6 @@ def _text(answer: object) -> str:
         raise GarbledAnswer(f"expected a message, found {str(answer)[:100]!r}") from error
     if content is not None and not isinstance(content, str):
         raise GarbledAnswer(f"expected a message of text, found {str(content)[:100]!r}")
-    return content or ""
+    usage = getattr(answer, "usage", None)
+    counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return Answer(content or "", *(count if isinstance(count, int) else 0 for count in counts))

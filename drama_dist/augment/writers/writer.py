@@ -50,6 +50,10 @@ class Writer(ABC):
         """
         return None
 
+    def tell_cost(self) -> None:
+        """Say what this process has used so far, where somebody may pay for it."""
+        return None
+
     def cut(self, text: str, tokens: int) -> str:
         """About the first `tokens` tokens of a text."""
         return about_tokens(text, tokens)
