@@ -93,7 +93,8 @@ class AugmentSettings:
     # endpoint of chat completions. null: `llm`, the one that is pruned.
     writer: Model | None = None
     requests: CostOnly[Count] = 16  # that each rank sends to an endpoint at a time, at most generation_batch
-    # Where an endpoint's answers are kept, so that none is asked for twice; runs may share it. null: RUN/answers.
+    # Where an endpoint's answers are kept, so that the same is not asked twice; runs may share it. null: RUN/answers.
+    # They are found by the model's name, not by its URL: if there is another model of that name, use another folder.
     answers: CostOnly[Name | None] = None
     crops: CountOrZero = 30_000  # queries that are taken from passages as they stand: so many in all, evenly
     crops_per_passage: Annotated[int, Field(ge=0, le=1000)] = 0  # and at least so many of each, in a large corpus

@@ -148,7 +148,8 @@ class TrainSettings:
     embedding_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # the token embeddings': a multiple of it
     warmup_share: Fraction = 0.1
     weight_decay: Amount = 0.01
-    # Of the weights that are saved: so much is what training began from, and the rest what it came to.
+    # Of the weights that are saved: so much is what training began from, and the rest what it came to. Where it began
+    # from random weights alone, these have no share.
     start_share: Fraction = 0.0
     gradient_clipping: Amount = 1.0
     temperature: Temperature = 0.02

@@ -22,7 +22,7 @@ from drama_dist.augment.sources.labelled import labelled_queries, read_log
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.sources.rerank import rerank
 from drama_dist.augment.triplet_stage import triplet_queries
-from drama_dist.augment.writers.choice import sampling_of, writer_of
+from drama_dist.augment.writers.choice import check_writer, writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.corpus.judgements import read_judgements
@@ -70,9 +70,7 @@ def check(settings: Settings) -> None:
             if all(isinstance(row, BadRecord) for _, row in read_judgements(Path(augment.judgements))):
                 raise ValueError("has no judgement that can be read")
     if augment.asks_a_writer:
-        setting = "llm" if augment.writer is None else "augment.writer"
-        with named_by(setting, settings.writer):
-            writer_of(settings).check(sampling_of(augment, settings.seed))
+        check_writer(settings, augment.max_new_tokens)
 
 
 def augment(run: Run, folder: StageFolder) -> None:
@@ -161,9 +159,10 @@ def _synthetic(
     settings: Settings, folder: StageFolder, table: PassageTable
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]]]:
     parts, llm = folder.folder / CHECKPOINTS / "synthetic", writer_of(settings)
-    written = write_queries(parts, table, llm, settings.augment, settings.seed, folder.share)
-    llm.tell_cost()
-    return written
+    try:
+        return write_queries(parts, table, llm, settings.augment, settings.seed, folder.share)
+    finally:
+        llm.tell_cost()
 
 
 def _rank(
@@ -200,8 +199,10 @@ def _rerank(
     count = min(settings.augment.rerank, len(unjudged))
     numbers = sorted(random.Random(f"{settings.seed} rerank").sample(unjudged, count))
     parts, llm = folder.folder / CHECKPOINTS / "reranked", writer_of(settings)
-    reranked, aside, mended = rerank(parts, numbers, examples, rank, table, llm, settings.augment)
-    llm.tell_cost()
+    try:
+        reranked, aside, mended = rerank(parts, numbers, examples, rank, table, llm, settings.augment)
+    finally:
+        llm.tell_cost()
     return [reranked.get(number, example) for number, example in enumerate(examples)], aside, mended
 
 

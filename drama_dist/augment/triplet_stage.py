@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.augment.sources.triplets import provenance, write_triplets
-from drama_dist.augment.writers.choice import sampling_of, writer_of
+from drama_dist.augment.writers.choice import check_writer, writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
-from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import Passage, read_records, write_records
 from drama_dist.run.files import write_text
@@ -46,16 +45,17 @@ def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be used, or nothing is asked for."""
     if not settings.augment.triplets:
         raise SettingsError("augment.triplets=0: set how many an LLM is to make up")
-    with named_by("llm" if settings.augment.writer is None else "augment.writer", settings.writer):
-        writer_of(settings).check(sampling_of(settings.augment, settings.seed, settings.augment.triplet_tokens))
+    check_writer(settings, settings.augment.triplet_tokens)
 
 
 def triplets(run: Run, folder: StageFolder) -> None:
     """Do the stage: texts in passages/, queries.jsonl, set_aside.jsonl and counts.json. Raises as `write_triplets`."""
     settings, llm = run.settings, writer_of(run.settings)
     parts = folder.folder / CHECKPOINTS
-    rows, aside = write_triplets(parts, llm, settings.augment, settings.corpus.language, settings.seed)
-    llm.tell_cost()
+    try:
+        rows, aside = write_triplets(parts, llm, settings.augment, settings.corpus.language, settings.seed)
+    finally:
+        llm.tell_cost()
     counts = {"triplets": len(rows), **Counter(f"set aside: {row['reason']}" for row in aside)}
     if ranks.rank() == 0:
         PassageTable.write(folder.folder / "passages", _passages(rows, settings.corpus.language))

@@ -26,5 +26,5 @@ def refuse_beyond(
     raise ValueError(
         f"{len(aside)} of {count} answers of {model} have no usable {what}, more than augment.bad_answer_limit={limit} "
         f"allows; the first:\n{first}\nRaise the limit; or use a stronger LLM, {remedy}, and add {DISCARD} to give up "
-        "the answers that are stored."
+        "the answers that are stored (an endpoint's are in augment.answers or RUN/answers, too)."
     )

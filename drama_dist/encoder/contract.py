@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drama_dist.encoder.model_files import read_json_file, read_json_object
 from drama_dist.run.files import write_text
-from drama_dist.settings import EncoderSettings, FreeText, SettingsError, TextTokens
+from drama_dist.settings import EncoderSettings, EncodeSettings, FreeText, SettingsError, TextTokens
 from drama_dist.settings_file import read_json
 
 FILE = "drama.json"
@@ -55,6 +55,11 @@ def check_dims(contract: EncoderSettings, size: int, source: str) -> EncoderSett
 def with_dims_within(contract: EncoderSettings, size: int) -> EncoderSettings:
     """The contract with those of its dims that vectors of this size have; with the size itself where it has none."""
     return replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
+
+
+def as_encoded(contract: EncoderSettings, encode: EncodeSettings) -> EncoderSettings:
+    """The contract by which passages are encoded, and the export reads them: the limit may differ from training's."""
+    return replace(contract, max_passage_tokens=encode.max_passage_tokens or contract.max_passage_tokens)
 
 
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreTrainedTokenizerBase:

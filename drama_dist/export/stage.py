@@ -17,7 +17,7 @@ import yaml
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.contract import write_contract
+from drama_dist.encoder.contract import as_encoded, write_contract
 from drama_dist.encoder.head import HEAD_FOLDER
 from drama_dist.evaluate.report import results_table
 from drama_dist.labels import without_url
@@ -42,13 +42,15 @@ def export(run: Run, folder: StageFolder) -> None:
 
 
 def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
-    """Write the trained encoder to `folder`.
+    """Write the trained encoder to `folder`; it reads as much of a passage as the run's encoding does.
 
     Raises RuntimeError where sentence-transformers, loading the folder, gives other vectors.
     """
     encoder = load(trained, dtype=settings.export.dtype, device="cpu")
+    card = model_card(settings, encoder)  # which tells the lengths of training
+    encoder.contract = as_encoded(encoder.contract, settings.encode)
     write_sentence_transformers(encoder, folder)
-    write_text(folder / "README.md", model_card(settings, encoder))
+    write_text(folder / "README.md", card)
     _check_parity(load(folder, dtype=settings.export.dtype, device="cpu"), folder, settings.export.dtype)
 
 

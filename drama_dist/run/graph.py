@@ -286,7 +286,7 @@ STAGES = (
         verb="export",
         help="write a folder that sentence-transformers loads",
         work="drama_dist.export.stage:export",
-        sections=("export",),
+        sections=("export", "encode.max_passage_tokens"),
         needs=lambda settings: ["train"],
     ),
     Stage(

@@ -45,7 +45,7 @@ _WITH_SETTINGS = ("Pooling", "Dropout", *_WITH_WEIGHTS)
 _DESCRIPTIONS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _QUERY_PROMPTS = ("query",)
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # with more, short texts wait for long ones in padding
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}  # a CPU thread's: larger ones have more padding, and leave its cache
 _WITH_STATE = ("dynamic", "longrope")  # rotary embeddings that change with the texts
 
 
@@ -158,13 +158,15 @@ class LocalTeacher(Teacher):
         return unit_rows(np.concatenate(parts)[np.argsort(list(chain.from_iterable(batches)))])
 
     def _thread_safe(self) -> bool:
-        """Whether batches may be encoded by several threads at a time: not where a text changes the model."""
-        ropes = {getattr(module, "rope_type", "") for module in self.model.modules()}
+        """Whether several threads may encode at a time: on a CPU, and where neither the texts nor the model's own code
+        can change the model.
+        """
+        ropes = [str(getattr(module, "rope_type", "")) for module in self.model.modules()]  # some have one a layer
         return (
             self.model.device.type == "cpu"
             and not self.trust_remote_code
             and not torch.is_autocast_enabled("cpu")  # autocast is per thread
-            and not any(state in str(rope) for rope in ropes for state in _WITH_STATE)
+            and not any(state in rope for rope in ropes for state in _WITH_STATE)
         )
 
     def _lengths(self, texts: list[str]) -> list[int]:

@@ -21,7 +21,7 @@ from drama_dist.corpus.collection import Collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import dtype_name
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.contract import with_dims_within
+from drama_dist.encoder.contract import as_encoded, with_dims_within
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_encoder, check_llama
 from drama_dist.encoder.pooling import matryoshka_cut_array
@@ -334,7 +334,6 @@ def _teacher(settings: Settings, name: str) -> Teacher:
 
 def _encoder(settings: Settings, source: str, **options: Any) -> Encoder:
     encoder = load(source, dtype=dtype_name(settings.encode.dtype), **options)
-    if settings.encode.max_passage_tokens:
-        encoder.contract = replace(encoder.contract, max_passage_tokens=settings.encode.max_passage_tokens)
+    encoder.contract = as_encoded(encoder.contract, settings.encode)
     encoder.tokens_per_batch = settings.encode.batch_tokens
     return encoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -43,24 +43,23 @@ def train_encoder(
     table: PassageTable,
     scores: Targets | None = None,
     vectors: VectorTargets | None = None,
+    begin: Callable[[], Encoder] | None = None,
 ) -> dict[str, Any]:
     """Train `start` in place and save it in the open folder; returns what provenance.json says of it.
 
-    scores, vectors: the teacher's, where the settings ask for them.
+    scores, vectors: the teacher's, where the settings ask for them. begin: makes again what `start` was, for
+    train.start_share; None: what is saved is what training came to.
 
     Called inside `interrupts.deferred`, which should last until the folder is finished: see ResumableLoop.run for what
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
     """
     train = settings.train
     check_batch_size(examples, train.batch_size, ranks.world_size())
-    # The step rounds and splits them. A stage that resumes begins from the same start.
-    kept = start.named_parameters() if train.start_share and ranks.rank() == 0 else ()
-    begun_from = {name: weight.detach().cpu().float().clone() for name, weight in kept}
     step = TrainingStep(start, train, scores, vectors)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
     done = _run_steps(settings, folder, step, examples, table)
-    _save_encoder(folder, start, step.engine, begun_from, train.start_share)
+    _save_encoder(folder, start, step.engine, begin, train.start_share)
     return {"examples": len(examples), **done, "dtype": step.dtype, "cut": _texts_cut(folder)}
 
 
@@ -119,10 +118,11 @@ def _progress(figures: dict[str, Any]) -> str:
 
 
 def _save_encoder(
-    folder: StageFolder, encoder: Encoder, engine: Engine, begun_from: dict[str, torch.Tensor], start_share: float
+    folder: StageFolder, encoder: Encoder, engine: Engine, begin: Callable[[], Encoder] | None, start_share: float
 ) -> None:
     weights = engine.full_weights()
     if ranks.rank() == 0:
-        weights |= {name: torch.lerp(weights[name], weight, start_share) for name, weight in begun_from.items()}
+        for name, weight in begin().named_parameters() if begin and start_share else ():
+            weights[name] = torch.lerp(weights[name], weight.detach().cpu().float(), start_share)
         encoder.save(folder.folder, weights)
     ranks.barrier()

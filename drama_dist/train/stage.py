@@ -6,7 +6,7 @@ Covers what training starts from. The training itself is in loop.py and step.py.
 from __future__ import annotations
 
 from drama_dist.corpus.collection import open_collection
-from drama_dist.encoder.backbone import load, random_twin
+from drama_dist.encoder.backbone import Encoder, load, random_twin
 from drama_dist.encoder.contract import check_dims
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.model_check import check_encoder
@@ -52,16 +52,20 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     settings = run.settings
     regression = settings.train.regression_weight > 0
     source = settings.train.start or run.path("prune")
-    if system == "drama":
-        start = load(run.path("ridge") if regression else source, contract=settings.encoder)
-    elif regression:
-        # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
-        start, _ = in_closed_form(run, random_twin(load(source), settings.seed))
-    else:
-        start = random_twin(load(source, contract=settings.encoder), settings.seed)
+
+    def begin() -> Encoder:
+        if system == "drama":
+            return load(run.path("ridge") if regression else source, contract=settings.encoder)
+        if regression:
+            # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
+            return in_closed_form(run, random_twin(load(source), settings.seed))[0]
+        return random_twin(load(source, contract=settings.encoder), settings.seed)
+
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None
     vectors = VectorTargets.open(run.path("targets")) if regression else None
     table = open_collection(run.path(TRAINING_TEXTS)).passages
-    facts = train_encoder(settings, folder, start, examples, table, scores, vectors)
+    means_something = regression or system == "drama"  # random weights are no start to go back to
+    again = begin if means_something else None
+    facts = train_encoder(settings, folder, begin(), examples, table, scores, vectors, again)
     folder.finish(**facts)

@@ -85,7 +85,9 @@ def test_answers_come_in_order_whatever_passes(
     assert writer.answer(CONVERSATIONS, GREEDY) == expected
     assert len(server.requests) == 1 + len(CONVERSATIONS) + len(faults)
     asked = server.requests[-1]
-    assert (asked["temperature"], asked["top_p"], asked["max_tokens"], asked["seed"]) == (0, 1, 5, 1)
+    assert (asked["temperature"], asked["top_p"], asked["max_tokens"]) == (0, 1, 5)
+    seeds = [asked["seed"] for asked in server.requests]
+    assert asked["seed"] == GREEDY.seed_for(asked["messages"]) and len(set(seeds)) == 1 + len(CONVERSATIONS)
 
 
 def test_what_was_answered_is_not_asked_again(
@@ -99,7 +101,7 @@ def test_what_was_answered_is_not_asked_again(
     writer = EndpointWriter(server.name.replace("127.0.0.1", "localhost"), 1, tmp_path)
     assert writer.answer(CONVERSATIONS, GREEDY) == expected and len(server.requests) == 3
     writer.tell_cost()
-    assert "5 answers, of which 2 were there from before; 90 tokens read, 15 written" in capsys.readouterr().err
+    assert "5 answers, 2 of them kept from before; 90 tokens read, 15 written" in capsys.readouterr().err
     server.requests.clear()
     for changed in (replace(GREEDY, seed=2), replace(GREEDY, max_new_tokens=4), replace(GREEDY, temperature=0.5)):
         writer.answer(CONVERSATIONS[:1], changed)

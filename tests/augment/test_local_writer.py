@@ -85,6 +85,14 @@ def test_answers_follow_the_seed_and_leave_other_randomness_alone(llm: Path) -> 
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_batches_of_similar_conversations_are_drawn_apart(llm: Path) -> None:
+    model, warm = LocalWriter(str(llm)), Sampling(1.0, 1.0, 16, 1)
+    one, other = (model.answer([conversation(f"{text} {end}") for text in TEXTS], warm) for end in ("a", "b"))
+    assert len({*one, *other}) == 2 * len(TEXTS)
+    starts = [[answer[:8] for answer in answers] for answers in (one, other)]
+    assert all(first != second for first, second in zip(*starts, strict=True))
+
+
 def test_an_llm_without_a_chat_template_is_refused(llm: Path, tmp_path: Path) -> None:
     for path in llm.iterdir():
         if path.name != "chat_template.jinja":

@@ -123,6 +123,9 @@ def test_the_best_passages_become_positives_whatever_the_window(window: int, ask
 def test_scores_of_the_next_token_are_an_order(window: int, tmp_path: Path) -> None:
     writer, augment = TellsScores(), settings(rerank_window=window)
     by_scores, by_answers = (reranked(tmp_path / type(llm).__name__, llm, augment) for llm in (writer, ByWorth()))
+    for number, example in by_scores[0].items():
+        assert example.provenance.pop("order_from") == "scores of the first letter"
+        assert by_answers[0][number].provenance.pop("order_from") == "answers"
     assert by_scores == by_answers and writer.asked == 0
 
 

@@ -25,7 +25,8 @@ TEXTS = ["the bread", "THE BREAD", "x", "A longer text about a river and its ban
 def exported(
     small_settings_in: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Settings, Path]:
-    settings = small_settings_in(tmp_path_factory.mktemp("export"), "train.steps=2")
+    changes = ["train.steps=2", "encode.max_passage_tokens=100"]  # 64 in training
+    settings = small_settings_in(tmp_path_factory.mktemp("export"), *changes)
     make(settings, "evaluate")
     return settings, make(settings, "export")
 
@@ -34,10 +35,13 @@ def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> N
     settings, folder = exported
     ours, theirs = drama_dist.load(folder), SentenceTransformer(str(folder), device="cpu")
     assert theirs.prompts["query"] == "Query: "
+    assert theirs.max_seq_length == ours.contract.max_passage_tokens == 100
+    longer = [" ".join(["river"] * 70 + [end]) for end in ("bread", "salt")]  # what tells them apart comes after 64
+    assert np.abs(np.subtract(*ours.encode_passages(longer))).max() > 1e-3
     assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
     for our_encode, their_encode, length in (
         (ours.encode_queries, theirs.encode_query, settings.encoder.max_query_tokens),
-        (ours.encode_passages, theirs.encode_document, settings.encoder.max_passage_tokens),
+        (ours.encode_passages, theirs.encode_document, settings.encode.max_passage_tokens),
     ):
         theirs.max_seq_length = length
         np.testing.assert_allclose(our_encode(TEXTS), their_encode(TEXTS), atol=1e-5)
@@ -59,7 +63,16 @@ def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Se
 def test_the_card_tells_data_settings_and_results(exported: tuple[Settings, Path]) -> None:
     settings, folder = exported
     card = (folder / "README.md").read_text("utf-8")
-    for part in ("2 layers × 32", "crop examples", "zero_stage: 1", "| drama", "| bm25", "`Query: `", settings.llm):
+    for part in (
+        "64 for passages.\nOf a passage it reads 100 tokens.",
+        "2 layers × 32",
+        "crop examples",
+        "zero_stage: 1",
+        "| drama",
+        "| bm25",
+        "`Query: `",
+        settings.llm,
+    ):
         assert part in card, part
     norwegian = replace(settings, corpus=replace(settings.corpus, language="no"))
     assert yaml.safe_load(model_card(norwegian, drama_dist.load(folder)).split("---")[1])["language"] == "no"

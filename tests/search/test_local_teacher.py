@@ -120,9 +120,12 @@ def test_threads_that_share_a_teacher_get_the_vectors_of_one(teacher: LocalTeach
             np.testing.assert_allclose(vectors, expected[number % 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("rope", "threads"), [("default", 3), ("dynamic", 1)])
+@pytest.mark.parametrize(
+    ("rope", "threads"),
+    [("default", 3), ("dynamic", 1), ({"full_attention": "default"}, 3), ({"full_attention": "longrope"}, 1)],
+)
 def test_batches_go_to_several_threads_where_texts_change_nothing(
-    teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch, rope: str, threads: int
+    teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch, rope: str | dict[str, str], threads: int
 ) -> None:
     texts = [f"{text} {number}" for number in range(12) for text in TEXTS]
     expected = teacher.model.encode(texts, normalize_embeddings=True, show_progress_bar=False)

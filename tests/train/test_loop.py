@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def test_what_is_saved_lies_between_start_and_end(
         changes = [f"run={tmp_path / str(share)}", f"train.start_share={share}", f"train.dtype={dtype}"]
         settings = small_settings(*CHANGES, *changes, "train.steps=3")
         folder = open_stage(settings.run, "train", {}, {})
-        train_encoder(settings, folder, load(llm, contract=settings.encoder), examples(table), table)
+        begin = partial(load, llm, contract=settings.encoder)
+        train_encoder(settings, folder, begin(), examples(table), table, begin=begin)
         return load(folder.folder).state_dict()
 
     start, end, between, all_start = load(llm).state_dict(), saved(0), saved(0.25), saved(1)

@@ -5,11 +5,12 @@ Answers without a usable query are returned separately with the reason; nothing 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import (
@@ -40,8 +41,8 @@ def write_queries(
     """
     count = min(augment.synthetic_queries, len(table))
     # All in a random order, so that those of a smaller count are among those of a larger one.
-    positions = random.Random(f"{seed} synthetic").sample(range(len(table)), len(table))[:count]
-    passages = sorted((table[position] for position in positions), key=lambda passage: len(passage.content))
+    positions = np.random.default_rng(seed).permutation(len(table))[:count]
+    passages = sorted((table[position] for position in positions.tolist()), key=lambda passage: len(passage.content))
 
     def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]

@@ -1,8 +1,8 @@
 """The prompt for an LLM that puts passages in order, and reading its answer.
 
-Covers the messages (in the form of RankGPT, Sun et al. 2023, arXiv 2304.09542; arXiv 2502.18460, section 3.2; with
-letters, as Reddy et al. 2024, arXiv 2406.15657, so that the first one in an answer tells of all passages), and what is
-mended in an answer. Any change of wording needs a new PROMPT_VERSION.
+Covers the messages (in the form of RankGPT, Sun et al. 2023, arXiv 2304.09542; arXiv 2502.18460, section 3.2), and what
+is mended in an answer. Passages have letters (as in Reddy et al. 2024, arXiv 2406.15657), so that the scores of an
+answer's first letter rank them all. Any change of wording needs a new PROMPT_VERSION.
 """
 
 from __future__ import annotations

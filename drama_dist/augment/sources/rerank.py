@@ -1,8 +1,8 @@
 """Listwise preference: an LLM puts a query's first passages in order (arXiv 2502.18460, section 3.2).
 
-Its first passage becomes the positive, its last ones the hard negatives. An LLM in this process is not asked to write
-the order: passages are sorted by how likely it is to begin with each (Reddy et al. 2024, arXiv 2406.15657, section 3),
-which takes one token, and cannot be unusable. Where it cannot read all passages at once, a
+Its first passage becomes the positive, its last ones the hard negatives. An LLM in this process writes nothing: its
+scores for the answer's first letter sort the passages (Reddy et al. 2024, arXiv 2406.15657, section 3). Every LLM gives
+such scores, even one that cannot rank (benchmarks/results/writers.md). Where it cannot read all passages at once, a
 window slides over them from the last to the first, half a window at a time (Sun et al. 2023, arXiv 2304.09542).
 Shapes: Q queries, D passages of each.
 """
@@ -78,6 +78,7 @@ class _Order:
     def __init__(self, query: str, ids: list[str]):
         self.query, self.ids = query, ids
         self.answers: list[str] = []
+        self.by_scores = False
         self.mended: Counter[str] = Counter()
         self.problem: str | None = None
 
@@ -104,6 +105,7 @@ class _Order:
             "ranked_by": model,
             "rank_prompt": PROMPT_VERSION,
             "order": self.answers,
+            "order_from": "scores of the first letter" if self.by_scores else "answers",
         }
         reranked = replace(
             example,
@@ -143,4 +145,5 @@ def _order_windows(
             as_answer(np.argsort(-row[:n], kind="stable").tolist()) for row, n in zip(likely, shown, strict=True)
         ]
     for order, answer in zip(asked, answers, strict=True):
+        order.by_scores = likely is not None
         order.take(answer, begin, end)

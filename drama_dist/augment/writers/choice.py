@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling, Writer
+from drama_dist.encoder.failures import named_by
 from drama_dist.labels import is_endpoint
 from drama_dist.settings import AugmentSettings, Settings
 
@@ -18,6 +20,17 @@ def writer_of(settings: Settings) -> Writer:
         kept = settings.augment.answers or Path(settings.run) / "answers"
         return EndpointWriter(name, settings.augment.requests, Path(kept))
     return LocalWriter(name, settings.trust_remote_code)
+
+
+def check_writer(settings: Settings, max_new_tokens: int) -> None:
+    """Raise SettingsError if the LLM cannot write, or its answers cannot be kept where they are to be."""
+    augment = settings.augment
+    with named_by("llm" if augment.writer is None else "augment.writer", settings.writer):
+        writer_of(settings).check(sampling_of(augment, settings.seed, max_new_tokens))
+    if augment.answers is not None:
+        with named_by("augment.answers", augment.answers):
+            Path(augment.answers).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=augment.answers).close()
 
 
 def sampling_of(augment: AugmentSettings, seed: int, max_new_tokens: int | None = None) -> Sampling:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from drama_dist.augment.sources.prompts import Message, write_query_messages
 from drama_dist.augment.writers.kept_answers import Answer, KeptAnswers
 from drama_dist.augment.writers.writer import Sampling, Writer
+from drama_dist.distributed import ranks
 from drama_dist.encoder.endpoint import Endpoint, GarbledAnswer, in_flight
 from drama_dist.run.progress import say
 
@@ -44,7 +45,7 @@ class EndpointWriter(Writer):
             asked = {"model": self._endpoint.model, "messages": messages, **asdict(sampling)}
             known = self._kept.find(asked)
             answer: Answer = known or self._endpoint.ask(*self._request(messages, sampling))
-            if known is None:
+            if known is None and answer.text.strip():
                 self._kept.keep(asked, answer)
             with self._counting:
                 self._asked += 1
@@ -56,8 +57,10 @@ class EndpointWriter(Writer):
         return in_flight(ask, conversations, self._requests)
 
     def tell_cost(self) -> None:
-        tokens = f"{self._read:,} tokens read, {self._written:,} written"
-        say(f"{self.name}: {self._asked:,} answers, of which {self._known:,} were there from before; {tokens}")
+        if self._asked:
+            rank = "" if ranks.world_size() == 1 else " to rank 0"
+            tokens = f"{self._read:,} tokens read, {self._written:,} written"
+            say(f"{self.name}: {self._asked:,} answers{rank}, {self._known:,} of them kept from before; {tokens}")
 
     def _request(self, messages: list[Message], sampling: Sampling) -> tuple[Any, Any]:
         def call(client: OpenAI) -> object:
@@ -67,7 +70,7 @@ class EndpointWriter(Writer):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                seed=sampling.seed,
+                seed=sampling.seed_for(messages),
             )
 
         return call, _answer

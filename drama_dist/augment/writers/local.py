@@ -110,7 +110,7 @@ class LocalWriter(Writer):
             cache.batch_repeat_interleave(len(ids))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(sampling.seed)
+            torch.manual_seed(sampling.seed_for(ids))
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
             answers = self.model.generate(
                 tokens_BT,

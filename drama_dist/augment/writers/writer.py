@@ -6,9 +6,12 @@ OpenAI-compatible server. Prompts, and how answers are parsed, are in sources/pr
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,10 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     seed: int
+
+    def seed_for(self, asked: Any) -> int:
+        """A seed of 31 bits of what is asked, any JSON: with one for all, answers to similar prompts would be alike."""
+        return int.from_bytes(hashlib.sha256(json.dumps([self.seed, asked]).encode()).digest()[:4]) >> 1
 
 
 class Writer(ABC):
