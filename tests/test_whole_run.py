@@ -124,6 +124,7 @@ def test_a_run_that_is_killed_ends_with_the_same_table(
     moments: tuple[str, ...], small_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     changes = ["train.steps=40", "encode.shard_passages=1", "augment.generation_batch=1", "augment.max_new_tokens=24"]
+    changes += ["train.start_share=0.3"]
     whole, killed = (small_settings(f"run={tmp_path / name}", *changes) for name in ("whole", "killed"))
     beside = start(whole)
     run = Path(killed.run)
@@ -152,6 +153,7 @@ def test_a_run_that_is_killed_ends_with_the_same_table(
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_train_as_one_does(launcher: str, small_settings: Callable[..., Settings], tmp_path: Path) -> None:
     changes = ["train.zero_stage=2", "train.steps=6", "train.batch_size=13", "evaluate.systems=[drama]"]
+    changes += ["train.start_share=0.3"]
     if launcher == "deepspeed":
         changes += ["train.info_nce_weight=0.5", "train.soft_target_weight=2"]
     single = small_settings(f"run={tmp_path / 'one'}", *changes)

