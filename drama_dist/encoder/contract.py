@@ -57,9 +57,13 @@ def with_dims_within(contract: EncoderSettings, size: int) -> EncoderSettings:
     return replace(contract, dims=[dim for dim in contract.dims if dim <= size] or [size])
 
 
-def as_encoded(contract: EncoderSettings, encode: EncodeSettings) -> EncoderSettings:
-    """The contract by which passages are encoded, and the export reads them: the limit may differ from training's."""
-    return replace(contract, max_passage_tokens=encode.max_passage_tokens or contract.max_passage_tokens)
+def as_encoded(contract: EncoderSettings, encode: EncodeSettings, positions: int) -> EncoderSettings:
+    """The contract by which passages are encoded, and the export reads them: the limit may differ from training's.
+
+    positions: that the model has, which sentence-transformers does not go beyond either.
+    """
+    limit = encode.max_passage_tokens or contract.max_passage_tokens
+    return replace(contract, max_passage_tokens=min(limit, positions))
 
 
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreTrainedTokenizerBase:

@@ -47,10 +47,9 @@ def export_encoder(settings: Settings, trained: Path, folder: Path) -> None:
     Raises RuntimeError where sentence-transformers, loading the folder, gives other vectors.
     """
     encoder = load(trained, dtype=settings.export.dtype, device="cpu")
-    card = model_card(settings, encoder)  # which tells the lengths of training
-    encoder.contract = as_encoded(encoder.contract, settings.encode)
+    encoder.contract = as_encoded(encoder.contract, settings.encode, encoder.backbone.config.max_position_embeddings)
     write_sentence_transformers(encoder, folder)
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", model_card(settings, encoder))
     _check_parity(load(folder, dtype=settings.export.dtype, device="cpu"), folder, settings.export.dtype)
 
 

@@ -131,7 +131,7 @@ class TrainedSystem(DenseSystem):
     """An encoder that this run trains."""
 
     def load(self, settings: Settings) -> Encoder:
-        return _encoder(settings, str(Path(settings.run) / TRAINING[self.name]), contract=settings.encoder)
+        return _own_encoder(settings, str(Path(settings.run) / TRAINING[self.name]), contract=settings.encoder)
 
     def dims(self, settings: Settings, size: int) -> list[int]:
         return settings.encoder.dims
@@ -195,7 +195,8 @@ class UnprunedSystem(DenseSystem):
 
     def load(self, settings: Settings) -> TextEncoder:
         size = read_llama_config(reachable(resolve(settings.llm))).hidden_size  # which the run's dims may exceed
-        return _encoder(settings, settings.llm, contract=with_dims_within(settings.encoder, size), bidirectional=False)
+        contract = with_dims_within(settings.encoder, size)
+        return _own_encoder(settings, settings.llm, contract=contract, bidirectional=False)
 
 
 class TeacherSystem(DenseSystem):
@@ -334,6 +335,13 @@ def _teacher(settings: Settings, name: str) -> Teacher:
 
 def _encoder(settings: Settings, source: str, **options: Any) -> Encoder:
     encoder = load(source, dtype=dtype_name(settings.encode.dtype), **options)
-    encoder.contract = as_encoded(encoder.contract, settings.encode)
     encoder.tokens_per_batch = settings.encode.batch_tokens
+    return encoder
+
+
+def _own_encoder(settings: Settings, source: str, **options: Any) -> Encoder:
+    """One that reads passages as the settings say, not as its folder does."""
+    encoder = _encoder(settings, source, **options)
+    positions = encoder.backbone.config.max_position_embeddings
+    encoder.contract = as_encoded(encoder.contract, settings.encode, positions)
     return encoder

@@ -43,12 +43,12 @@ def train_encoder(
     table: PassageTable,
     scores: Targets | None = None,
     vectors: VectorTargets | None = None,
-    begin: Callable[[], Encoder] | None = None,
+    begin: Callable[[str], Encoder] | None = None,
 ) -> dict[str, Any]:
     """Train `start` in place and save it in the open folder; returns what provenance.json says of it.
 
-    scores, vectors: the teacher's, where the settings ask for them. begin: makes again what `start` was, for
-    train.start_share; None: what is saved is what training came to.
+    scores, vectors: the teacher's, where the settings ask for them. begin: makes again what `start` was, on
+    the device named, for train.start_share; None: what is saved is what training came to.
 
     Called inside `interrupts.deferred`, which should last until the folder is finished: see ResumableLoop.run for what
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
@@ -118,11 +118,13 @@ def _progress(figures: dict[str, Any]) -> str:
 
 
 def _save_encoder(
-    folder: StageFolder, encoder: Encoder, engine: Engine, begin: Callable[[], Encoder] | None, start_share: float
+    folder: StageFolder, encoder: Encoder, engine: Engine, begin: Callable[[str], Encoder] | None, start_share: float
 ) -> None:
     weights = engine.full_weights()
-    if ranks.rank() == 0:
-        for name, weight in begin().named_parameters() if begin and start_share else ():
-            weights[name] = torch.lerp(weights[name], weight.detach().cpu().float(), start_share)
+
+    def save() -> None:
+        for name, weight in begin("cpu").named_parameters() if begin and start_share else ():
+            weights[name] = torch.lerp(weights[name], weight.detach().float(), start_share)
         encoder.save(folder.folder, weights)
-    ranks.barrier()
+
+    ranks.by_rank_0(save)

@@ -53,13 +53,13 @@ def train(run: Run, folder: StageFolder, system: str) -> None:
     regression = settings.train.regression_weight > 0
     source = settings.train.start or run.path("prune")
 
-    def begin() -> Encoder:
+    def begin(device: str | None = None) -> Encoder:
         if system == "drama":
-            return load(run.path("ridge") if regression else source, contract=settings.encoder)
+            return load(run.path("ridge") if regression else source, contract=settings.encoder, device=device)
         if regression:
             # On every rank, in minutes; rounding may differ, since DeepSpeed broadcasts rank 0's.
-            return in_closed_form(run, random_twin(load(source), settings.seed))[0]
-        return random_twin(load(source, contract=settings.encoder), settings.seed)
+            return in_closed_form(run, random_twin(load(source, device=device), settings.seed))[0]
+        return random_twin(load(source, contract=settings.encoder, device=device), settings.seed)
 
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
     scores = open_targets(run) if settings.train.soft_target_weight else None

