@@ -120,7 +120,8 @@ class AugmentSettings:
     # These texts are trained on like the corpus's: crops are taken from them, too.
     triplets: CountOrZero = 0
     triplet_tokens: Size = 384  # of an answer with one
-    # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order.
+    # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order. Small
+    # LLMs cannot: benchmarks/results/writers.md.
     rerank: CountOrZero = 0  # crops and synthetic queries alone
     rerank_depth: Annotated[int, Field(ge=2, le=1000)] = 20  # passages of a query
     rerank_window: Annotated[int, Field(ge=2, le=26)] = 20  # passages that the writer reads at a time, a letter each
