@@ -229,7 +229,8 @@ class EncodeSettings:
     shard_passages: Count = 1024
     batch_tokens: CostOnly[Count | None] = None  # null: what suits the device
     dtype: Dtype = "auto"
-    max_passage_tokens: TextTokens | None = None  # null: as in training
+    # Of the run's own encoders and their export, at most the model's positions; null: as in training.
+    max_passage_tokens: TextTokens | None = None
     index: Text = EXACT  # exact search shard by shard; or a faiss factory string, as HNSW32 or IVF4096,PQ64np
     index_search: FreeText = ""  # how faiss searches that index, for example nprobe=16; empty: as faiss does by itself
 

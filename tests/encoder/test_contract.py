@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from transformers import AutoTokenizer
 
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.contract import read_contract, save_tokenizer, wire_tokenizer
+from drama_dist.encoder.contract import as_encoded, read_contract, save_tokenizer, wire_tokenizer
 from drama_dist.encoder.texts import TextTokenizer
 from drama_dist.export.stage import write_sentence_transformers
-from drama_dist.settings import EncoderSettings
+from drama_dist.settings import EncoderSettings, EncodeSettings
 from tests.conftest import save_llama, train_tokenizer
 
 CAPITALS, SMALL = ["THE BREAD Rises", "É"], ["the bread rises", "é"]
@@ -110,3 +111,10 @@ def test_models_that_do_not_say_are_left_as_they_are(model: Path, tmp_path: Path
 def test_the_llm_that_writes_keeps_its_capitals(model: Path) -> None:
     assert isinstance(load(model, contract=contract(True)), Encoder)
     assert LocalWriter(str(model)).cut("Bread IS Baked", 64) == "Bread IS Baked"
+
+
+def test_passages_are_read_as_far_as_asked_and_as_the_model_has_positions() -> None:
+    trained = EncoderSettings(max_query_tokens=16, max_passage_tokens=64)
+    for asked, positions, read in ((None, 2048, 64), (100, 2048, 100), (8192, 2048, 2048), (None, 48, 48)):
+        found = as_encoded(trained, EncodeSettings(max_passage_tokens=asked), positions)
+        assert found == replace(trained, max_passage_tokens=read)

@@ -68,7 +68,7 @@ def test_another_collection_has_the_same_vectors_for_the_same_passages(settings:
     theirs = list(tables[1].texts())
     same = [row for row, text in enumerate(tables[0].contents(range(20))) if text == theirs[row]]
     assert len(theirs) == 20 and 5 < len(same) < 20  # of the others the first sentences are test queries here
-    np.testing.assert_allclose(other[same], own[same], atol=1e-4)
+    np.testing.assert_allclose(other[same], own[same], atol=1e-6)
 
 
 def test_weights_of_texts_are_those_of_passages(tmp_path: Path) -> None:
