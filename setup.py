@@ -30,6 +30,7 @@ setup(
         "accelerate>=1.10",  # transformers needs it to load GGUF files
         "bm25s>=0.3",
         "datasets>=5.0",
+        "datasketch>=2.0",
         "deepspeed>=0.19",
         "gguf>=0.19",
         "jinja2>=3.1",

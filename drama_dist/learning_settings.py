@@ -27,6 +27,8 @@ from drama_dist.setting_types import (
     Rank,
     Size,
     SomeFraction,
+    SomeKeys,
+    Text,
     TextTokens,
     Weights,
 )
@@ -53,6 +55,8 @@ class TeacherSettings:
     others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
     query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
     passage_prefix: FreeText = ""
+    query_input_type: FreeText = ""  # what endpoints that tell queries from passages get as input_type; empty: none
+    passage_input_type: FreeText = ""
     requests: CostOnly[Count] = 8  # that each rank sends to an endpoint at a time
     dtype: Dtype = "float32"
     batch_tokens: CostOnly[Count | None] = None  # null: what suits the device
@@ -70,11 +74,11 @@ class TeacherSettings:
 
     @model_validator(mode="after")
     def _names_and_windows_fit(self) -> Self:
-        if (self.query_prefix or self.passage_prefix) and not any(map(is_endpoint, self.models)):
-            raise SettingsError(
-                f"teacher.query_prefix={self.query_prefix!r}, teacher.passage_prefix={self.passage_prefix!r}: are for "
-                "endpoints; other models have prompts of their own"
-            )
+        for name in ("query_prefix", "passage_prefix", "query_input_type", "passage_input_type"):
+            if (value := getattr(self, name)) and not any(map(is_endpoint, self.models)):
+                raise SettingsError(
+                    f"teacher.{name}={value!r}: is for endpoints; other models have prompts of their own"
+                )
         if self.model in self.others:
             raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
         if len({without_url(name) for name in self.models}) < len(self.models):
@@ -105,9 +109,18 @@ class AugmentSettings:
     min_crop_words: Count = 4
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
+    # Of queries whose pieces of three letters agree by this share (Jaccard) or more the first stays; people's all stay,
+    # and come first. null: only equal ones of a passage are one.
+    near_duplicates: SomeFraction | None = None
+    # At most so many queries of a source (crop, synthetic, logged, labelled, triplet) or of a language, drawn by the
+    # seed, as in {crop: 20000, de: 5000}.
+    quotas: dict[Text, CountOrZero] = Field(default={})
+    # Crops and synthetic queries stay only where the passage that they were written from is among the first so many
+    # that are ranked for them; null: all stay.
+    round_trip: Rank | None = None
     # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: the
     # relevant passages that rank first are then positives, and none is a negative. Test queries are left out, of
-    # evaluate.collections too, which then cannot change.
+    # evaluate.collections too, which then cannot change (with labelled_triples neither).
     queries: Name | None = None
     judgements: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time
@@ -120,6 +133,17 @@ class AugmentSettings:
     # These texts are trained on like the corpus's: crops are taken from them, too.
     triplets: CountOrZero = 0
     triplet_tokens: Size = 384  # of an answer with one
+    # People's triples: a file in any form that corpus.path may have, of queries with texts that answer them and texts
+    # that do not, as MS MARCO has them (of a very large file take a sample: it is read as a whole). These texts are
+    # trained on like the corpus's, too. A positive or a negative is a text, an object with corpus.text_keys, or a list
+    # of either. Columns without a header are the first names.
+    labelled_triples: Name | None = None
+    triple_query_keys: SomeKeys = Field(default=["query", "anchor", "question"])
+    triple_positive_keys: SomeKeys = Field(default=["positive", "positives", "pos", "positive_passages", "answer"])
+    triple_negative_keys: SomeKeys = Field(default=["negative", "negatives", "neg", "negative_passages"])
+    # An endpoint's synthetic queries and triplets are to fit a JSON schema (response_format), so that no part is
+    # missing: llama.cpp's server, vLLM and others can hold an LLM to one.
+    json_answers: bool = False
     # Listwise preference: of so many queries, drawn by the seed, the writer puts the first passages in order. Small
     # LLMs cannot: benchmarks/results/writers.md.
     rerank: CountOrZero = 0  # crops and synthetic queries alone
@@ -130,13 +154,18 @@ class AugmentSettings:
     negatives: CountOrZero = 8  # hard negatives kept per example
     negatives_from_rank: Rank = 10  # ranks before this one are neither
     negatives_to_rank: Rank = 60
+    negative_strata: Count = 1  # equal parts of these ranks in order of the teacher's scores; each gives as many
+    # No passage is drawn as a negative that the teacher scores above this share of its lowest score of a positive;
+    # null: any is. What is known to be irrelevant, or what the writer puts last, is a negative whatever it scores.
+    max_negative_score: SomeFraction | None = None
 
     @model_validator(mode="after")
     def _something_can_be_written(self) -> Self:
-        if not (self.crops or self.crops_per_passage or self.synthetic_queries or self.queries or self.triplets):
+        counts = self.crops or self.crops_per_passage or self.synthetic_queries or self.triplets
+        if not (counts or self.queries or self.labelled_triples):
             no = (
                 "augment.crops=0, augment.crops_per_passage=0, augment.synthetic_queries=0, augment.queries=null, "
-                "augment.triplets=0"
+                "augment.triplets=0, augment.labelled_triples=null"
             )
             raise SettingsError(f"{no}: nothing to train on")
         if self.judgements and not self.queries:
@@ -151,6 +180,16 @@ class AugmentSettings:
                 f"augment.negatives_from_rank={self.negatives_from_rank} and "
                 f"augment.negatives_to_rank={self.negatives_to_rank}"
             )
+        if self.round_trip is not None and self.round_trip > self.negatives_to_rank:
+            raise SettingsError(
+                f"augment.round_trip={self.round_trip} is more than augment.negatives_to_rank="
+                f"{self.negatives_to_rank}, down to which passages are ranked"
+            )
+        if self.negative_strata > max(1, self.negatives):
+            raise SettingsError(
+                f"augment.negative_strata={self.negative_strata} is more than augment.negatives={self.negatives}: "
+                "each is to give one"
+            )
         return self
 
     def crops_of(self, passages: int) -> int:
@@ -161,6 +200,11 @@ class AugmentSettings:
     def asks_a_writer(self) -> bool:
         """Whether the augment stage needs an LLM."""
         return bool(self.synthetic_queries or self.rerank)
+
+    @property
+    def brings_texts(self) -> bool:
+        """Whether there are texts to train on beside the corpus's."""
+        return bool(self.triplets or self.labelled_triples)
 
     @property
     def draws_keywords(self) -> bool:

@@ -94,7 +94,7 @@ class Example:
 
     relevant: further passages that are no negatives, though none is drawn as the positive.
     source: crop, synthetic, labelled, logged, triplet or rerank. provenance: the passage or task, model, prompt version
-    and seed that it was made from, or the query's id.
+    and seed that it was made from, or the query's id, or file and line.
     """
 
     query: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator
@@ -17,6 +17,7 @@ from drama_dist.labels import checked_endpoint, without_url
 
 T = TypeVar("T")
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
+SOURCES = ("crop", "synthetic", "rerank", "triplet", "labelled", "logged")  # of training examples
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every section
 COST_ONLY = object()  # marks fields, see `recorded`
@@ -45,10 +46,13 @@ def _gib_or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
         raise ValueError("must be auto, or GiB: a number, 0 or more") from None
 
 
-def _weights_of_kinds(weights: dict[str, float]) -> dict[str, float]:
-    if not weights.keys() <= CROP_KINDS.keys() or not sum(weights.values()):
-        raise ValueError(f"must be weights of {', '.join(CROP_KINDS)}, one of them more than 0")
-    return weights
+def _weights_of(names: Collection[str], optional: bool = False) -> Callable[[dict[str, float]], dict[str, float]]:
+    def checked(weights: dict[str, float]) -> dict[str, float]:
+        if not set(names).issuperset(weights) or not (sum(weights.values()) or (optional and not weights)):
+            raise ValueError(f"must be weights of {', '.join(names)}, one of them more than 0")
+        return weights
+
+    return checked
 
 
 FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode, too
@@ -71,7 +75,8 @@ SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, COST_ONLY]  # see `recorded`
 GibOrAuto = Annotated[Amount | Literal["auto"], WrapValidator(_gib_or_auto)]
 Weights = dict[Model, Annotated[float, Field(gt=0, lt=2**31)]]
-CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of_kinds)]
+CropKinds = Annotated[dict[str, Amount], AfterValidator(_weights_of(CROP_KINDS))]
+SourceWeights = Annotated[dict[str, Amount], AfterValidator(_weights_of(SOURCES, optional=True))]
 
 
 def recorded(section: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from drama_dist.setting_types import (
     Size,
     SomeFraction,
     SomeKeys,
+    SourceWeights,
     Temperature,
     Text,
     TextTokens,
@@ -115,6 +116,9 @@ class PruneSettings:
     heads: Size | None = 12
     mlp: Size | None = 3072
     layer_choice: Literal["even", "first", "influence"] = "even"
+    # Which tokens are kept: reachable, all that can come where the encoder folds capitals; used, those of them that the
+    # corpus and general text have; whole, the LLM's. What is not kept comes in smaller pieces.
+    vocabulary: Literal["whole", "reachable", "used"] = "reachable"
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
     heal_steps: CountOrZero = 0
@@ -135,6 +139,10 @@ class TrainSettings:
     minutes: Annotated[float, Field(gt=0, lt=2**31)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256  # queries, over all ranks
     hard_negatives: Amount = 1.0  # per query; 0.25 gives every fourth query, drawn at random, one
+    # Of sources of examples (crop, synthetic, rerank, triplet, labelled, logged), by which each query of a batch is
+    # drawn; what is not named is not drawn. Empty: every example comes equally often.
+    source_weights: SourceWeights = Field(default={})
+    same_in_batch: Distinct[Literal["source", "language"]] = Field(default=[])  # all queries of a batch have the same
     passage_share: SomeFraction = 1.0  # of a batch's passages, which is encoded; below 1 for regression alone
     # The objective is a sum of terms: InfoNCE, the distance from the targets' vectors (training then begins from token
     # vectors in closed form), and the divergence from the mix of the teacher's scores and BM25's.

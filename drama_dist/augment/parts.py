@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from drama_dist.augment.writers.writer import Writer
 from drama_dist.distributed import ranks
 from drama_dist.records import read_records, write_records
 from drama_dist.run.files import matches_checksum, write_checksum
-from drama_dist.run.progress import progress_bar
+from drama_dist.run.progress import TokenRate, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 
 Item = TypeVar("Item")
@@ -28,11 +29,13 @@ def in_parts(
     work: Callable[[int, Sequence[Item]], list[Any]],
     share: Share = WHOLE,
     also: Callable[[int], Path] | None = None,
+    writer: Writer | None = None,
 ) -> list[dict[str, Any]]:
     """Apply `work` (index of the part, its items) to `items` in parts of `size`; return all rows in order.
 
     Every rank must call it, with the same items; each gets all rows. A share of the work leaves its parts in the folder
     and returns no rows. also: the other file that `work` writes for a part, which is done again where that is damaged.
+    writer: asked by `work`; its tokens a second stand beside the bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = [items[begin : begin + size] for begin in range(0, len(items), size)]
@@ -43,11 +46,15 @@ def in_parts(
     missing = [index for index in indices if not all(matches_checksum(file, checksums[file]) for file in files[index])]
     total, left = (sum(len(parts[index]) for index in group) for group in (indices, missing))
     bar = progress_bar(total, f"augment: {folder.name}", unit, done=total - left)
+    if writer is not None:
+        writer.on_tokens = TokenRate(bar)
     for index in missing:
         write_records(paths[index], work(index, parts[index]))
         for file in files[index]:
             write_checksum(file, checksums[file])
         bar.update(len(parts[index]))
+    if writer is not None:
+        writer.on_tokens = None
     bar.close()
     ranks.barrier()
     if not share.whole:

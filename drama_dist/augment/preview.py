@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries
 from drama_dist.augment.sources.queries import write_queries
+from drama_dist.augment.sources.triples import read_triples
 from drama_dist.augment.sources.triplets import write_triplets
 from drama_dist.augment.stage import check
 from drama_dist.augment.triplet_stage import check as check_triplets
+from drama_dist.augment.triplet_stage import with_ids
 from drama_dist.augment.writers.choice import writer_of
 from drama_dist.augment.written import WrittenQuery
 from drama_dist.corpus.collection import PassageTable, open_collection
@@ -25,7 +28,7 @@ from drama_dist.corpus.read import SetAside
 from drama_dist.corpus.windows import windows
 from drama_dist.run.runner import make
 from drama_dist.search.lexical import LexicalIndex
-from drama_dist.settings import Settings
+from drama_dist.settings import AugmentSettings, Settings
 
 _SHOWN = 160  # characters of a passage
 
@@ -38,7 +41,7 @@ def preview(settings: Settings, count: int) -> list[str]:
     """
     augment = settings.augment
     check(settings)
-    if augment.triplets:
+    if augment.brings_texts:
         check_triplets(settings)
     table = open_collection(make(settings, "corpus")).passages  # not RUN/windows, which may wait for an LLM
     chance = random.Random(f"{settings.seed} preview")
@@ -46,7 +49,8 @@ def preview(settings: Settings, count: int) -> list[str]:
     drawn = PassageTable.in_memory(table[position] for position in positions)
     some = PassageTable.in_memory(windows(drawn, settings.corpus.window_words, settings.corpus.window_step))
     crops_wanted, synthetic_wanted, log_wanted = augment.crops_of(1), augment.synthetic_queries, augment.queries
-    each = max(1, count // sum(map(bool, (crops_wanted, synthetic_wanted, log_wanted, augment.triplets))))
+    sources = crops_wanted, synthetic_wanted, log_wanted, augment.triplets, augment.labelled_triples
+    each = max(1, count // sum(map(bool, sources)))
     few = replace(
         augment,
         crops=each,
@@ -71,15 +75,33 @@ def preview(settings: Settings, count: int) -> list[str]:
         written += chance.sample(asked, min(each, len(asked)))
         aside += list(unfit.as_rows())[:each]
     lines = [line for query in written for line in _lines(query, table if query.judged else some)]
-    if augment.triplets:
-        with TemporaryDirectory() as folder:
-            language = settings.corpus.language
-            made_up, unusable = write_triplets(Path(folder), writer_of(settings), few, language, settings.seed)
-        for row in made_up:
-            texts = (("answer", row["positive"]), ("distractor", row["negative"]))
-            lines += [f"triplet: {row['query']}", *(f"    {name}: {text[:_SHOWN]}" for name, text in texts)]
-        aside += unusable
+    for wanted, found in ((augment.labelled_triples, _triples), (augment.triplets, _triplets)):
+        if wanted:
+            more, unusable = found(settings, few, each)
+            lines += more
+            aside += unusable
     return lines + [f"set aside: {row['reason']}: {str(row['value'])[:_SHOWN]!r}" for row in aside]
+
+
+Shown = tuple[list[str], list[dict[str, Any]]]  # lines, and rows of what is set aside
+
+
+def _triples(settings: Settings, few: AugmentSettings, count: int) -> Shown:
+    aside = SetAside()
+    texts, queries = with_ids(islice(read_triples(few, settings.corpus, aside), count))
+    table = PassageTable.in_memory(texts)
+    return [line for query in queries for line in _lines(query, table)], list(aside.as_rows())[:count]
+
+
+def _triplets(settings: Settings, few: AugmentSettings, count: int) -> Shown:
+    with TemporaryDirectory() as folder:
+        writer, language = writer_of(settings), settings.corpus.language
+        rows, aside = write_triplets(Path(folder), writer, few, language, settings.seed)
+    lines = []
+    for row in rows:
+        texts = (("answer", row["positive"]), ("distractor", row["negative"]))
+        lines += [f"triplet: {row['query']}", *(f"    {name}: {text[:_SHOWN]}" for name, text in texts)]
+    return lines, aside
 
 
 def _lines(query: WrittenQuery, table: PassageTable) -> list[str]:

@@ -1,7 +1,8 @@
 """The augment stage: passages in, training examples out.
 
-Crops and synthetic queries are written, test queries among them set aside, and passages ranked for the rest. Finished
-parts of the work are stored as they come, so that an interrupted stage resumes from them.
+Queries are written or read. Test queries among them and near duplicates are set aside, quotas leave some out, and
+passages are ranked for the rest; queries whose passage does not come back may go, too. Finished parts of the work are
+stored as they come, so that an interrupted stage resumes from them.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from drama_dist.augment.parts import in_parts
-from drama_dist.augment.rank_passages import Ranker, example
+from drama_dist.augment.rank_passages import Ranker, comes_back, example
+from drama_dist.augment.selection import row_of, within_quotas, without_near_duplicates
 from drama_dist.augment.sources.crop import crops
 from drama_dist.augment.sources.labelled import labelled_queries, read_log
 from drama_dist.augment.sources.queries import write_queries
 from drama_dist.augment.sources.rerank import rerank
 from drama_dist.augment.triplet_stage import triplet_queries
 from drama_dist.augment.writers.choice import check_writer, writer_of
-from drama_dist.augment.written import WrittenQuery
+from drama_dist.augment.written import WrittenQuery, folded
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.corpus.judgements import read_judgements
 from drama_dist.corpus.read import SetAside
@@ -31,8 +34,9 @@ from drama_dist.distributed import ranks
 from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.records import BadRecord, Example, Query, write_records
+from drama_dist.run.artefact import CHECKPOINTS
 from drama_dist.run.files import write_text
-from drama_dist.run.folder import CHECKPOINTS, StageFolder, fingerprint
+from drama_dist.run.folder import StageFolder, fingerprint
 from drama_dist.run.graph import CORPUS, TRAINING_TEXTS, TRIPLETS, collections_to_leave_out
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
@@ -88,7 +92,8 @@ def augment(run: Run, folder: StageFolder) -> None:
     tests = [query for name in collections for query in open_collection(run.path(name)).queries]
     written, aside, notes = _write(run, folder, table, tests)
     ranker = _ranker(run)
-    examples = _rank(settings, folder, table, written, ranker)
+    examples, lost = _rank(settings, folder, table, written, ranker)
+    aside += lost
     if settings.augment.rerank:
         examples, unusable, mended = _rerank(settings, folder, table, examples, ranker)
         aside, notes = aside + unusable, {**notes, **mended}
@@ -116,7 +121,7 @@ def _words(run: Run) -> LexicalIndex:
 def _write(
     run: Run, folder: StageFolder, table: PassageTable, test_queries: Sequence[Query]
 ) -> tuple[list[WrittenQuery], list[dict[str, Any]], dict[str, int]]:
-    """All written queries except test queries, what was set aside, and what else is to be counted."""
+    """The queries to train on, what was set aside, and what else is to be counted."""
     settings = run.settings
     lexical = _words(run) if settings.augment.draws_keywords else None
     written, notes = crops(table, lexical, settings.augment, settings.seed)
@@ -127,16 +132,19 @@ def _write(
         written += synthetic
         aside += unusable
     written += asked
-    if settings.augment.triplets:
+    if settings.augment.brings_texts:
         written += triplet_queries(run.path(TRIPLETS))
-    tests = {_folded(query.text) for query in test_queries}
-    for query in written:
-        if _folded(query.query) in tests:
-            aside.append({"passage": query.passage_id, "reason": "is a test query", "value": query.query})
-    kept = [query for query in written if _folded(query.query) not in tests]
+    tests = {folded(query.text) for query in test_queries}
+    aside += [row_of(query, "is a test query") for query in written if folded(query.query) in tests]
+    kept = [query for query in written if folded(query.query) not in tests]
+    if settings.augment.near_duplicates is not None:
+        kept, near = without_near_duplicates(kept, settings.augment.near_duplicates)
+        aside += near
+    kept, beyond = within_quotas(kept, settings.augment.quotas, settings.seed)
+    notes += beyond
     if not kept:
         raise ValueError(
-            "no training query could be written: raise augment.crops or augment.synthetic_queries, lower "
+            "no training query is left: raise augment.crops, augment.synthetic_queries or augment.quotas, lower "
             "augment.min_crop_words, or name more kinds in augment.crop_kinds; or name queries in augment.queries"
         )
     return kept, aside, notes
@@ -167,21 +175,46 @@ def _synthetic(
 
 def _rank(
     settings: Settings, folder: StageFolder, table: PassageTable, written: list[WrittenQuery], ranker: Ranker
-) -> list[Example]:
-    """The examples in order; the teacher's vectors of their queries are stored in the same order."""
-    section, vectors = settings.augment, folder.folder / QUERY_VECTORS
-    vectors.mkdir(exist_ok=True)
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The examples in order, and a row for each query whose passage does not come back.
+
+    The teacher's vectors of the examples' queries are stored in the same order.
+    """
+    section, checkpoints = settings.augment, folder.folder / CHECKPOINTS
+    vectors = checkpoints / QUERY_VECTORS
+    vectors.mkdir(parents=True, exist_ok=True)
+    scored = section.negative_strata > 1 or section.max_negative_score is not None
 
     def rank(index: int, part: Sequence[WrittenQuery]) -> list[Example]:
         queries = [query.query for query in part]
         vectors_QT = ranker.encode(queries)
         write_shard(vectors, index, vectors_QT)
         rankings = ranker.rank(queries, vectors_QT, section.negatives_to_rank)
-        return [example(query, row, table, section, settings.seed) for query, row in zip(part, rankings, strict=True)]
+        scores = [partial(ranker.scores, vector_T) if scored else None for vector_T in vectors_QT]
+        return [
+            example(query, ranking_D, table, section, settings.seed, score)
+            for query, ranking_D, score in zip(part, rankings, scores, strict=True)
+        ]
 
-    parts = folder.folder / CHECKPOINTS / "ranked"
+    parts = checkpoints / "ranked"
     rows = in_parts(parts, written, _PART, "queries", rank, also=lambda index: shard_path(vectors, index))
-    return [Example.from_json(row) for row in rows]
+    examples = [Example.from_json(row) for row in rows]
+    back = [section.round_trip is None or comes_back(example, section.round_trip) for example in examples]
+    kept = np.flatnonzero(back)
+    if not len(kept):
+        raise ValueError(
+            f"augment.round_trip={section.round_trip}: the passage of none of {len(back)} queries comes back; raise it"
+        )
+    ranks.by_rank_0(lambda: _store_vectors(EmbeddingShards(vectors), kept, folder.folder / QUERY_VECTORS))
+    gone = np.flatnonzero(~np.array(back)).tolist()
+    lost = [row_of(written[number], "its passage does not come back") for number in gone]
+    return [examples[number] for number in kept.tolist()], lost
+
+
+def _store_vectors(vectors: EmbeddingShards, kept: np.ndarray, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for index, begin in enumerate(range(0, len(kept), _PART)):
+        write_shard(folder, index, vectors.rows(kept[begin : begin + _PART]))
 
 
 def _rerank(
@@ -211,7 +244,3 @@ def _counts(examples: list[Example], aside: list[dict[str, Any]]) -> dict[str, i
     by_kind = Counter(f"{example.provenance['kind']} crops" for example in examples if example.source == "crop")
     by_reason = Counter(f"set aside: {row['reason']}" for row in aside)
     return {**by_source, **by_kind, **by_reason}
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -21,3 +21,8 @@ class WrittenQuery:
     provenance: dict[str, Any] = field(default_factory=dict)
     judged: tuple[str, ...] = ()
     irrelevant: tuple[str, ...] = ()
+
+
+def folded(text: str) -> str:
+    """A query without what two equal ones may differ in: capitals and blanks."""
+    return " ".join(text.casefold().split())

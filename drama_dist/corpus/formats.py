@@ -50,12 +50,12 @@ _NOT_ROWS = {
 class Columns:
     """Which columns are wanted.
 
-    names: others may be left out. pair: what the two columns of a TSV file without a header are. remedy: what to do
-    where there is no column of these names.
+    names: others may be left out. bare: what the columns of a TSV file without a header are, where it has as many.
+    remedy: what to do where there is no column of these names.
     """
 
     names: frozenset[str]
-    pair: tuple[str, str] | None
+    bare: tuple[str, ...] | None
     remedy: str
 
     @cached_property
@@ -189,7 +189,7 @@ def dataset_rows(folder: Path, rows: Any, columns: Columns) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Iterator[Row]:
-    """Rows under the names of the header, or under columns.pair."""
+    """Rows under the names of the header, or under columns.bare."""
     lines = text_lines(file)
     header: Sequence[str] | None = None
     unquote = form == "tsv"
@@ -201,10 +201,10 @@ def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Ite
             header = columns.of_table(path, [unquoted(cell.strip()) for cell in cells])
             if columns.names.intersection(header):
                 continue
-            if form == "csv" or not _has_pairs(lines) or not columns.pair:
+            if form == "csv" or not columns.bare or not _have_columns(lines, len(columns.bare)):
                 raise columns.missing(path, cells)
-            header, unquote = columns.pair, False
-            say(f"{path}: its first line names no known column; its columns are read as {' and '.join(header)}")
+            header, unquote = columns.bare, False
+            say(f"{path}: its first line names no known column; its columns are read as {', '.join(header)}")
         if len(cells) != len(header):
             yield line, BadRecord(path, line, f"expected {len(header)} columns", cells, f"and found {len(cells)}")
         elif unquote and any(map(_is_open, cells)):
@@ -213,9 +213,9 @@ def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Ite
             yield line, dict(zip(header, map(unquoted, cells) if unquote else cells, strict=True))
 
 
-def _has_pairs(lines: Sequence[str]) -> bool:
-    """Whether most of the first lines have two columns: one of them may be damaged."""
-    first = [line.count("\t") == 1 for line in lines[:_FIRST_LINES] if line.strip()]
+def _have_columns(lines: Sequence[str], count: int) -> bool:
+    """Whether most of the first lines have so many columns: one of them may be damaged."""
+    first = [line.count("\t") == count - 1 for line in lines[:_FIRST_LINES] if line.strip()]
     return 2 * sum(first) > len(first)
 
 

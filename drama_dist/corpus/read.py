@@ -14,7 +14,7 @@ from typing import Any
 from drama_dist.corpus.collection import Qrels
 from drama_dist.corpus.formats import Columns, Row, dataset_rows, open_dataset, read_rows, shown_names
 from drama_dist.corpus.judgements import Judgement, read_judgements
-from drama_dist.corpus.layout import find_sources
+from drama_dist.corpus.layout import Sources, find_sources
 from drama_dist.corpus.parts import Unfit, as_unicode, id_of, language_of, part, text_of, title_of
 from drama_dist.records import BadRecord, Passage, Query
 from drama_dist.run.progress import say
@@ -46,6 +46,12 @@ class SetAside:
                 f"corpus.bad_record_limit={limit} allows; the first:\n{first}\n"
                 f"All are in {kept_in}. Fix them, or raise the limit."
             )
+
+    def tell_mended(self, name: str) -> None:
+        """Say in how many texts something was mended. name: of the stage."""
+        if self.mended:
+            texts = "1 text" if self.mended == 1 else f"{self.mended} texts"
+            say(f"{name}: in {texts}, halves of characters (\\ud800 to \\udfff) are now U+FFFD")
 
     @property
     def records(self) -> list[BadRecord]:
@@ -93,13 +99,9 @@ def read_corpus(path: Path, corpus: CorpusSettings, aside: SetAside, setting: st
     for note in sources.notes:
         say(f"{path}: {note}")
     keys = _Keys(corpus.id_keys, corpus.text_keys, corpus.title_keys, corpus.language_keys)
-    if sources.dataset:
-        rows = _dataset_rows(sources.dataset, keys.columns)
-    else:
-        rows = _file_rows(sources.passages, keys.columns)
-    passages = _records(rows, keys, corpus.language, aside)
+    passages = _records(rows_of(sources, keys.columns), keys, corpus.language, aside)
     if not passages:
-        raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{_first(aside.unusable)}")
+        raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{first_of(aside.unusable)}")
     if not sources.queries or not sources.judgements:
         return RawCorpus(passages, [], {})
     queries = _queries(sources.queries, corpus, aside)
@@ -111,7 +113,7 @@ def read_queries(path: Path, corpus: CorpusSettings, aside: SetAside, setting: s
     """Read a file of queries in any supported form; raises ValueError where none can be used."""
     queries = _queries(path, corpus, aside)
     if not queries:
-        raise ValueError(f"{setting}={path}: no usable query among {aside.seen} records{_first(aside.unusable)}")
+        raise ValueError(f"{setting}={path}: no usable query among {aside.seen} records{first_of(aside.unusable)}")
     return queries
 
 
@@ -119,6 +121,11 @@ def _queries(path: Path, corpus: CorpusSettings, aside: SetAside) -> list[Query]
     keys = _Keys([*_QUERY_IDS, *corpus.id_keys], [*_QUERY_TEXTS, *corpus.text_keys], (), corpus.language_keys)
     asked = _records(_file_rows([path], keys.columns), keys, corpus.language, aside)
     return [Query(query.id, query.text, query.language) for query in asked]
+
+
+def rows_of(sources: Sources, columns: Columns) -> Iterator[tuple[Path, Row]]:
+    """The rows of the passages' files, or of the dataset, each with its file."""
+    return _dataset_rows(sources.dataset, columns) if sources.dataset else _file_rows(sources.passages, columns)
 
 
 def _file_rows(paths: Iterable[Path], columns: Columns) -> Iterator[tuple[Path, Row]]:
@@ -209,7 +216,7 @@ def read_judged(
     aside.seen += seen
     if not qrels:
         first = [*aside.unusable[before:], *(aside.unwanted if of_others else ())]
-        problem = f"no usable judgement among {seen}{_first(first)}" if seen else "has no judgements"
+        problem = f"no usable judgement among {seen}{first_of(first)}" if seen else "has no judgements"
         raise ValueError(f"{path}: {problem}; {remedy}")
     return qrels
 
@@ -226,5 +233,6 @@ def _foreign(
     return None
 
 
-def _first(records: Sequence[BadRecord]) -> str:
+def first_of(records: Sequence[BadRecord]) -> str:
+    """The first few bad records, to end an error with."""
     return "; the first: " + "; ".join(map(str, records[:_FIRST])) if records else ""

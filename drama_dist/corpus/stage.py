@@ -126,7 +126,7 @@ def build_windows(run: Run, folder: StageFolder, collection: str) -> None:
         if general is not None:
             others = windows(general, corpus.window_words, corpus.window_step)
             texts = with_general(texts, others, corpus.general_share)
-        if run.settings.augment.triplets:
+        if run.settings.augment.brings_texts:
             texts = _with_triplets(texts, PassageTable.open(run.path(TRIPLETS) / "passages"))
         write_collection(folder.folder, texts, [], {})
         facts = {"passages": len(PassageTable.open(folder.folder / "passages"))}
@@ -289,9 +289,7 @@ def _candidate(passage: Passage, corpus: CorpusSettings) -> _Candidate | None:
 def _summarise(name: str, raw: RawCorpus, aside: SetAside) -> None:
     judgements = sum(len(judged) for judged in raw.qrels.values())
     say(f"{name}: {len(raw.passages)} passages, {len(raw.queries)} test queries, {judgements} judgements")
-    if aside.mended:
-        texts = "1 text" if aside.mended == 1 else f"{aside.mended} texts"
-        say(f"{name}: in {texts}, halves of characters (\\ud800 to \\udfff) are now U+FFFD")
+    aside.tell_mended(name)
     if aside.records:
         reasons = Counter(record.reason for record in aside.records)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

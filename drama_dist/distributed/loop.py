@@ -18,7 +18,8 @@ from drama_dist.distributed import ranks
 from drama_dist.distributed.checkpoints import Checkpoints
 from drama_dist.distributed.engine import Engine, learning_rate_at
 from drama_dist.run import interrupts
-from drama_dist.run.folder import CHECKPOINTS, StageFolder
+from drama_dist.run.artefact import CHECKPOINTS
+from drama_dist.run.folder import StageFolder
 from drama_dist.run.progress import progress_bar
 
 

@@ -15,22 +15,29 @@ from drama_dist.encoder.head import head_size
 from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import fetched, reachable, resolve
 from drama_dist.encoder.superwords import check_byte_level
+from drama_dist.encoder.vocabulary import check_prunable
 from drama_dist.settings import EncoderSettings
 
 
 def check_llama(
-    name: str, trust_remote_code: bool = False, with_head: bool = False, with_superwords: bool = False
+    name: str,
+    trust_remote_code: bool = False,
+    with_head: bool = False,
+    with_superwords: bool = False,
+    fewer_tokens: bool = False,
 ) -> LlamaConfig:
     """Check a Llama-type model and return its configuration.
 
-    with_head: its language-model head is needed, too. with_superwords: its tokenizer is to get some. Raises ValueError
-    or FileNotFoundError where it cannot be used.
+    with_head: its language-model head is needed, too. with_superwords: its tokenizer is to get some. fewer_tokens: it
+    is to lose some. Raises ValueError or FileNotFoundError where it cannot be used.
     """
     source = reachable(resolve(name))
     config = read_llama_config(source, trust_remote_code)
     tokenizer = wire_tokenizer(read_tokenizer(source, config, trust_remote_code), lower_case=False)
     if with_superwords:
         check_byte_level(tokenizer)
+    if fewer_tokens:
+        check_prunable(tokenizer)
     if Path(source).is_dir():
         check_weights(LlamaForCausalLM if with_head else LlamaModel, Path(source), config)
     return config

@@ -1,7 +1,7 @@
 """The prune stage: from a language model to a small bidirectional encoder.
 
-Measures importance, selects and extracts the small model, and heals it. The artefact is an encoder folder with
-selection.json, the indices that were kept.
+Measures importance, selects and extracts the small model, heals it, and leaves out tokens that it does not need. The
+artefact is an encoder folder with selection.json, the indices that were kept.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.general import open_general
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
 from drama_dist.encoder import attention
@@ -25,6 +27,7 @@ from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
+from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachable_tokens, used_tokens, with_tokens
 from drama_dist.prune.extractor import Selection, requested_shape, select, shape_of, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
@@ -32,6 +35,7 @@ from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS
+from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
 
@@ -45,7 +49,10 @@ def check(settings: Settings) -> None:
     """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
     with named_by("llm", settings.llm):
         with_superwords = settings.train.superwords > 0 and settings.train.start is None
-        config = check_llama(settings.llm, settings.trust_remote_code, _needs_head(settings), with_superwords)
+        fewer_tokens = settings.prune.vocabulary == "used"
+        config = check_llama(
+            settings.llm, settings.trust_remote_code, _needs_head(settings), with_superwords, fewer_tokens
+        )
     shape = requested_shape(settings.prune, shape_of(config))
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")
@@ -66,10 +73,12 @@ def prune(run: Run, folder: StageFolder) -> None:
     with interrupts.deferred():
         if settings.prune.heal_steps:
             small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
+        backbone = small.model.to("cpu")
         if ranks.rank() == 0:
-            _save(folder.folder, small, tokenizer, settings.encoder, selection)
-        parameters = sum(weight.numel() for weight in small.parameters())
-        folder.finish(parameters=parameters, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
+            tokenizer = _with_fewer_tokens(run, tokenizer, backbone)
+            _save(folder.folder, backbone, tokenizer, settings.encoder, selection)
+        facts = {"parameters": sum(weight.numel() for weight in backbone.parameters()), "tokens": len(tokenizer)}
+        folder.finish(**facts, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
 
 
 def _needs_head(settings: Settings) -> bool:
@@ -96,14 +105,34 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settin
     return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
 
 
+def _with_fewer_tokens(run: Run, tokenizer: PreTrainedTokenizerBase, backbone: LlamaModel) -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens of prune.vocabulary; the backbone keeps their embeddings alone."""
+    settings, choice = run.settings, run.settings.prune.vocabulary
+    encoder = settings.encoder
+    if choice == "whole" or (choice == "reachable" and not encoder.lower_case):
+        return tokenizer
+    if choice == "reachable" and not is_prunable(tokenizer):
+        say("prune: all tokens are kept, since the tokenizer is not one of byte-pair encoding (prune.vocabulary)")
+        return tokenizer
+    if choice == "used":
+        tables = [open_collection(run.path(CORPUS)).passages, open_general(run.path(CORPUS))]
+        texts = chain.from_iterable(table.texts() for table in tables if table is not None)
+        wanted = used_tokens(tokenizer, chain([encoder.query_prefix, encoder.passage_prefix], texts))
+    else:
+        wanted = reachable_tokens(tokenizer)
+    smaller, old_ids = with_tokens(tokenizer, wanted)
+    say(f"prune: {len(old_ids):,} of {backbone.config.vocab_size:,} tokens are kept (prune.vocabulary={choice})")
+    keep_embeddings(backbone, old_ids)
+    return wire_tokenizer(smaller, encoder.lower_case)
+
+
 def _save(
     folder: Path,
-    small: LlamaForCausalLM,
+    backbone: LlamaModel,
     tokenizer: PreTrainedTokenizerBase,
     contract: EncoderSettings,
     selection: Selection,
 ) -> None:
-    backbone = small.model.to("cpu")
     backbone.config.is_causal = False
     backbone.config.architectures = ["LlamaModel"]
     # The run's dims may exceed the hidden size: they are those of a linear head's vectors.

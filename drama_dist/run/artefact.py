@@ -18,6 +18,7 @@ from typing import Any
 from drama_dist.run.files import hash_file, write_text
 
 PROVENANCE = "provenance.json"
+CHECKPOINTS = "checkpoints"  # a folder that is kept until the stage is finished, then deleted
 SHARDS = "shard-*.npy"  # the only files that are read because they lie in a folder, and not by their names
 _CHECKED = ".checked"  # a folder in the run
 _FILES, _SEAL = "files", "sha256"
@@ -66,7 +67,8 @@ def verify(run: Path | str, name: str) -> None:
     for file, written in record[_FILES].items():
         states[file] = _verified(folder, file, written, known.get(file))
     for path in sorted(folder.rglob(SHARDS)):
-        if path.relative_to(folder).as_posix() not in states:
+        inside = path.relative_to(folder)
+        if inside.as_posix() not in states and CHECKPOINTS not in inside.parts:  # which a kill may have left
             raise Damaged(f"{path}: no part of the artefact, but it would be read as one; move it away")
     note = {"of": record[_SEAL], "files": states}
     if note != last:

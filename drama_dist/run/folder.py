@@ -26,14 +26,13 @@ from typing import Any
 import yaml
 
 from drama_dist.distributed import ranks
-from drama_dist.run.artefact import PROVENANCE, SHARDS, FilesOfArtefact, damaged, verify
+from drama_dist.run.artefact import CHECKPOINTS, PROVENANCE, SHARDS, FilesOfArtefact, damaged, verify
 from drama_dist.run.files import combined_hash, hash_file, hash_files, sync, write_text
 from drama_dist.run.locks import StageLock
 from drama_dist.run.progress import say
 from drama_dist.run.shares import WHOLE, Share
 
 _PACKAGES = ("drama-dist", "torch", "transformers", "deepspeed", "datasets", "faiss-cpu", "sentence-transformers")
-CHECKPOINTS = "checkpoints"  # kept until the stage is finished, then deleted
 _LOCKS = ".locks"  # a folder in the run
 _SETTINGS = "settings.yaml"
 _RECORDS_OF_THE_RUN = {PROVENANCE, "metrics.jsonl", _SETTINGS, "tensorboard", CHECKPOINTS}

@@ -130,14 +130,13 @@ def _of_augmentation(settings: Settings) -> list[str]:
 
 
 def _triplets(settings: Settings, **_: str) -> list[str]:
-    return [TRIPLETS] if settings.augment.triplets else []
+    return [TRIPLETS] if settings.augment.brings_texts else []
 
 
 def collections_to_leave_out(settings: Settings) -> list[str]:
     """Collections whose test queries may be among people's queries, beside the corpus."""
-    return (
-        [stored_collection(label) for label in settings.evaluate.collection_labels] if settings.augment.queries else []
-    )
+    peoples = settings.augment.queries or settings.augment.labelled_triples
+    return [stored_collection(label) for label in settings.evaluate.collection_labels] if peoples else []
 
 
 def stored_collection(collection: str) -> str:
@@ -158,7 +157,7 @@ STAGES = (
     Stage(
         name=TRIPLETS,
         verb="triplets",
-        help="let an LLM make up tasks, queries and texts",
+        help="let an LLM make up tasks, queries and texts, and read people's triples",
         work="drama_dist.augment.triplet_stage:triplets",
         sections="drama_dist.augment.triplet_stage:sections",
         inputs="drama_dist.augment.triplet_stage:inputs",

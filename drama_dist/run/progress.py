@@ -7,7 +7,9 @@ moving bar.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -43,3 +45,21 @@ def progress_bar(total: int | None, description: str, unit: str, done: int = 0) 
         maxinterval=10 if terminal else 60,
         smoothing=0.1,
     )
+
+
+class TokenRate:
+    """Shows beside a bar how many tokens a second are written; called with the number of new ones, by any thread."""
+
+    def __init__(self, bar: tqdm):
+        self._every = 0.2 if sys.stderr.isatty() else 10  # seconds, as bars have it
+        self._bar, self._tokens, self._lock = bar, 0, Lock()
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, tokens: int) -> None:
+        with self._lock:
+            self._tokens += tokens
+            now = time.monotonic()
+            if self._bar.disable or now - self._shown < self._every:
+                return
+            self._shown = now
+            self._bar.set_postfix_str(f"{self._tokens / (now - self._began):.0f} tokens/s")

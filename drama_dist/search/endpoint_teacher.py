@@ -34,8 +34,11 @@ class EndpointTeacher(Teacher):
         self._endpoint = Endpoint(name)
 
     def check(self) -> None:
-        """Ask for the vectors of two words. Raises as `Endpoint.ask` does."""
-        self._endpoint.check(*self._request(["bread", "river"]))
+        """Ask for the vectors of two words, as queries and as passages where that differs. Raises as `Endpoint.ask`."""
+        kinds: list[Kind] = ["query", "passage"]
+        differ = self.settings.query_input_type != self.settings.passage_input_type
+        for kind in kinds if differ else kinds[:1]:
+            self._endpoint.check(*self._request(["bread", "river"], kind))
 
     def encode(self, texts: list[str], kind: Kind, progress: Progress | None = None) -> np.ndarray:
         prefix = self.settings.query_prefix if kind == "query" else self.settings.passage_prefix
@@ -45,15 +48,19 @@ class EndpointTeacher(Teacher):
         told = None if progress is None else lambda part_nK: progress(len(part_nK))
 
         def ask(batch: list[str]) -> np.ndarray:
-            return self._endpoint.ask(*self._request(batch))
+            return self._endpoint.ask(*self._request(batch, kind))
 
         parts = in_flight(ask, batches, self.settings.requests, told)
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
-    def _request(self, texts: Sequence[str]) -> tuple[Any, Any]:
+    def _request(self, texts: Sequence[str], kind: Kind) -> tuple[Any, Any]:
+        settings, model = self.settings, self._endpoint.model
+        input_type = settings.query_input_type if kind == "query" else settings.passage_input_type
+        more = {"input_type": input_type} if input_type else None
+
         def call(client: OpenAI) -> object:
             # Not every server has base64, which the client asks for by default.
-            return client.embeddings.create(input=list(texts), model=self._endpoint.model, encoding_format="float")
+            return client.embeddings.create(input=list(texts), model=model, encoding_format="float", extra_body=more)
 
         return call, lambda answer: _rows(answer, len(texts))
 

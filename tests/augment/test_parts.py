@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from drama_dist.augment.parts import in_parts
+from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.writers.writer import Sampling, Writer
+from drama_dist.run import progress
+
+
+class Silent(Writer):
+    name = "silent"
+
+    def check(self, sampling: Sampling) -> None:
+        return None
+
+    def answer(self, conversations: Sequence[list[Message]], sampling: Sampling) -> list[str]:
+        return [""] * len(conversations)
 
 
 def test_finished_parts_are_not_done_again(tmp_path: Path) -> None:
@@ -52,3 +67,30 @@ def test_a_part_that_is_damaged_is_done_again(tmp_path: Path) -> None:
         done.clear()
         path.write_bytes(damaged)
         assert in_parts(tmp_path / "squares", range(7), 3, "items", work) == first and done == [1]
+
+
+def test_tokens_a_second_stand_beside_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**6, 6))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    writer = Silent()
+
+    def work(index: int, items: Sequence[int]) -> list[dict[str, int]]:
+        assert writer.on_tokens is not None
+        for _ in range(4):
+            writer.on_tokens(12)
+        return [{"value": item} for item in items]
+
+    in_parts(tmp_path / "parts", range(4), 2, "items", work, writer=writer)
+    assert "2 tokens/s" in capsys.readouterr().err and writer.on_tokens is None
+
+
+def test_other_ranks_count_tokens_and_show_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.ranks, "rank", lambda: 1)
+    rate = progress.TokenRate(progress.progress_bar(4, "augment", "queries"))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 1e9)
+    rate(5)
+    assert capsys.readouterr().err == ""

@@ -138,7 +138,7 @@ def test_a_part_whose_vectors_are_damaged_is_made_again(
     monkeypatch.setattr(build_examples, "_PART", 20)
     with pytest.raises(RuntimeError, match="power cut"):
         run(settings, LetterCounts(fail_after=45))
-    shard = Path(settings.run) / "augment.partial" / "query_vectors" / "shard-00001.npy"
+    shard = Path(settings.run) / "augment.partial" / "checkpoints" / "query_vectors" / "shard-00001.npy"
     contents = shard.read_bytes()
     if damage == "missing":
         shard.unlink()
@@ -219,7 +219,7 @@ def test_tasks_write_their_shares_and_a_plain_run_finishes(
 def test_nothing_written_is_an_error(small_settings: Callable[..., Settings], run: Augment) -> None:
     kinds = "augment.crop_kinds={sentence: 1, joined: 1}"
     settings = small_settings("augment.synthetic_queries=0", "augment.min_crop_words=40", kinds)
-    with pytest.raises(ValueError, match="no training query could be written"):
+    with pytest.raises(ValueError, match="no training query is left"):
         run(settings, LetterCounts())
 
 
@@ -247,3 +247,93 @@ def test_ranking_fuses_the_teacher_with_words(corpus: Collection, tmp_path: Path
     cosines_N = embeddings_NK @ vectors_QT[0]
     assert alone[0].tolist() == np.argsort(-cosines_N, kind="stable")[:10].tolist()
     assert alone.tolist() != fused.tolist()
+
+
+def test_checkpoints_that_a_kill_left_in_the_finished_folder_are_no_damage(settings: Settings, run: Augment) -> None:
+    examples = run(settings, LetterCounts())
+    left = Path(settings.run) / "augment" / "checkpoints" / "query_vectors"
+    left.mkdir(parents=True)
+    (left / "shard-00000.npy").write_bytes(b"half of it")
+    assert run(settings, LetterCounts(fail_after=0)) == examples
+    assert not left.exists()
+
+
+def test_only_queries_whose_passage_comes_back_stay(
+    small_settings: Callable[..., Settings], run: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_examples, "_PART", 20)
+    whole = run(small_settings("augment.synthetic_queries=0", f"run={tmp_path / 'whole'}"), LetterCounts())
+    settings = small_settings("augment.synthetic_queries=0", "augment.round_trip=2")
+    rows = run(settings, LetterCounts())
+    assert rows == [row for row in whole if row.provenance["rank"] in (1, 2)] and 20 < len(rows) < len(whole) - 5
+    vectors = EmbeddingShards(Path(settings.run) / "augment" / "query_vectors")
+    np.testing.assert_array_equal(
+        vectors.rows(range(len(rows))), LetterCounts().encode_queries([r.query for r in rows])
+    )
+    lines = (Path(settings.run) / "augment" / "set_aside.jsonl").read_text("utf-8").splitlines()
+    gone = [row.query for row in whole if row not in rows]
+    assert [json.loads(line)["value"] for line in lines] == gone
+    counts = json.loads((Path(settings.run) / "augment" / "counts.json").read_text("utf-8"))
+    assert counts["set aside: its passage does not come back"] == len(gone)
+
+
+def test_near_duplicates_and_quotas_are_taken_out_before_ranking(
+    small_settings: Callable[..., Settings], run: Augment
+) -> None:
+    teacher = LetterCounts()
+    settings = small_settings("augment.synthetic_queries=0", "augment.near_duplicates=0.5", "augment.quotas={crop: 30}")
+    assert len(run(settings, teacher)) == teacher.seen == 30
+    counts = json.loads((Path(settings.run) / "augment" / "counts.json").read_text("utf-8"))
+    assert counts["set aside: nearly the same as another query"] > 5
+    near, beyond = counts["set aside: nearly the same as another query"], counts["beyond the quota of crop"]
+    assert near + beyond + 30 == 128 - counts["repeated crops"]
+
+
+def test_each_stratum_of_scores_gives_as_many_negatives(corpus: Collection) -> None:
+    settings = AugmentSettings(negatives=4, negatives_from_rank=5, negatives_to_rank=24, negative_strata=4)
+    ids, chance = corpus.passages.ids, np.random.default_rng(1)
+    shuffled = np.r_[np.arange(4), 4 + chance.permutation(20)]  # fusion's order is not the teacher's
+    for number in range(50):
+        query = WrittenQuery(f"q{number}", "", "crop")
+        row = example(query, shuffled, corpus.passages, settings, 1, lambda positions: [-float(p) for p in positions])
+        assert [(ids.index(id) - 4) // 5 for id in row.negatives] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("strata", [1, 4, 9])
+def test_strata_that_have_too_few_are_made_up_for_by_others(corpus: Collection, strata: int) -> None:
+    settings = AugmentSettings(negatives=9, negatives_from_rank=5, negatives_to_rank=13, negative_strata=strata)
+    row = example(WrittenQuery("q", "", "crop"), np.arange(13), corpus.passages, settings, 1, lambda p: [0.5] * len(p))
+    assert sorted(row.negatives) == sorted(corpus.passages.ids[4:13])
+
+
+def test_no_negative_scores_near_a_positive(corpus: Collection) -> None:
+    ids, ranks = corpus.passages.ids, np.arange(20)
+
+    def settings(positives: int) -> AugmentSettings:
+        bands = {"negatives": 10, "negatives_from_rank": 3, "negatives_to_rank": 20}
+        return AugmentSettings(positives=positives, max_negative_score=0.9, **bands)
+
+    def falling(positions: Sequence[int]) -> list[float]:
+        return [1 - 0.02 * position for position in positions]
+
+    query = WrittenQuery("q", "", "crop")
+    row = example(query, ranks, corpus.passages, settings(1), 1, falling)
+    assert min(map(ids.index, row.negatives)) >= 5 and len(row.negatives) == 10  # 5 scores .9
+    judged = WrittenQuery("q", "", "labelled", judged=(ids[0], ids[10]))  # which scores .8, and .72 is no negative's
+    row = example(judged, ranks, corpus.passages, settings(2), 1, falling)
+    assert set(map(ids.index, row.negatives)) <= {14, 15, 16, 17, 18, 19} and len(row.negatives) >= 5
+    unranked = WrittenQuery("q", "", "labelled", judged=(ids[25],))  # which scores .5
+    assert not example(unranked, ranks, corpus.passages, settings(1), 1, falling).negatives
+    below_zero = example(query, ranks, corpus.passages, settings(1), 1, lambda p: [each - 2 for each in falling(p)])
+    assert len(below_zero.negatives) == 10
+
+
+def test_scores_are_the_teachers(corpus: Collection, tmp_path: Path) -> None:
+    teacher = LetterCounts()
+    passages_NK = teacher.encode_passages(list(corpus.passages.texts()))
+    write_shard(tmp_path, 0, passages_NK)
+    ranker = Ranker(teacher, EmbeddingShards(tmp_path), None, 60)
+    vectors_QT = teacher.encode_queries(["bread and salt", "river"])
+    expected = passages_NK[[3, 60, 3]] @ vectors_QT[1]
+    np.testing.assert_allclose(ranker.scores(vectors_QT[1], [3, 60, 3]), expected, rtol=1e-6)
+    assert ranker.scores(vectors_QT[0], []) == []

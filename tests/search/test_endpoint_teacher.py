@@ -97,6 +97,15 @@ def test_prefixes_come_before_texts_and_no_text_is_empty(server: FaultyServer) -
     assert [request["input"] for request in server.requests] == [["query: x"], [" ", "y"]]
 
 
+def test_endpoints_that_tell_queries_from_passages_are_told(server: FaultyServer) -> None:
+    teacher = teacher_at(server, query_input_type="query", passage_input_type="document")
+    teacher.encode_queries(["x"])
+    teacher.encode_passages(["y"])
+    assert [request["input_type"] for request in server.requests] == ["query", "document"]
+    teacher_at(server).encode_queries(["x"])
+    assert "input_type" not in server.requests[-1]
+
+
 def test_long_passages_are_sent_in_windows(server: FaultyServer, model: LocalTeacher) -> None:
     long = " ".join(TEXTS)
     teacher = teacher_at(server, window_words=50, window_step=40)

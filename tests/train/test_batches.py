@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from drama_dist.corpus.collection import PassageTable
 from drama_dist.records import Example, Passage
-from drama_dist.train.batches import Batch, batches, check_batch_size, texts_of, with_share_of_passages
+from drama_dist.train.batches import Batch, Mix, batches, check_batches, texts_of, with_share_of_passages
 
 
 def examples(count: int, positives: int) -> list[Example]:
@@ -77,10 +77,10 @@ def test_a_fraction_gives_that_share_of_the_queries_a_negative() -> None:
 
 def test_too_few_positives_or_queries_for_a_batch_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"train.batch_size=8, but the examples have only 3 different first positives"):
-        check_batch_size(examples(30, 3), 8, 1)
+        check_batches(examples(30, 3), 8, 1)
     with pytest.raises(ValueError, match=r"train.batch_size=8 for 9 ranks: each needs a query"):
-        check_batch_size(examples(30, 30), 8, 9)
-    check_batch_size(examples(30, 8), 8, 8)
+        check_batches(examples(30, 30), 8, 9)
+    check_batches(examples(30, 8), 8, 8)
 
 
 def test_a_positive_that_all_examples_share_puts_none_off() -> None:
@@ -128,3 +128,73 @@ def test_a_share_of_the_passages_is_the_first_of_them(share: float, count: int) 
     assert some.passages == batch.passages[:count]
     assert some.positions == batch.positions[:count]
     assert some.queries == batch.queries
+
+
+def of_sources() -> list[Example]:
+    """300 crops, 60 synthetic queries and 40 of people, every other one in German."""
+    sources = [*["crop"] * 300, *["synthetic"] * 60, *["logged"] * 40]
+    languages = ["en", "de"] * 200
+    return [
+        Example(f"q{n}", (f"p{n}",), (f"n{n}",), source, language)
+        for n, (source, language) in enumerate(zip(sources, languages, strict=True))
+    ]
+
+
+def test_queries_are_drawn_by_their_sources_weights() -> None:
+    rows, mix = of_sources(), Mix({"crop": 3, "synthetic": 1, "logged": 0})
+    counts = Counter(rows[number].source for batch in take(100, rows, 20, 0, 1, 0, mix) for number in batch.examples)
+    assert set(counts) == {"crop", "synthetic"} and 0.22 < counts["synthetic"] / 2000 < 0.28
+    per_query = Counter(number for batch in take(100, rows, 20, 0, 1, 0, mix) for number in batch.examples)
+    synthetic = [per_query[number] for number in range(300, 360)]
+    assert max(synthetic) - min(synthetic) <= 2  # each epoch has each of them
+
+
+@pytest.mark.parametrize(("alike", "kinds"), [(["language"], 2), (["source"], 3), (["source", "language"], 6)])
+def test_a_batch_has_in_common_what_is_asked(alike: list[str], kinds: int) -> None:
+    rows = of_sources()
+    drawn = take(200, rows, 10, 1, 1, 0, Mix(alike=alike))
+    found = Counter(tuple(sorted({tuple(getattr(rows[n], name) for name in alike) for n in b.examples})) for b in drawn)
+    assert all(len(kind) == 1 for kind in found) and len(found) == kinds
+    assert len({number for batch in drawn for number in batch.examples}) == len(rows)
+    if alike == ["source"]:
+        assert 0.65 < found[(("crop",),)] / 200 < 0.85  # three quarters of the examples
+
+
+def test_weights_hold_where_batches_are_of_one_language() -> None:
+    rows, mix = of_sources(), Mix({"crop": 1, "synthetic": 1}, ["language"])
+    drawn = take(100, rows, 10, 0, 1, 0, mix)
+    counts = Counter((rows[n].source, rows[n].language) for batch in drawn for n in batch.examples)
+    assert all(180 < count < 320 for count in counts.values()) and len(counts) == 4
+
+
+@pytest.mark.parametrize("mix", [Mix({"crop": 1, "logged": 2}), Mix(alike=["source"]), Mix({"crop": 1}, ["language"])])
+def test_a_later_start_of_a_mix_gives_the_same_batches(mix: Mix) -> None:
+    rows = of_sources()
+    assert take(5, rows, 8, 1, 7, 6, mix) == take(11, rows, 8, 1, 7, 0, mix)[6:]
+    assert take(5, rows, 8, 1, 7, 0, mix) != take(5, rows, 8, 1, 8, 0, mix)
+
+
+def test_a_mix_that_cannot_fill_batches_is_an_error() -> None:
+    rows = of_sources()
+    with pytest.raises(
+        ValueError, match=r"train.source_weights: no example is from 'triplet'; the sources are crop, logged"
+    ):
+        check_batches(rows, 10, 1, Mix({"crop": 1, "triplet": 1}))
+    with pytest.raises(ValueError, match=r"of 'logged', which are to be 0.5 of a batch, have only 40 different"):
+        check_batches(rows, 80, 1, Mix({"crop": 1, "logged": 1}))
+    check_batches(rows, 79, 1, Mix({"crop": 1, "logged": 1}))
+    with pytest.raises(
+        ValueError, match=r"examples of 'logged' and 'en' have only 20 different .* train.same_in_batch"
+    ):
+        check_batches(rows, 21, 1, Mix(alike=["source", "language"]))
+    check_batches(rows, 20, 1, Mix(alike=["source", "language"]))
+
+
+def test_sources_that_share_their_positives_must_have_enough_together() -> None:
+    """Each has more than its share of a batch, but both have the same: a batch would never be full."""
+    rows = [Example(f"{source} {n}", (f"p{n}",), (), source) for source in ("crop", "synthetic") for n in range(200)]
+    mix = Mix({"crop": 1, "synthetic": 1})
+    with pytest.raises(ValueError, match=r"examples of 'crop' and 'synthetic' have only 200 different"):
+        check_batches(rows, 256, 1, mix)
+    check_batches(rows, 200, 1, mix)
+    assert len(take(3, rows, 200, 0, 1, 0, mix)) == 3

@@ -1,17 +1,50 @@
 """Prompts for the LLM that writes queries, and parsing its answers.
 
-Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2) and the reasons
-to set an answer aside. Any change of wording needs a new PROMPT_VERSION; where an LLM's chat template puts the messages
-is no part of it.
+Covers the messages (three worked examples in three languages; method of arXiv 2502.18460, section 3.2), the reasons to
+set an answer aside, and the form of answers, for writers that can be held to one. Any change of wording needs a new
+PROMPT_VERSION; where an LLM's chat template puts the messages is no part of it.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass
+from typing import Any
+
+from drama_dist.corpus.parts import as_unicode
 
 PROMPT_VERSION = "write-query-1"
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The parts of an answer, texts, which prompts ask for as "Part: text", one after the other."""
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of an object that has the parts."""
+        properties = {part: {"type": "string"} for part in self.parts}
+        return {"type": "object", "properties": properties, "required": [*self.parts], "additionalProperties": False}
+
+    def as_asked(self, answer: str) -> str:
+        """An answer that fits the schema, as prompts ask for it; any other as it is."""
+        try:
+            value = json.loads(answer)
+        except (ValueError, RecursionError):
+            return answer
+        if not isinstance(value, dict) or not all(isinstance(value.get(part), str) for part in self.parts):
+            return answer
+        # A part on one line: else it could begin another one.
+        return "\n".join(f"{part.capitalize()}: {' '.join(as_unicode(value[part]).split())}" for part in self.parts)
+
+
+FORM = Form("query", ("task", "query"))
 
 _INSTRUCTION = (
     "You read a passage, think of a search task that it could serve, and write one query that somebody with this "

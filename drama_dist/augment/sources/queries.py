@@ -14,6 +14,7 @@ import numpy as np
 
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import (
+    FORM,
     PROMPT_VERSION,
     Message,
     UnusableAnswer,
@@ -46,10 +47,10 @@ def write_queries(
 
     def ask(index: int, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         texts = [llm.cut(passage.content, augment.prompt_passage_tokens) for passage in batch]
-        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling_of(augment, seed))
+        answers = _answers(llm, [write_query_messages(text) for text in texts], sampling_of(augment, seed, FORM))
         return [_row(passage, answer, llm.name, seed) for passage, answer in zip(batch, answers, strict=True)]
 
-    rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share)
+    rows = in_parts(folder, passages, augment.generation_batch, "queries", ask, share, writer=llm)
     written = [WrittenQuery(**row) for row in rows if "reason" not in row]
     aside = [row for row in rows if "reason" in row]
     remedy = "raise augment.max_new_tokens or set augment.synthetic_queries=0"

@@ -64,7 +64,7 @@ def rerank(
             for number, order in zip(part, orders, strict=True)
         ]
 
-    rows = in_parts(folder, numbers, augment.generation_batch, "reranked", ask)
+    rows = in_parts(folder, numbers, augment.generation_batch, "reranked", ask, writer=llm)
     aside = [{name: row[name] for name in ("query", "reason", "value")} for row in rows if "reason" in row]
     remedy = "lower augment.rerank_window or set augment.rerank=0"
     refuse_beyond(augment.bad_answer_limit, aside, len(numbers), llm.name, "order", remedy)

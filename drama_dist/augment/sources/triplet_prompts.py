@@ -11,10 +11,11 @@ import random
 import re
 from dataclasses import dataclass
 
-from drama_dist.augment.sources.prompts import Message, UnusableAnswer, is_refusal
+from drama_dist.augment.sources.prompts import Form, Message, UnusableAnswer, is_refusal
 from drama_dist.corpus.split import count_words
 
 PROMPT_VERSION = "triplet-1"
+FORM = Form("triplet", ("query", "answer", "distractor"))
 
 _DOMAINS = re.split(
     ", ",

@@ -14,6 +14,7 @@ from typing import Any
 from drama_dist.augment.parts import in_parts
 from drama_dist.augment.sources.prompts import UnusableAnswer
 from drama_dist.augment.sources.triplet_prompts import (
+    FORM,
     PROMPT_VERSION,
     read_tasks,
     read_triplet,
@@ -44,10 +45,11 @@ def write_triplets(
 
     def ask_for_tasks(index: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
         conversations = [task_messages(n, _TASKS, random.Random(f"{seed} tasks {n}")) for n in numbers]
-        return [_tasks_row(answer) for answer in llm.answer(conversations, sampling_of(augment, seed + index, limit))]
+        sampling = sampling_of(augment, seed + index, max_new_tokens=limit)
+        return [_tasks_row(answer) for answer in llm.answer(conversations, sampling)]
 
     asked = range(max(_FEWEST_LISTS, -(-augment.triplets // (_TASKS * _TRIPLETS))))
-    rows = in_parts(folder / "tasks", asked, augment.generation_batch, "tasks", ask_for_tasks)
+    rows = in_parts(folder / "tasks", asked, augment.generation_batch, "tasks", ask_for_tasks, writer=llm)
     no_tasks = [row for row in rows if "reason" in row]
     refuse_beyond(augment.bad_answer_limit, no_tasks, len(asked), llm.name, "tasks", _REMEDY)
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("tasks", ())))
@@ -60,11 +62,11 @@ def write_triplets(
             triplet_messages(task, language, random.Random(f"{seed} triplet {number}"))
             for number, task in zip(numbers, of_numbers, strict=True)
         ]
-        answers = llm.answer(conversations, sampling_of(augment, seed + index, limit))
+        answers = llm.answer(conversations, sampling_of(augment, seed + index, FORM, limit))
         return [_row(task, answer) for task, answer in zip(of_numbers, answers, strict=True)]
 
     wanted = range(augment.triplets)
-    written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask)
+    written = in_parts(folder / "triplets", wanted, augment.generation_batch, "triplets", ask, writer=llm)
     aside = [row for row in written if "reason" in row]
     refuse_beyond(augment.bad_answer_limit, aside, len(wanted), llm.name, "triplet", _REMEDY)
     if len(aside) == len(written):

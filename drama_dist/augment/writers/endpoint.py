@@ -43,6 +43,8 @@ class EndpointWriter(Writer):
 
         def ask(messages: list[Message]) -> str:
             drawn = asdict(sampling) | {"seed": sampling.seed_for(messages)}
+            if sampling.form is None:
+                del drawn["form"]  # so that answers that were kept before there were forms are found
             asked = {"model": self._endpoint.model, "messages": messages, **drawn}
             known = self._kept.find(asked)
             answer: Answer = known or self._endpoint.ask(*self._request(messages, sampling))
@@ -53,7 +55,9 @@ class EndpointWriter(Writer):
                 self._known += known is not None
                 self._read += answer.tokens_read if known is None else 0
                 self._written += answer.tokens_written if known is None else 0
-            return answer.text
+            if known is None and self.on_tokens:
+                self.on_tokens(answer.tokens_written)
+            return sampling.form.as_asked(answer.text) if sampling.form else answer.text
 
         return in_flight(ask, conversations, self._requests)
 
@@ -64,6 +68,11 @@ class EndpointWriter(Writer):
             say(f"{self.name}: {rank}{self._asked:,} answers, {self._known:,} of them kept from before; {tokens}")
 
     def _request(self, messages: list[Message], sampling: Sampling) -> tuple[Any, Any]:
+        held: dict[str, Any] = {}
+        if form := sampling.form:
+            schema = {"name": form.name, "schema": form.schema, "strict": True}
+            held = {"response_format": {"type": "json_schema", "json_schema": schema}}
+
         def call(client: OpenAI) -> object:
             return client.chat.completions.create(
                 model=self._endpoint.model,
@@ -72,6 +81,7 @@ class EndpointWriter(Writer):
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=sampling.seed_for(messages),
+                **held,
             )
 
         return call, _answer

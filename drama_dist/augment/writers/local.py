@@ -6,7 +6,7 @@ Shapes: B conversations, T tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.generation import BaseStreamer
 
 from drama_dist.augment.sources.prompts import Message, without_system, write_query_messages
 from drama_dist.augment.writers.writer import Sampling, Writer
@@ -119,6 +120,7 @@ class LocalWriter(Writer):
                 **(drawn if sampling.temperature else {"do_sample": False}),
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=self._pad,
+                streamer=_Counter(self.on_tokens, self._pad) if self.on_tokens else None,
             )
         return self.tokenizer.batch_decode(answers[:, tokens_BT.shape[1] :], skip_special_tokens=True)
 
@@ -187,6 +189,21 @@ class LocalWriter(Writer):
             tokens_BT[row, begin:] = torch.tensor(tokens[shared:])
             mask_BT[row, shared:begin] = 0
         return tokens_BT.to(self.model.device), mask_BT.to(self.model.device)
+
+
+class _Counter(BaseStreamer):
+    """Tells how many tokens each step of `generate` has written, without those that follow an answer's end."""
+
+    def __init__(self, told: Callable[[int], object], pad: int):
+        self._told, self._pad, self._has_prompt = told, pad, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._told(int((value != self._pad).sum()))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        return None
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tokenize: bool = True) -> Any:

@@ -9,24 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from drama_dist.augment.sources.prompts import Message
+from drama_dist.augment.sources.prompts import Form, Message
 from drama_dist.corpus.split import about_tokens
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature: 0 is the likeliest token each time."""
+    """How answers are drawn.
+
+    temperature: 0 is the likeliest token each time. form: that no answer may lack a part of, where the writer can see
+    to that.
+    """
 
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
+    form: Form | None = None
 
     def seed_for(self, asked: Any) -> int:
         """A seed of 31 bits of what is asked, any JSON: with one for all, answers to similar prompts would be alike."""
@@ -34,9 +39,14 @@ class Sampling:
 
 
 class Writer(ABC):
-    """An instruction-tuned LLM, loaded on first use. name: as in the settings, and in every example's provenance."""
+    """An instruction-tuned LLM, loaded on first use.
+
+    name: as in the settings, and in every example's provenance. on_tokens: told how many tokens were written, as they
+    come.
+    """
 
     name: str
+    on_tokens: Callable[[int], object] | None = None
 
     @abstractmethod
     def check(self, sampling: Sampling) -> None:
