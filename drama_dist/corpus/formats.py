@@ -204,7 +204,8 @@ def _table_rows(path: Path, file: BinaryIO, form: Form, columns: Columns) -> Ite
             if form == "csv" or not columns.bare or not _have_columns(lines, len(columns.bare)):
                 raise columns.missing(path, cells)
             header, unquote = columns.bare, False
-            say(f"{path}: its first line names no known column; its columns are read as {', '.join(header)}")
+            shown = f"{', '.join(header[:-1])} and {header[-1]}"
+            say(f"{path}: its first line names no known column; its columns are read as {shown}")
         if len(cells) != len(header):
             yield line, BadRecord(path, line, f"expected {len(header)} columns", cells, f"and found {len(cells)}")
         elif unquote and any(map(_is_open, cells)):

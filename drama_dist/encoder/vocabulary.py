@@ -117,7 +117,7 @@ def keep_embeddings(backbone: LlamaModel, old_ids: list[int]) -> None:
         setattr(config, name, old_ids.index(first) if first in old_ids else None)
     config.vocab_size = backbone.vocab_size = len(old_ids)
     backbone.padding_idx = config.pad_token_id
-    backbone.set_input_embeddings(nn.Embedding.from_pretrained(rows_VK, freeze=False, padding_idx=config.pad_token_id))
+    backbone.set_input_embeddings(nn.Embedding(len(old_ids), config.hidden_size, config.pad_token_id, _weight=rows_VK))
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

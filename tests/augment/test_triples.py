@@ -55,7 +55,7 @@ def test_ms_marcos_triples_have_no_header(tmp_path: Path, capsys: pytest.Capture
     rows, aside = read(path)
     assert rows == [replace(FIRST, file=path.name, line=line) for line in (1, 3)]
     assert [bad.problem for bad in aside.unusable] == ["expected 3 columns and found 2"]
-    assert "its columns are read as query, positive, negative" in capsys.readouterr().err
+    assert "its columns are read as query, positive and negative" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [("query", "positive", "negative"), ("anchor", "pos", "neg")])
