@@ -109,8 +109,8 @@ class AugmentSettings:
     min_crop_words: Count = 4
     max_crop_words: Count = 40  # longer sentences are cut to a span of so many
     synthetic_queries: CountOrZero = 0
-    # Of queries whose pieces of three letters agree by this share (Jaccard) or more the first stays; people's all stay,
-    # and come first. null: only equal ones of a passage are one.
+    # Of queries whose pieces of three letters agree by this share (Jaccard) or more the first stays (nearly all are
+    # found); people's all stay, and come first. null: only equal ones of a passage are one.
     near_duplicates: SomeFraction | None = None
     # At most so many queries of a source (crop, synthetic, logged, labelled, triplet) or of a language, drawn by the
     # seed, as in {crop: 20000, de: 5000}.
@@ -179,6 +179,10 @@ class AugmentSettings:
                 f"augment.negatives={self.negatives} do not fit behind augment.positives={self.positives} and between "
                 f"augment.negatives_from_rank={self.negatives_from_rank} and "
                 f"augment.negatives_to_rank={self.negatives_to_rank}"
+            )
+        if self.json_answers and not (self.synthetic_queries or self.triplets):
+            raise SettingsError(
+                "augment.json_answers=true with augment.synthetic_queries=0 and augment.triplets=0: nothing has a form"
             )
         if self.round_trip is not None and self.round_trip > self.negatives_to_rank:
             raise SettingsError(

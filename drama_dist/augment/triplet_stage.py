@@ -146,6 +146,8 @@ def _peoples(settings: Settings, folder: StageFolder) -> tuple[Found, list[dict[
         write_records(folder.folder / _ASIDE, rows)
     aside.refuse_beyond(settings.corpus.bad_record_limit, folder.folder / _ASIDE)
     aside.tell_mended(folder.name)
+    if not found[1]:
+        raise ValueError(f"{SETTING}={path}: no usable triple among {aside.seen} records")
     return found, rows
 
 

@@ -20,6 +20,8 @@ from tokenizers.normalizers import Lowercase
 from torch import nn
 from transformers import LlamaModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from drama_dist.run.progress import Progress
+
 _BATCH = 1024  # texts that are tokenised at once
 _NO_TEXT = "\ufffd"
 _MAKE_CAPITALS = {"NFKC", "NFKD", "Nmt", "Precompiled"}  # normalisers: of ™ and ℃, for example, after the folding
@@ -53,8 +55,11 @@ def reachable_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {id for id, text in texts.items() if _NO_TEXT in text or fold(text) == text}
 
 
-def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
-    """Ids of the tokens that the texts have, and their words by themselves, with a space before them and without."""
+def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], progress: Progress | None = None) -> set[int]:
+    """Ids of the tokens that the texts have, and their words by themselves, with a space before them and without.
+
+    progress: told the number of texts that were read.
+    """
     backend = deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -63,6 +68,8 @@ def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set
     while batch := list(islice(texts, _BATCH)):
         words.update(*map(str.split, batch))
         found.update(*_ids(backend, batch))
+        if progress is not None:
+            progress(len(batch))
     alone = iter(sorted(words))
     while batch := list(islice(alone, _BATCH)):
         found.update(*_ids(backend, [*batch, *(f" {word}" for word in batch)]))

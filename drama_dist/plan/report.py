@@ -25,7 +25,6 @@ from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_bat
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
 from drama_dist.prune.extractor import Shape, requested_shape, shape_of
-from drama_dist.run.graph import is_finished
 from drama_dist.settings import Settings, SettingsError, TrainSettings
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
@@ -42,6 +41,9 @@ def plan(settings: Settings, ranks: int, name: str, shape: LlamaConfig | None = 
     """
     cost = step_cost(settings, ranks, device(name, ranks), shape or read_shape(settings))
     print("\n".join(report(cost)))
+    if not settings.train.start and settings.prune.vocabulary != "whole":
+        kept = f"prune.vocabulary={settings.prune.vocabulary}"
+        print(f"\nembeddings  of all the LLM's tokens: {kept} keeps fewer, so that memory, traffic and time are less")
     print("\n".join(_verdict(settings, cost)))
 
 
@@ -58,19 +60,14 @@ def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) ->
 
 
 def read_shape(settings: Settings) -> LlamaConfig:
-    """The encoder's shape: of train.start, or of the LLM pruned as the prune section says.
-
-    How many tokens prune.vocabulary keeps is known when the run has pruned; before that all count.
-    """
+    """The encoder's shape: of train.start, or of the LLM pruned as the prune section says, but with all its tokens."""
     if settings.train.start:
         return _read_config("train.start", settings.train.start)
     try:
         config = _read_config("llm", settings.llm)
     except SettingsError as error:
         raise SettingsError(f"{error}; to plan without it, say --vocabulary and --head instead") from error
-    pruned = Path(settings.run) / "prune"
-    vocabulary = read_llama_config(str(pruned)).vocab_size if is_finished(settings.run, "prune") else config.vocab_size
-    return _pruned(settings, shape_of(config), vocabulary, config.head_dim)
+    return _pruned(settings, shape_of(config), config.vocab_size, config.head_dim)
 
 
 def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:

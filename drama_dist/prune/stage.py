@@ -35,7 +35,7 @@ from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS
-from drama_dist.run.progress import say
+from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
 
@@ -70,12 +70,18 @@ def prune(run: Run, folder: StageFolder) -> None:
         sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
+    wanted: set[int] = set()
+    ranks.by_rank_0(lambda: wanted.update(_wanted_tokens(run, tokenizer)))
     with interrupts.deferred():
         if settings.prune.heal_steps:
             small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
         backbone = small.model.to("cpu")
         if ranks.rank() == 0:
-            tokenizer = _with_fewer_tokens(run, tokenizer, backbone)
+            if wanted:
+                tokenizer, kept = with_tokens(tokenizer, wanted)
+                wire_tokenizer(tokenizer, settings.encoder.lower_case)
+                say(f"prune: {len(kept):,} of {backbone.config.vocab_size:,} tokens are kept (prune.vocabulary)")
+                keep_embeddings(backbone, kept)
             _save(folder.folder, backbone, tokenizer, settings.encoder, selection)
         facts = {"parameters": sum(weight.numel() for weight in backbone.parameters()), "tokens": len(tokenizer)}
         folder.finish(**facts, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
@@ -105,25 +111,23 @@ def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settin
     return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
 
 
-def _with_fewer_tokens(run: Run, tokenizer: PreTrainedTokenizerBase, backbone: LlamaModel) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens of prune.vocabulary; the backbone keeps their embeddings alone."""
-    settings, choice = run.settings, run.settings.prune.vocabulary
-    encoder = settings.encoder
+def _wanted_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of prune.vocabulary's tokens; none where all are to stay."""
+    encoder, choice = run.settings.encoder, run.settings.prune.vocabulary
     if choice == "whole" or (choice == "reachable" and not encoder.lower_case):
-        return tokenizer
+        return set()
     if choice == "reachable" and not is_prunable(tokenizer):
         say("prune: all tokens are kept, since the tokenizer is not one of byte-pair encoding (prune.vocabulary)")
-        return tokenizer
-    if choice == "used":
-        tables = [open_collection(run.path(CORPUS)).passages, open_general(run.path(CORPUS))]
-        texts = chain.from_iterable(table.texts() for table in tables if table is not None)
-        wanted = used_tokens(tokenizer, chain([encoder.query_prefix, encoder.passage_prefix], texts))
-    else:
-        wanted = reachable_tokens(tokenizer)
-    smaller, old_ids = with_tokens(tokenizer, wanted)
-    say(f"prune: {len(old_ids):,} of {backbone.config.vocab_size:,} tokens are kept (prune.vocabulary={choice})")
-    keep_embeddings(backbone, old_ids)
-    return wire_tokenizer(smaller, encoder.lower_case)
+        return set()
+    if choice == "reachable":
+        return reachable_tokens(tokenizer)
+    own, general = open_collection(run.path(CORPUS)).passages, open_general(run.path(CORPUS))
+    tables = [own] if general is None else [own, general]
+    bar = progress_bar(sum(map(len, tables)), "prune: tokens that are used", "texts")
+    texts = chain.from_iterable(table.texts() for table in tables)
+    used = used_tokens(tokenizer, chain([encoder.query_prefix, encoder.passage_prefix], texts), bar.update)
+    bar.close()
+    return used
 
 
 def _save(

@@ -1,7 +1,7 @@
 """Progress bars for every long-running loop, with rate and time left.
 
 Only rank 0 draws. If the output is not a terminal (a log file), a line is written every ten seconds instead of a
-moving bar.
+moving bar, and where an LLM writes another one with its tokens a second.
 """
 
 from __future__ import annotations
@@ -53,12 +53,15 @@ class TokenRate:
     def __init__(self, bar: tqdm):
         self._every = 0.2 if sys.stderr.isatty() else 10  # seconds, as bars have it
         self._bar, self._tokens, self._lock = bar, 0, Lock()
-        self._began = self._shown = time.monotonic()
+        self._began: float | None = None
 
     def __call__(self, tokens: int) -> None:
         with self._lock:
-            self._tokens += tokens
             now = time.monotonic()
+            if self._began is None:  # before that an LLM may have been loaded
+                self._began = self._shown = now
+                return
+            self._tokens += tokens
             if self._bar.disable or now - self._shown < self._every:
                 return
             self._shown = now

@@ -141,7 +141,8 @@ def batches(
 
     Every epoch is a new shuffle, and draws one positive for every example. No two queries of a batch have the same
     drawn positive: an example whose positive is taken gets its next one that is free, and is put off to the next batch
-    where all are taken. Where two epochs meet, an example may come twice in a batch, with two of its positives.
+    of its group where all are taken. Where two epochs meet, an example may come twice in a batch, with two of its
+    positives.
     hard_negatives: per query; of a fraction, that share of the queries gets one. See `check_batches` first.
     """
     drawn_batches = itertools.islice(_drawn_batches(examples, batch_size, seed, mix), first_step, None)

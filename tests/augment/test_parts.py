@@ -78,7 +78,7 @@ def test_tokens_a_second_stand_beside_the_bar(
 
     def work(index: int, items: Sequence[int]) -> list[dict[str, int]]:
         assert writer.on_tokens is not None
-        for _ in range(4):
+        for _ in range(5):
             writer.on_tokens(12)
         return [{"value": item} for item in items]
 

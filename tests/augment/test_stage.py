@@ -289,6 +289,24 @@ def test_near_duplicates_and_quotas_are_taken_out_before_ranking(
     assert near + beyond + 30 == 128 - counts["repeated crops"]
 
 
+def test_the_stage_draws_negatives_by_the_teachers_scores(
+    small_settings: Callable[..., Settings], run: Augment
+) -> None:
+    bands = ["augment.negatives=4", "augment.negatives_from_rank=2", "augment.negatives_to_rank=40"]
+    more = ["augment.negative_strata=4", "augment.max_negative_score=0.97"]
+    settings = small_settings("augment.synthetic_queries=0", *bands, *more)
+    rows, teacher = run(settings, LetterCounts()), LetterCounts()
+    passages = open_collection(Path(settings.run) / "windows").passages
+    fewer = 0
+    for row in rows:
+        of = [passages[passages.position(id)].content for id in (*row.positives, *row.negatives)]
+        positive, *negatives = (teacher.encode_passages(of) @ teacher.encode_queries([row.query])[0]).tolist()
+        assert all(score <= 0.97 * positive + 1e-6 for score in negatives)
+        assert negatives == sorted(negatives, reverse=True) or len(negatives) < 4
+        fewer += len(negatives) < 4
+    assert fewer < len(rows) / 2
+
+
 def test_each_stratum_of_scores_gives_as_many_negatives(corpus: Collection) -> None:
     settings = AugmentSettings(negatives=4, negatives_from_rank=5, negatives_to_rank=24, negative_strata=4)
     ids, chance = corpus.passages.ids, np.random.default_rng(1)

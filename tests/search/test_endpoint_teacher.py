@@ -102,8 +102,10 @@ def test_endpoints_that_tell_queries_from_passages_are_told(server: FaultyServer
     teacher.encode_queries(["x"])
     teacher.encode_passages(["y"])
     assert [request["input_type"] for request in server.requests] == ["query", "document"]
-    teacher_at(server).encode_queries(["x"])
-    assert "input_type" not in server.requests[-1]
+    teacher.check()
+    assert [request["input_type"] for request in server.requests[2:]] == ["query", "document"]
+    teacher_at(server).check()
+    assert len(server.requests) == 5 and "input_type" not in server.requests[-1]
 
 
 def test_long_passages_are_sent_in_windows(server: FaultyServer, model: LocalTeacher) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from drama_dist.records import Example
 from drama_dist.run.folder import open_stage
 from drama_dist.run.runner import Run
 from drama_dist.settings import Settings
+from drama_dist.train import loop as training
 from drama_dist.train import stage
-from drama_dist.train.batches import batches, texts_of
+from drama_dist.train.batches import Batch, batches, texts_of
 from drama_dist.train.loop import train_encoder
 
 TOPICS = 4  # of the corpus, in turns
@@ -165,3 +167,28 @@ def test_a_batch_smaller_than_the_ranks_is_an_error(
     monkeypatch.setattr(ranks, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train.batch_size=2 for 3 ranks: each needs a query"):
         train_encoder(small_settings("train.batch_size=2"), None, load(llm), examples(table), table)  # type: ignore[arg-type]
+
+
+def test_batches_are_put_together_as_the_settings_say(
+    small_settings: Callable[..., Settings], llm: Path, table: PassageTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [replace(row, source=("crop", "logged")[number % 2]) for number, row in enumerate(examples(table))]
+    drawn: list[str] = []
+
+    def told(*arguments: Any) -> Iterator[Batch]:
+        for batch in batches(*arguments):
+            drawn.extend(rows[number].source for number in batch.examples)
+            yield batch
+
+    monkeypatch.setattr(training, "batches", told)
+    for change, wanted in (("train.source_weights={logged: 1}", {"logged"}), ("train.same_in_batch=[source]", None)):
+        drawn.clear()
+        settings = small_settings(*CHANGES, change, f"run={Path(small_settings().run).with_name(change[6:12])}")
+        folder = open_stage(settings.run, "train", {}, {})
+        train_encoder(settings, folder, load(llm, contract=settings.encoder), rows, table)
+        size = settings.train.batch_size
+        of_batches = [set(drawn[begin : begin + size]) for begin in range(0, len(drawn), size)]
+        assert len(of_batches) > 1 and all(len(sources) == 1 for sources in of_batches)
+        assert wanted is None or set(drawn) == wanted
+    with pytest.raises(ValueError, match="no example is from 'triplet'"):
+        train(small_settings(*CHANGES, "train.source_weights={triplet: 1}"), llm, table)
