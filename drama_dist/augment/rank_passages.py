@@ -126,5 +126,6 @@ def _drawn(pool: Sequence[str], count: int, strata: int, rng: random.Random) -> 
     parts = [pool[begin:end] for begin, end in pairwise(ends)]
     counts = [count // strata + (part < count % strata) for part in range(strata)]
     drawn = [id for part, wanted in zip(parts, counts, strict=True) for id in rng.sample(part, min(wanted, len(part)))]
-    left = [id for id in pool if id not in set(drawn)]
+    taken = set(drawn)
+    left = [id for id in pool if id not in taken]
     return drawn + rng.sample(left, min(count - len(drawn), len(left)))

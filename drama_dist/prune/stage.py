@@ -70,7 +70,7 @@ def prune(run: Run, folder: StageFolder) -> None:
         sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
-    wanted: set[int] = set()
+    wanted: set[int] = set()  # chosen here, since reading a large corpus would hold up a signal below
     ranks.by_rank_0(lambda: wanted.update(_wanted_tokens(run, tokenizer)))
     with interrupts.deferred():
         if settings.prune.heal_steps:
