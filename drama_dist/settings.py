@@ -115,6 +115,8 @@ class PruneSettings:
     hidden: Size | None = 768
     heads: Size | None = 12
     mlp: Size | None = 3072
+    # Which hidden dimensions are kept: importance, the LLM's own; rotation, its residual stream's principal components.
+    hidden_choice: Literal["importance", "rotation"] = "importance"
     layer_choice: Literal["even", "first", "influence"] = "even"
     # Which tokens are kept: reachable, all that can come where the encoder folds capitals; used, those of them that the
     # corpus and general text have; whole, the LLM's. What is not kept comes in smaller pieces.

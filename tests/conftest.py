@@ -21,9 +21,17 @@ if not torch.cuda.is_available():
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from drama_dist.distributed import ranks
+from drama_dist.encoder.contract import save_tokenizer
 from drama_dist.settings import Settings, read_settings
 
 for name in (*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
@@ -129,8 +137,8 @@ def fusing_llm(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     return save_llama(tmp_path_factory.mktemp("models") / "fusing-llama", tokenizer, **shape)
 
 
-def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Path:
-    """A random language model, with the tokenizer beside it."""
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, kind: Any = LlamaConfig, **shape: Any) -> Path:
+    """A random language model, with the tokenizer beside it. kind: its configuration's class."""
     torch.manual_seed(0)
     config = {
         "vocab_size": len(tokenizer),
@@ -142,9 +150,44 @@ def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **shape: Any) -
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    LlamaForCausalLM(LlamaConfig(**{**config, **shape})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    made = kind(**{**config, **shape})
+    model = AutoModelForCausalLM.from_config(made)
+    if kind is not LlamaConfig:
+        for name, weight in model.named_parameters():  # which are zeros and ones by themselves
+            if name.endswith("bias"):
+                torch.nn.init.normal_(weight, std=0.5)
+            elif "norm" in name:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return folder
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama3": (
+        LlamaConfig,
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 64}},
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"head_dim": 12}),
+}
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A folder with a random model of each type, of the shape of `llm`. Qwen's tokenizers have no BOS."""
+    kind, changes = FAMILIES[request.param]
+    if kind in (Qwen2Config, Qwen3Config):  # transformers gives every Qwen2 this token
+        state = tokenizer.backend_tokenizer.to_str().replace("</s>", "<|endoftext|>")
+        own = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), chat_template=CHAT, **own)
+    shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **changes}
+    return save_llama(tmp_path_factory.mktemp("models") / request.param, tokenizer, kind, **shape)
 
 
 @pytest.fixture(scope="session")

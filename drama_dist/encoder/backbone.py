@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder import attention
 from drama_dist.encoder.contract import check_dims, read_contract, save_tokenizer, wire_tokenizer, write_contract
+from drama_dist.encoder.families import Backbone, Config, backbone_class
 from drama_dist.encoder.fused_layers import fuse_layers
 from drama_dist.encoder.head import LinearHead, read_head, write_head
 from drama_dist.encoder.packing import Packed, filled, pack, token_budget_chunks
 from drama_dist.encoder.pooling import checked_dim, matryoshka_cut_array, mean_pool
-from drama_dist.encoder.pretrained import load_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.pretrained import absent_from, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import fetched, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer, as_texts
 from drama_dist.encoder.threads import side_by_side
@@ -52,7 +53,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        backbone: LlamaModel,
+        backbone: Backbone,
         tokenizer: PreTrainedTokenizerBase,
         contract: EncoderSettings,
         head: LinearHead | None = None,
@@ -114,11 +115,11 @@ class Encoder(nn.Module):
         return self.vectors(packed)
 
     def tokenize_queries(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids of BOS + query prefix + text + EOS, cut at max_query_tokens, EOS kept; raises as `as_texts`."""
+        """Token ids of BOS, query prefix, text, EOS, cut at max_query_tokens, EOS kept; raises as `as_texts`."""
         return self._tokenize(texts, self.contract.query_prefix, self.contract.max_query_tokens)
 
     def tokenize_passages(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids of BOS + passage prefix + text + EOS, cut at max_passage_tokens, EOS kept; raises as `as_texts`."""
+        """Token ids of BOS, passage prefix, text, EOS, cut at max_passage_tokens, EOS kept; raises as `as_texts`."""
         return self._tokenize(texts, self.contract.passage_prefix, self.contract.max_passage_tokens)
 
     def _tokenize(self, texts: Iterable[str], prefix: str, limit: int) -> list[list[int]]:
@@ -206,7 +207,7 @@ class Encoder(nn.Module):
         """
         weights = self.state_dict() if weights is None else weights
         with torch.device("meta"):
-            backbone = LlamaModel(self.backbone.config)
+            backbone = backbone_class(self.backbone.config)(self.backbone.config)
         backbone.load_state_dict(_within("backbone", weights), assign=True)
         backbone.save_pretrained(folder)
         if self.head is not None:
@@ -238,7 +239,8 @@ def load(
     config = read_llama_config(source)
     config.is_causal = not bidirectional
     tokenizer = read_tokenizer(source, config)
-    backbone = load_weights(LlamaModel, source, trust_remote_code=False, config=config, dtype=dtype)
+    kind, absent = backbone_class(config), absent_from(source)
+    backbone = load_weights(kind, source, trust_remote_code=False, optional=absent, config=config, dtype=dtype)
     folder = fetched(resolved)
     head = read_head(folder, config.hidden_size)
     size = config.hidden_size if head is None else head.out_features
@@ -250,7 +252,7 @@ def load(
 
 
 def from_config(
-    config: LlamaConfig,
+    config: Config,
     tokenizer: PreTrainedTokenizerBase,
     contract: EncoderSettings,
     seed: int,
@@ -260,7 +262,7 @@ def from_config(
     config.is_causal = False
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        backbone = LlamaModel(config)
+        backbone = backbone_class(config)(config)
         if head is not None:
             head.reset_parameters()
     encoder = Encoder(backbone, tokenizer, contract, head)

@@ -1,7 +1,8 @@
 """The encoder contract on disk: drama.json beside the weights, or a sentence-transformers folder's configuration.
 
-Covers the prefixes, lengths and dims that a model was trained with, and the tokenisation (small letters; BOS, prefix,
-text, EOS; truncation keeps EOS), which is configured in the tokenizer so that every program that loads it agrees.
+Covers the prefixes, lengths and dims that a model was trained with, and the tokenisation (small letters; BOS, if
+there is one, prefix, text, EOS; truncation keeps EOS), which is configured in the tokenizer so that every program that
+loads it agrees.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def as_encoded(contract: EncoderSettings, encode: EncodeSettings, positions: int
 
 
 def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreTrainedTokenizerBase:
-    """Make the tokenizer put BOS first and EOS last, pad on the right, and truncate before EOS.
+    """Make the tokenizer put BOS, if it has one, first and EOS last, pad on the right, and truncate before EOS.
 
     Removes the chat template: sentence-transformers would wrap every text in it.
 
@@ -77,17 +78,14 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreT
     and a combining dot, I becomes i in Turkish too (there ı is another letter), Σ becomes σ at the end of a word too,
     and ß stays, so that STRASSE and straße differ. False leaves the normaliser as it is.
 
-    Raises ValueError if the tokenizer has no fast backend, no BOS or no EOS.
+    Raises ValueError if the tokenizer has no fast backend or no EOS.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if not tokenizer.is_fast or None in (bos, eos, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise ValueError(
-            f"{tokenizer.name_or_path}: needs a fast tokenizer with BOS and EOS, has bos={bos!r} eos={eos!r}"
-        )
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A {eos}",
-        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
-    )
+    around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos) if token is not None]
+    if not tokenizer.is_fast or eos is None or None in dict(around).values():
+        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with EOS, has bos={bos!r} eos={eos!r}")
+    begin = "" if bos is None else f"{bos} "
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin}$A {eos}", special_tokens=around)
     if lower_case:
         backend = tokenizer.backend_tokenizer
         backend.normalizer = _lower_case_first(backend.normalizer)
@@ -96,6 +94,11 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = eos
     return tokenizer
+
+
+def tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of a text's tokens by a wired tokenizer, those that come before the text: BOS, which Qwen's have not."""
+    return 0 if tokenizer.bos_token is None else 1
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

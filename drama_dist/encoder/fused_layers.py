@@ -15,6 +15,7 @@ from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drama_dist.encoder.attention import packed_attention
+from drama_dist.encoder.families import Backbone
 from drama_dist.encoder.packing import Packed
 from drama_dist.kernels.llama_cpu import attention, layers
 
@@ -74,8 +75,10 @@ class FusedLayer(LlamaDecoderLayer):
         return packed_attention(attn, q, k, v, None, attn.scaling, packed)[0][0].flatten(1)
 
 
-def fuse_layers(backbone: LlamaModel) -> bool:
-    """Fuse the layers of a bidirectional backbone if device, dtype and shape allow it; returns whether it did."""
+def fuse_layers(backbone: Backbone) -> bool:
+    """Fuse the layers of a bidirectional Llama if device, dtype and shape allow it; returns whether it did."""
+    if not isinstance(backbone, LlamaModel):
+        return False
     config, weight = backbone.config, backbone.embed_tokens.weight
     plain = config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias or config.is_causal)
     fits = plain and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)

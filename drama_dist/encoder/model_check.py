@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-
 from drama_dist.encoder.contract import read_contract, wire_tokenizer
+from drama_dist.encoder.families import Config, backbone_class, language_model_class
 from drama_dist.encoder.head import head_size
-from drama_dist.encoder.pretrained import check_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.pretrained import absent_from, check_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import fetched, reachable, resolve
 from drama_dist.encoder.superwords import check_byte_level
 from drama_dist.encoder.vocabulary import check_prunable
@@ -25,7 +24,7 @@ def check_llama(
     with_head: bool = False,
     with_superwords: bool = False,
     fewer_tokens: bool = False,
-) -> LlamaConfig:
+) -> Config:
     """Check a Llama-type model and return its configuration.
 
     with_head: its language-model head is needed, too. with_superwords: its tokenizer is to get some. fewer_tokens: it
@@ -39,7 +38,8 @@ def check_llama(
     if fewer_tokens:
         check_prunable(tokenizer)
     if Path(source).is_dir():
-        check_weights(LlamaForCausalLM if with_head else LlamaModel, Path(source), config)
+        kind = language_model_class(config) if with_head else backbone_class(config)
+        check_weights(kind, Path(source), config, absent_from(source))
     return config
 
 

@@ -16,7 +16,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from drama_dist.encoder.failures import told_as
+from drama_dist.encoder.families import TYPES, Config, absent_weights, with_llamas_layers
 from drama_dist.encoder.model_files import check_model_files, read_json_file, read_json_object, refuse_pointers
 
 HEAD = "lm_head.weight"  # of a language model
@@ -45,11 +45,18 @@ def read_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfi
     return config
 
 
-def read_llama_config(source: str, trust_remote_code: bool = False) -> LlamaConfig:
-    """The same of a Llama-type model; raises ValueError, too, where it is of another type or quantized."""
-    config = read_config(source, trust_remote_code)
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"{source}: model type {config.model_type!r}; the encoder takes Llama-type models")
+def read_llama_config(source: str, trust_remote_code: bool = False) -> Config:
+    """The same of a Llama-type model, as it is loaded; raises ValueError, too, where it is of another type or
+    quantized.
+    """
+    return as_loaded(source, read_config(source, trust_remote_code))
+
+
+def as_loaded(source: str, stored: PreTrainedConfig) -> Config:
+    """A Llama-type model's configuration, as `with_llamas_layers` has it; raises ValueError as `read_llama_config`."""
+    config = with_llamas_layers(stored)
+    if config is None:
+        raise ValueError(f"{source}: model type {stored.model_type!r}; the encoder takes {TYPES}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: its weights are quantized; take the model's folder in bfloat16 or float32")
     rope = str((config.rope_parameters or {}).get("rope_type", "default"))
@@ -60,6 +67,11 @@ def read_llama_config(source: str, trust_remote_code: bool = False) -> LlamaConf
         if value not in known:
             raise ValueError(f"{source}: its config.json has {what} {value!r}; known are {', '.join(known)}")
     return config
+
+
+def absent_from(source: str) -> set[str]:
+    """Weights that a Llama-type model's files need not have: see `absent_weights`."""
+    return absent_weights(read_config(source))
 
 
 def read_tokenizer(
@@ -122,7 +134,7 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are refused below, with names
             **options,
         )
-    refuse_unfit(source, found, optional, isinstance(model.config, LlamaConfig))
+    refuse_unfit(source, found, optional, isinstance(model.config, Config))
     return model
 
 
@@ -139,7 +151,7 @@ def check_weights(kind: Any, folder: Path, config: PreTrainedConfig, optional: I
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    refuse_unfit(str(folder), found, optional, isinstance(config, LlamaConfig))
+    refuse_unfit(str(folder), found, optional, isinstance(config, Config))
 
 
 def refuse_unfit(source: str, found: dict[str, Any], optional: Iterable[str], is_llama: bool = False) -> None:

@@ -18,8 +18,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from torch import nn
-from transformers import LlamaModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from drama_dist.encoder.families import Backbone
 from drama_dist.run.progress import Progress
 
 _BATCH = 1024  # texts that are tokenised at once
@@ -114,7 +115,7 @@ def with_tokens(tokenizer: PreTrainedTokenizerBase, wanted: set[int]) -> tuple[P
 
 
 @torch.no_grad()
-def keep_embeddings(backbone: LlamaModel, old_ids: list[int]) -> None:
+def keep_embeddings(backbone: Backbone, old_ids: list[int]) -> None:
     """Give a backbone the embeddings of these tokens alone, in this order."""
     config = backbone.config
     rows_VK = backbone.embed_tokens.weight[old_ids].clone()

@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from drama_dist.distributed.precision import AUTO, dtype_name
+from drama_dist.encoder.families import Config
 from drama_dist.encoder.flops import forward_flops, layer_weights
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.kernels import select_backend
@@ -41,7 +42,7 @@ class StepCost:
     the rank's texts, of which no two are equal; lengths_from: where they come from.
     """
 
-    config: LlamaConfig
+    config: Config
     encoder: EncoderSettings
     train: TrainSettings
     ranks: int
@@ -261,8 +262,14 @@ def largest_share(count: int, ranks: int) -> int:
     return -(-count // ranks)
 
 
-def layers_fuse(config: LlamaConfig) -> bool:
+def layers_fuse(config: Config) -> bool:
     """Whether this machine's CPU trains such an encoder with fused layers and its own attention."""
     fits = layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
     plain = config.head_dim == attention.HEAD and config.num_attention_heads == config.num_key_value_heads
-    return fits and plain and layers.extension() is not None and attention.extension() is not None
+    return (
+        isinstance(config, LlamaConfig)
+        and fits
+        and plain
+        and layers.extension() is not None
+        and attention.extension() is not None
+    )

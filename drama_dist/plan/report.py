@@ -19,7 +19,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from drama_dist.distributed.precision import AUTO
 from drama_dist.encoder.failures import named_by, told_as
-from drama_dist.encoder.pretrained import read_llama_config
+from drama_dist.encoder.families import Config
+from drama_dist.encoder.pretrained import as_loaded, read_llama_config
 from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
@@ -34,7 +35,7 @@ _MOST_RANKS = 4096
 Change = tuple[str, Any]  # a key of the train section, or "ranks", and its value
 
 
-def plan(settings: Settings, ranks: int, name: str, shape: LlamaConfig | None = None) -> None:
+def plan(settings: Settings, ranks: int, name: str, shape: Config | None = None) -> None:
     """Print the plan for a device; shape: of the encoder, where the settings' model cannot be read.
 
     Raises ValueError where there are more ranks than queries, or no such device.
@@ -47,7 +48,7 @@ def plan(settings: Settings, ranks: int, name: str, shape: LlamaConfig | None = 
     print("\n".join(_verdict(settings, cost)))
 
 
-def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) -> StepCost:
+def step_cost(settings: Settings, ranks: int, on: Device, shape: Config) -> StepCost:
     """What a step of rank 0 costs. Raises ValueError where there are more ranks than queries."""
     train = settings.train
     if ranks > train.batch_size:
@@ -59,7 +60,7 @@ def step_cost(settings: Settings, ranks: int, on: Device, shape: LlamaConfig) ->
     return StepCost(shape, settings.encoder, train, ranks, on, lengths, lengths_from)
 
 
-def read_shape(settings: Settings) -> LlamaConfig:
+def read_shape(settings: Settings) -> Config:
     """The encoder's shape: of train.start, or of the LLM pruned as the prune section says, but with all its tokens."""
     if settings.train.start:
         return _read_config("train.start", settings.train.start)
@@ -254,11 +255,12 @@ def _quantiles(histogram: Sequence[int], edges: Sequence[float], count: int) -> 
     return [max(1, round(length)) for length in lengths]
 
 
-def _read_config(setting: str, name: str) -> LlamaConfig:
+def _read_config(setting: str, name: str) -> Config:
     """Of a GGUF file, too, which need not be converted for that; raises SettingsError."""
     with named_by(setting, name):
         source = Path(reachable(str(locate(name))))
         if not source.is_file():
             return read_llama_config(str(source))
         with told_as("its configuration cannot be read"):
-            return AutoConfig.from_pretrained(str(source.parent), trust_remote_code=False, gguf_file=source.name)
+            stored = AutoConfig.from_pretrained(str(source.parent), trust_remote_code=False, gguf_file=source.name)
+        return as_loaded(str(source), stored)

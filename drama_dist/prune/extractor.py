@@ -1,4 +1,5 @@
-"""The extractor: selects the most important parts of a language model and makes a smaller plain Llama of them.
+"""The extractor: selects the most important parts of a language model and makes a smaller one of
+the same type of them.
 
 Covers the selection by importance and slicing the weights. Grouped-query attention becomes multi-head attention
 (key-value heads are copied to the query heads they serve, then heads are selected); the head size does not change, so
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from drama_dist.encoder.families import Config, LanguageModel, language_model_class
 from drama_dist.prune.importance import Importance, norms_in_order
 from drama_dist.settings import PruneSettings, SettingsError
 
@@ -37,13 +38,14 @@ class Selection:
 
 def select(importance: Importance, prune: PruneSettings) -> Selection:
     """Select the most important parts; layers evenly spaced, with the first and the last, the first ones, or by block
-    influence.
+    influence; of a rotated model the first hidden dimensions.
 
     Raises SettingsError as `requested_shape` does.
     """
     (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
     shape = requested_shape(prune, Shape(count, len(importance.hidden_H), heads, neurons))
-    hidden = _top(importance.hidden_H, shape.hidden)
+    principal = prune.hidden_choice == "rotation"
+    hidden = torch.arange(shape.hidden) if principal else _top(importance.hidden_H, shape.hidden)
     layers = _layers(importance.layers_L, shape.layers, prune.layer_choice)
     norms = [2 * layer + offset for layer in layers for offset in (0, 1)] + [len(importance.energy) - 1]
     energy = importance.energy[norms]
@@ -57,25 +59,31 @@ def select(importance: Importance, prune: PruneSettings) -> Selection:
 
 
 @torch.no_grad()
-def shrink(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
+def shrink(model: LanguageModel, selection: Selection) -> LanguageModel:
     """Slice the model down to the selection; float32, on the CPU.
 
     The result equals the model with all other parts masked to zero and each RMSNorm's gain times `norm_gains`. The full
-    model's RMSNorm divides the sum of squares over the selected dimensions by H, the small one's by h: hence the factor
-    √(H/h) in the gains, and H/h in epsilon.
+    model's RMSNorm divides the sum of squares over the selected dimensions by H, the small one's by h. Hence all that
+    is added to the residual stream has the factor √(h/H) here, and the gains have √(H/h). Epsilon stays, which norms of
+    heads have, too.
     """
     hidden = selection.hidden
-    widening = model.config.hidden_size / len(hidden)
-    small = LlamaForCausalLM(_small_config(model.config, selection, widening)).float()
-    small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, hidden])
+    narrowing = (len(hidden) / model.config.hidden_size) ** 0.5
+    small = language_model_class(model.config)(_small_config(model.config, selection)).float()
+    small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, hidden] * narrowing)
     if not model.config.tie_word_embeddings:
         small.lm_head.weight.copy_(model.lm_head.weight[:, hidden])
     for index, layer in enumerate(selection.layers):
         _copy_layer(small.model.layers[index], model.model.layers[layer], selection, index)
+        for product in (small.model.layers[index].self_attn.o_proj, small.model.layers[index].mlp.down_proj):
+            for weight in product.parameters():
+                weight *= narrowing
     old_norms = norms_in_order(model)
     selected = [old_norms[2 * layer + offset] for layer in selection.layers for offset in (0, 1)] + [old_norms[-1]]
     for new, old, gain in zip(norms_in_order(small), selected, selection.norm_gains, strict=True):
-        new.weight.copy_(old.weight[hidden].float() * gain * widening**0.5)
+        new.weight.copy_(old.weight[hidden].float() * gain / narrowing)
+    if model.config.tie_word_embeddings:
+        small.model.norm.weight /= narrowing  # which the head then has, too
     return small
 
 
@@ -89,7 +97,7 @@ class Shape:
     mlp: int
 
 
-def shape_of(config: LlamaConfig) -> Shape:
+def shape_of(config: Config) -> Shape:
     """That of a model with this configuration."""
     return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
 
@@ -126,20 +134,24 @@ def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _small_config(config: LlamaConfig, selection: Selection, widening: float) -> LlamaConfig:
+def _small_config(config: Config, selection: Selection) -> Config:
     small = copy.deepcopy(config)
     small.num_hidden_layers = len(selection.layers)
     small.hidden_size = len(selection.hidden)
     small.intermediate_size = len(selection.mlp[0])
     small.num_attention_heads = small.num_key_value_heads = len(selection.heads[0])
     small.head_dim = config.head_dim
-    small.rms_norm_eps = config.rms_norm_eps * widening
+    if hasattr(config, "layer_types"):  # Qwen3's
+        small.layer_types = config.layer_types[: len(selection.layers)]
     small.dtype = "float32"
     return small
 
 
 def _copy_layer(new: Any, old: Any, selection: Selection, index: int) -> None:
     hidden, heads, neurons = selection.hidden, selection.heads[index], selection.mlp[index]
+    for name in ("q_norm", "k_norm"):  # Qwen3's, the same for all heads
+        if hasattr(old.self_attn, name):
+            getattr(new.self_attn, name).weight.copy_(getattr(old.self_attn, name).weight)
     size = old.self_attn.head_dim
     served = _components(heads // old.self_attn.num_key_value_groups, size)
     queries = _components(heads, size)

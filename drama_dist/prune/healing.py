@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import LlamaForCausalLM
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name
+from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import Packed, pack
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import PruneSettings
@@ -33,12 +33,12 @@ _KEEP_CHECKPOINTS = 1
 
 def heal(
     folder: StageFolder,
-    student: LlamaForCausalLM,
-    source: LlamaForCausalLM,
+    student: LanguageModel,
+    source: LanguageModel,
     sequences: Sequence[list[int]],
     shape: PruneSettings,
     seed: int,
-) -> LlamaForCausalLM:
+) -> LanguageModel:
     """Train the student in place on token id sequences; returns it in float32.
 
     Resumes from the folder's checkpoints. Called inside `interrupts.deferred`: see ResumableLoop.run for what a signal
@@ -105,7 +105,7 @@ def _scored(sequences: list[list[int]], share: float, generator: random.Random) 
 
 
 def _backward(
-    engine: Engine, student: LlamaForCausalLM, source: LlamaForCausalLM, chunks: list[_Chunk], kl_weight: float
+    engine: Engine, student: LanguageModel, source: LanguageModel, chunks: list[_Chunk], kl_weight: float
 ) -> float:
     """Backpropagate one global step and return its loss; each rank makes equally many calls."""
     scored = sum(len(chunk.scored) for chunk in chunks)
@@ -125,7 +125,7 @@ def _share_of_this_rank(chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, float]]:
         yield (chunks[index], 1.0) if index < len(chunks) else (chunks[0], 0.0)
 
 
-def _chunk_loss(student: LlamaForCausalLM, source: LlamaForCausalLM, chunk: _Chunk, kl_weight: float) -> torch.Tensor:
+def _chunk_loss(student: LanguageModel, source: LanguageModel, chunk: _Chunk, kl_weight: float) -> torch.Tensor:
     """Sum over the scored tokens."""
     packed = pack(chunk.sequences, student.device)
     positions_S = torch.tensor(chunk.scored, device=student.device)
@@ -137,7 +137,7 @@ def _chunk_loss(student: LlamaForCausalLM, source: LlamaForCausalLM, chunk: _Chu
     return kl_weight * divergence + (1 - kl_weight) * language_model
 
 
-def _scores(model: LlamaForCausalLM, packed: Packed, positions_S: torch.Tensor) -> torch.Tensor:
+def _scores(model: LanguageModel, packed: Packed, positions_S: torch.Tensor) -> torch.Tensor:
     output = model.model(
         input_ids=packed.token_ids_T.unsqueeze(0),
         position_ids=packed.position_ids_T.unsqueeze(0),

@@ -1,4 +1,4 @@
-"""Importance of every part of a Llama-type language model, measured on calibration text with forward passes only.
+"""Importance of every part of a language model, measured on calibration text with forward passes only.
 
 After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2): hidden dimensions by mean |RMSNorm output|,
 heads by the L2 norm of their context, MLP neurons by mean |activation|, layers by block influence, 1 − cosine of a
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import LlamaForCausalLM
 
+from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import pack, token_budget_chunks
 from drama_dist.run.progress import progress_bar
 
@@ -38,7 +38,7 @@ class Importance:
 
 
 @torch.no_grad()
-def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int]]) -> Importance:
+def measure_importance(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> Importance:
     """Run the model over token id sequences and measure the importance of its parts."""
     sums: dict[str, torch.Tensor] = {}
 
@@ -47,7 +47,17 @@ def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int
         sums[name] = sums[name] + total if name in sums else total
 
     handles = _watch(model, add)
-    bar = progress_bar(len(sequences), "prune: importance", "passages")
+    run_over(model, sequences, "prune: importance")
+    for handle in handles:
+        handle.remove()
+    tokens = sum(len(sequence) for sequence in sequences)
+    return _collect(sums, model.config.num_hidden_layers, tokens)
+
+
+@torch.no_grad()
+def run_over(model: LanguageModel, sequences: Sequence[Sequence[int]], what: str) -> None:
+    """Call the model, but for its head, on token id sequences, for hooks that watch it. what: beside the bar."""
+    bar = progress_bar(len(sequences), what, "passages")
     for chunk in token_budget_chunks([len(sequence) for sequence in sequences], _CHUNK_TOKENS):
         packed = pack([sequences[i] for i in chunk], model.device)
         model.model(
@@ -58,19 +68,15 @@ def measure_importance(model: LlamaForCausalLM, sequences: Sequence[Sequence[int
         )
         bar.update(len(chunk))
     bar.close()
-    for handle in handles:
-        handle.remove()
-    tokens = sum(len(sequence) for sequence in sequences)
-    return _collect(sums, model.config.num_hidden_layers, tokens)
 
 
-def norms_in_order(model: LlamaForCausalLM) -> list[Any]:
+def norms_in_order(model: LanguageModel) -> list[Any]:
     """The 2L + 1 RMSNorms in order of use."""
     pairs = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in model.model.layers]
     return [norm for pair in pairs for norm in pair] + [model.model.norm]
 
 
-def _watch(model: LlamaForCausalLM, add: Callable[[str, torch.Tensor], None]) -> list[Any]:
+def _watch(model: LanguageModel, add: Callable[[str, torch.Tensor], None]) -> list[Any]:
     handles = []
     for index, norm in enumerate(norms_in_order(model)):
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.corpus.general import open_general
@@ -23,14 +23,16 @@ from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
+from drama_dist.encoder.families import TYPES, Backbone, LanguageModel, language_model_class
 from drama_dist.encoder.model_check import check_llama
-from drama_dist.encoder.pretrained import HEAD, load_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.pretrained import HEAD, absent_from, load_weights, read_llama_config, read_tokenizer
 from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
 from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachable_tokens, used_tokens, with_tokens
 from drama_dist.prune.extractor import Selection, requested_shape, select, shape_of, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
+from drama_dist.prune.rotation import principal_basis, rotated
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
@@ -61,13 +63,15 @@ def check(settings: Settings) -> None:
 def prune(run: Run, folder: StageFolder) -> None:
     """Prune the LLM: RUN/prune.
 
-    Raises ValueError if the LLM is not of Llama type, SettingsError if the requested shape does not fit it,
+    Raises ValueError if the LLM is of another type, SettingsError if the requested shape does not fit it,
     interrupts.Stopped after the step of healing in which a signal asked for it, with a checkpoint saved.
     """
     settings = run.settings
     source, tokenizer = _load(settings)
     with counting() as cut:
         sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
+    if settings.prune.hidden_choice == "rotation":
+        source = rotated(source, principal_basis(source, sequences)).to(ranks.device())
     selection = select(measure_importance(source, sequences), settings.prune)
     small = shrink(source, selection)
     wanted: set[int] = set()  # chosen here, since reading a large corpus would hold up a signal below
@@ -92,14 +96,15 @@ def _needs_head(settings: Settings) -> bool:
     return settings.prune.heal_steps > 0
 
 
-def _load(settings: Settings) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def _load(settings: Settings) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
     source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
     config = read_llama_config(source, trust)
     tokenizer = wire_tokenizer(read_tokenizer(source, config, trust), settings.encoder.lower_case)
-    optional = () if _needs_head(settings) else (HEAD,)
-    model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, dtype=dtype_of(AUTO))
-    if not isinstance(model, LlamaForCausalLM):
-        raise ValueError(f"{settings.llm}: {type(model).__name__}, its own code, cannot be pruned; only a plain Llama")
+    optional = absent_from(source) | (set() if _needs_head(settings) else {HEAD})
+    options = {"config": config, "dtype": dtype_of(AUTO)}
+    model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, **options)
+    if not isinstance(model, language_model_class(config)):
+        raise ValueError(f"{settings.llm}: {type(model).__name__}, its own code, cannot be pruned; only {TYPES} can")
     model.config._attn_implementation = attention.NAME
     return model.to(ranks.device()).eval(), tokenizer
 
@@ -132,13 +137,13 @@ def _wanted_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _save(
     folder: Path,
-    backbone: LlamaModel,
+    backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     contract: EncoderSettings,
     selection: Selection,
 ) -> None:
     backbone.config.is_causal = False
-    backbone.config.architectures = ["LlamaModel"]
+    backbone.config.architectures = [type(backbone).__name__]
     # The run's dims may exceed the hidden size: they are those of a linear head's vectors.
     encoder = Encoder(backbone, tokenizer, with_dims_within(contract, backbone.config.hidden_size)).eval()
     probe(encoder)

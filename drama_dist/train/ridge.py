@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from drama_dist.corpus.collection import PassageTable, open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
-from drama_dist.encoder.contract import wire_tokenizer, with_dims_within
+from drama_dist.encoder.contract import tokens_before, wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.superwords import add_superwords
 from drama_dist.records import Example, read_records
@@ -53,15 +53,15 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
     queries, passages = (_drawn(len(texts), settings.seed) for texts in (examples, table))
     tokenizer = wire_tokenizer(start.tokenizer, settings.encoder.lower_case)
     parts = _superwords(tokenizer, table, passages, settings.train.superwords, backbone.config.vocab_size)
-    size = backbone.config.vocab_size + len(parts)
+    size, before = backbone.config.vocab_size + len(parts), tokens_before(tokenizer)
     plain = Encoder(backbone, tokenizer, with_dims_within(settings.encoder, start.hidden_size))
     say(f"ridge: fitting the vectors of tokens to {len(queries)} queries and {len(passages)} passages")
     with counting() as cut_queries:
         of_queries = ([examples[row].query for row in block] for block in _blocks(queries))
-        in_queries = _counts(map(plain.tokenize_queries, of_queries), size)
+        in_queries = _counts(map(plain.tokenize_queries, of_queries), size, before)
     with counting() as cut_passages:
         of_passages = (table.contents(block) for block in _blocks(passages))
-        in_passages = _counts(map(plain.tokenize_passages, of_passages), size)
+        in_passages = _counts(map(plain.tokenize_passages, of_passages), size, before)
     targets = VectorTargets.open(run.path("targets"))
     vectors_VJ = token_vectors(
         (in_queries, targets.queries.rows(queries)),
@@ -69,8 +69,8 @@ def in_closed_form(run: Run, start: Encoder) -> tuple[Encoder, dict[str, Any]]:
         backbone.embed_tokens.weight.detach().float().cpu().numpy(),
         parts,
     )
-    first, *_, last = plain.tokenize_queries([""])[0]
-    vectors_VJ[[first, last]] = 0  # every text has them, and none is about them
+    around = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    vectors_VJ[[*around]] = 0  # every text has them, and none is about them
     append_embeddings(backbone, parts)
     counts_V = np.asarray(in_queries.sum(0) + in_passages.sum(0)).ravel()
     head = put_token_vectors(backbone, vectors_VJ, counts_V)
@@ -94,9 +94,9 @@ def _blocks(rows: Sequence[int]) -> Iterator[Sequence[int]]:
     return (rows[begin : begin + _BLOCK] for begin in range(0, len(rows), _BLOCK))
 
 
-def _counts(tokenized: Iterable[list[list[int]]], vocabulary: int) -> csr_matrix:
+def _counts(tokenized: Iterable[list[list[int]]], vocabulary: int, before: int) -> csr_matrix:
     """The tokens of texts, which come block by block."""
-    return csr_matrix(vstack([token_counts(block, vocabulary) for block in tokenized]))
+    return csr_matrix(vstack([token_counts(block, vocabulary, before) for block in tokenized]))
 
 
 def _write(run: Run, folder: StageFolder) -> dict[str, Any]:

@@ -12,13 +12,13 @@ Shapes: V tokens, S of them seen, K hidden components, J components of the targe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from drama_dist.encoder.families import Backbone
 from drama_dist.encoder.head import LinearHead
 from drama_dist.encoder.pooling import unit_rows
 
@@ -26,7 +26,7 @@ _FIRST_PART = 2 / 3  # of the hidden components at most
 
 
 @torch.no_grad()
-def put_token_vectors(backbone: LlamaModel, vectors_VJ: np.ndarray, counts_V: np.ndarray) -> LinearHead:
+def put_token_vectors(backbone: Backbone, vectors_VJ: np.ndarray, counts_V: np.ndarray) -> LinearHead:
     """Change a backbone so that its mean-pooled states, through the head that is returned, point where the sums of
     token vectors do.
 
@@ -68,7 +68,7 @@ def put_token_vectors(backbone: LlamaModel, vectors_VJ: np.ndarray, counts_V: np
 
 
 @torch.no_grad()
-def append_embeddings(backbone: LlamaModel, parts: Sequence[Sequence[int]]) -> None:
+def append_embeddings(backbone: Backbone, parts: Sequence[Sequence[int]]) -> None:
     """Give each superword the mean of its tokens' embeddings, in new rows."""
     if parts:
         old = backbone.config.vocab_size
@@ -89,7 +89,7 @@ def _least_squares(new_SK: np.ndarray, old_SK: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.linalg.solve(products_KK, new_SK.T @ old_SK))
 
 
-def _read_through(norm: LlamaRMSNorm, readers: tuple[nn.Linear, ...], basis_KK: torch.Tensor) -> None:
+def _read_through(norm: Any, readers: tuple[nn.Linear, ...], basis_KK: torch.Tensor) -> None:
     """Fold the map and the norm's gains into the linear layers that read the normed states."""
     gains_K = norm.weight.double().cpu()
     for reader in readers:

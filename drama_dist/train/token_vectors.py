@@ -26,9 +26,9 @@ SUPERWORD_PENALTY = 4.0  # on what superwords have beyond their tokens
 _ITERATIONS = 40  # of conjugate gradients; 30 end 1.01e-4 from the exact solution in the test of superwords
 
 
-def token_counts(texts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
-    """How often each token is in each text, float32 (n, V), but for the first and the last, which are BOS and EOS."""
-    inner = [ids[1:-1] for ids in texts]
+def token_counts(texts: Sequence[Sequence[int]], vocabulary: int, before: int = 1) -> csr_matrix:
+    """How often each token is in each text, float32 (n, V), but for the last, EOS, and for `before` first ones: BOS."""
+    inner = [ids[before:-1] for ids in texts]
     starts = np.cumsum([0, *map(len, inner)])
     columns = np.fromiter((token for ids in inner for token in ids), dtype=np.int64, count=int(starts[-1]))
     counts = csr_matrix((np.ones(len(columns), np.float32), columns, starts), shape=(len(inner), vocabulary))

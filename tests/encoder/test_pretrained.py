@@ -97,7 +97,10 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "an unknown rotary embedding": (config(rope_parameters={"rope_type": "nope"}), "has rope_type 'nope'; known are"),
     "an unknown activation": (config(hidden_act="nope"), "has hidden_act 'nope'; known are"),
     "a number that is text": (config(hidden_size="x"), "its config.json cannot be read: .*hidden_size"),
-    "another model type": (config(model_type="bert"), "model type 'bert'; the encoder takes Llama-type models"),
+    "another model type": (
+        config(model_type="bert"),
+        "model type 'bert'; the encoder takes Llama, Mistral, Qwen2 and Qwen3",
+    ),
     "an unknown model type": (config(model_type="nope"), "its config.json cannot be read: .*`nope`"),
     "quantized weights": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "its weights are quantized"),
     "code of the hub": (config(attn_implementation="some/kernel"), "asks for code of the hub, some/kernel"),

@@ -5,28 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drama_dist.encoder import attention
+from drama_dist.encoder.families import LanguageModel
 from drama_dist.prune.extractor import Selection, select, shrink
 from drama_dist.prune.importance import Importance, measure_importance, norms_in_order
 from drama_dist.settings import PruneSettings, SettingsError
 
 SHAPE = PruneSettings(layers=2, hidden=20, heads=4, mlp=33)
 IDS = torch.tensor([[0, 17, 300, 42, 42, 8, 99, 1], [0, 5, 6, 7, 8, 9, 10, 1]])
-
-
-@pytest.fixture
-def model(llm: Path) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
-    torch.manual_seed(1)
-    for norm in norms_in_order(model):
-        norm.weight.data.uniform_(0.5, 1.5)
-    return model
 
 
 @pytest.fixture(params=list(itertools.product([False, True], repeat=3)), ids=str)
@@ -73,12 +64,12 @@ def test_biases_stay(biased: LlamaForCausalLM, shape: PruneSettings) -> None:
 
 
 @pytest.fixture
-def importance(model: LlamaForCausalLM) -> Importance:
+def importance(model: LanguageModel) -> Importance:
     return measure_importance(model, [row.tolist() for row in IDS])
 
 
 @torch.no_grad()
-def masked(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
+def masked(model: LanguageModel, selection: Selection) -> LanguageModel:
     """The full model with everything that is not kept set to zero, and the layers that are not kept taken out."""
     full = copy.deepcopy(model)
     full.config._attn_implementation = "eager"
@@ -108,7 +99,7 @@ def masked(model: LlamaForCausalLM, selection: Selection) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("layer_choice", ["even", "influence"])
-def test_masked_and_extracted_models_agree(model: LlamaForCausalLM, importance: Importance, layer_choice: str) -> None:
+def test_masked_and_extracted_models_agree(model: LanguageModel, importance: Importance, layer_choice: str) -> None:
     selection = select(importance, replace(SHAPE, layer_choice=layer_choice))
     small = shrink(model, selection).eval()
     small.config._attn_implementation = "eager"
@@ -117,7 +108,7 @@ def test_masked_and_extracted_models_agree(model: LlamaForCausalLM, importance: 
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_comparison_notices_another_selection(model: LlamaForCausalLM, importance: Importance) -> None:
+def test_the_comparison_notices_another_selection(model: LanguageModel, importance: Importance) -> None:
     selection = select(importance, SHAPE)
     other = replace(selection, heads=[*selection.heads[:-1], (selection.heads[-1] + 1) % 6])
     small = shrink(model, selection).eval()
@@ -126,7 +117,17 @@ def test_the_comparison_notices_another_selection(model: LlamaForCausalLM, impor
         assert (small(IDS).logits - masked(model, other)(IDS).logits).abs().max() > 1e-3
 
 
-def test_keeping_everything_changes_nothing(model: LlamaForCausalLM, importance: Importance) -> None:
+def test_the_comparison_notices_that_norms_are_corrected_twice(model: LanguageModel, importance: Importance) -> None:
+    selection = select(importance, SHAPE)
+    small, expected = shrink(model, selection).eval(), masked(model, selection)
+    small.config._attn_implementation = "eager"
+    for norm, gain in zip(norms_in_order(small), selection.norm_gains, strict=True):
+        norm.weight.data *= gain
+    with torch.no_grad():
+        assert (small(IDS).logits - expected(IDS).logits).abs().max() > 1e-3
+
+
+def test_keeping_everything_changes_nothing(model: LanguageModel, importance: Importance) -> None:
     whole = shrink(model, select(importance, PruneSettings(layers=4, hidden=48, heads=6, mlp=96))).eval()
     assert whole.config.num_key_value_heads == whole.config.num_attention_heads == 6
     whole.config._attn_implementation = model.config._attn_implementation = "eager"
@@ -134,12 +135,12 @@ def test_keeping_everything_changes_nothing(model: LlamaForCausalLM, importance:
         torch.testing.assert_close(whole(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_small_model_has_the_wanted_shape(model: LlamaForCausalLM, importance: Importance) -> None:
+def test_the_small_model_has_the_wanted_shape(model: LanguageModel, importance: Importance) -> None:
     small = shrink(model, select(importance, SHAPE))
     config = small.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 20, 33)
     assert (config.num_attention_heads, config.head_dim) == (4, model.config.head_dim)
-    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) == config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(("part", "size"), [("layers", 5), ("hidden", 49), ("heads", 7), ("mlp", 97)])

@@ -51,6 +51,8 @@ def test_counts_leave_out_the_special_tokens_at_both_ends() -> None:
     counts = token_counts([[0, 5, 7, 5, 1], [0, 1], [0, 0, 1, 1]], V).toarray()
     assert counts.sum() == 5 and counts[0, 5] == 2 and counts[0, 7] == 1
     assert counts[2, 0] == 1 and counts[2, 1] == 1  # inside a text they are tokens as others
+    without_bos = token_counts([[5, 7, 5, 1], [1], [0, 1, 1]], V, before=0).toarray()
+    np.testing.assert_array_equal(without_bos, counts)
 
 
 @pytest.mark.parametrize("penalty", [0.1, 3.0])
