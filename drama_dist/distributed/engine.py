@@ -189,13 +189,20 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
 
 
 def _parameter_groups(module: nn.Module, settings: OptimiserSettings) -> list[dict[str, Any]]:
-    """Embeddings, other matrices, and the rest, which does not decay; rate: a multiple of the step's learning rate."""
+    """Embeddings, other matrices, and the rest, which does not decay; rate: a multiple of the step's learning rate.
+
+    Parameters that have a `learning_rate_factor` are by themselves, and do not decay.
+    """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     kinds: list[list[nn.Parameter]] = [[], [], []]
+    others: dict[float, list[nn.Parameter]] = {}
     for weight in module.parameters():
-        kinds[0 if id(weight) in embeddings else 1 if weight.ndim > 1 else 2].append(weight)
+        if (factor := getattr(weight, "learning_rate_factor", None)) is not None:
+            others.setdefault(factor, []).append(weight)
+        else:
+            kinds[0 if id(weight) in embeddings else 1 if weight.ndim > 1 else 2].append(weight)
     rates, decays = (settings.embedding_rate, 1.0, 1.0), (settings.weight_decay, settings.weight_decay, 0.0)
-    groups = zip(kinds, rates, decays, strict=True)
+    groups = [*zip(kinds, rates, decays, strict=True), *((kind, factor, 0.0) for factor, kind in others.items())]
     return [{"params": kind, "rate": rate, "weight_decay": decay} for kind, rate, decay in groups if kind]
 
 

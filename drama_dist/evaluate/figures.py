@@ -88,6 +88,21 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapp
     return _svg(f"loss-{'-'.join(curves)}".replace(" ", "-"), draw)
 
 
+def kept_shares(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Shares of parts over steps, one curve for each group of masks."""
+
+    def draw(axes: Axes) -> None:
+        for name, curve in curves.items():
+            steps, shares = zip(*curve, strict=True)
+            axes.plot(steps, [100 * share for share in shares], linewidth=2, label=name)
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("step")
+        axes.set_ylabel("kept, %")
+        axes.legend()
+
+    return _svg("kept-shares", draw)
+
+
 def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Histograms of several steps, each with `counts` and `edges`, as densities."""
 

@@ -24,7 +24,7 @@ from drama_dist.evaluate.scoring import label, ndcg_path
 from drama_dist.records import read_json_lines
 from drama_dist.run.artefact import PROVENANCE, read_provenance, seconds_of, verify
 from drama_dist.run.files import write_text
-from drama_dist.run.graph import CORPUS, TRAINING, in_order
+from drama_dist.run.graph import CORPUS, MASKS, TRAINING, in_order
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.search.systems import meaning_and_colour
@@ -194,6 +194,11 @@ def _figures(
     curves = {name: curve for name, folder in TRAINING.items() if (curve := _loss(_metrics(run / folder)))}
     if curves:
         drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves, colours)))
+    kept = [line for line in _metrics(run / MASKS) if "kept" in line]
+    if kept:
+        note = "Expected share of each group's parts that stay; heads and MLP neurons are means over layers."
+        shares = {name: [(line["step"], line["kept"][name]) for line in kept] for name in kept[0]["kept"]}
+        drawn.append(("Learned masks", note, figures.kept_shares(shares)))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:
         note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."

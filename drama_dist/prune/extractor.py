@@ -20,6 +20,8 @@ from drama_dist.encoder.families import Config, LanguageModel, language_model_cl
 from drama_dist.prune.importance import Importance, norms_in_order
 from drama_dist.settings import PruneSettings, SettingsError
 
+SELECTION = "selection.json"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -34,6 +36,16 @@ class Selection:
     heads: list[torch.Tensor]
     mlp: list[torch.Tensor]
     norm_gains: torch.Tensor
+
+    def as_record(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            "layers": self.layers,
+            "hidden": self.hidden.tolist(),
+            "heads": [heads.tolist() for heads in self.heads],
+            "mlp": [neurons.tolist() for neurons in self.mlp],
+            "norm_gains": self.norm_gains.tolist(),
+        }
 
 
 def select(importance: Importance, prune: PruneSettings) -> Selection:

@@ -2,16 +2,13 @@
 
 Loss = w · KL(source ‖ student) + (1 − w) · cross-entropy, per scored token (Hinton et al. 2015 at
 temperature 1). Attention is causal here; it is made bidirectional afterwards.
-Shapes: T tokens of a chunk, S scored ones, V vocabulary.
+Shapes: S scored tokens of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -21,11 +18,11 @@ from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.encoder.packing import Packed, pack
+from drama_dist.encoder.packing import pack
+from drama_dist.prune.language_loss import Chunk, share_of_this_rank, step_chunks, token_scores
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import PruneSettings
 
-_CHUNK_TOKENS = 1024  # T × V scores in float32: 200 MB for a vocabulary of 49k
 _WARMUP_SHARE = 0.1
 _CHECKPOINT_EVERY = 25
 _KEEP_CHECKPOINTS = 1
@@ -49,10 +46,10 @@ def heal(
 
     def do_step(step: int, learning_rate: float) -> StepReport:
         began = time.monotonic()
-        chunks = _step_chunks(sequences, shape, seed, step)
+        chunks = step_chunks(sequences, shape.heal_tokens, shape.heal_scored_share, f"{seed} heal {step}")
         loss = _backward(engine, student, source, chunks, shape.heal_kl_weight)
         norm = engine.step(learning_rate)
-        tokens = sum(len(ids) for chunk in chunks for ids in chunk.sequences)
+        tokens = sum(chunk.tokens for chunk in chunks)
         rate = round(tokens / (time.monotonic() - began), 1)
         figures = {
             "loss": loss,
@@ -77,40 +74,13 @@ def heal(
     return student
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Sequences to pack, and the positions in the packing, ascending, whose next token is predicted."""
-
-    sequences: list[list[int]]
-    scored: list[int]
-
-
-def _step_chunks(sequences: Sequence[list[int]], shape: PruneSettings, seed: int, step: int) -> list[_Chunk]:
-    """This step's chunks, the same on every rank."""
-    generator = random.Random(f"{seed} heal {step}")
-    chunks: list[list[list[int]]] = [[]]
-    for index in generator.sample(range(len(sequences)), len(sequences)):
-        if sum(len(ids) for chunk in chunks for ids in chunk) >= shape.heal_tokens:
-            break
-        if sum(len(ids) for ids in chunks[-1]) >= _CHUNK_TOKENS:
-            chunks.append([])
-        chunks[-1].append(sequences[index])
-    return [_Chunk(chunk, _scored(chunk, shape.heal_scored_share, generator)) for chunk in chunks]
-
-
-def _scored(sequences: list[list[int]], share: float, generator: random.Random) -> list[int]:
-    ends = set(itertools.accumulate(len(ids) for ids in sequences))
-    positions = [position for position in range(max(ends)) if position + 1 not in ends]
-    return sorted(generator.sample(positions, max(1, round(share * len(positions)))))
-
-
 def _backward(
-    engine: Engine, student: LanguageModel, source: LanguageModel, chunks: list[_Chunk], kl_weight: float
+    engine: Engine, student: LanguageModel, source: LanguageModel, chunks: list[Chunk], kl_weight: float
 ) -> float:
     """Backpropagate one global step and return its loss; each rank makes equally many calls."""
     scored = sum(len(chunk.scored) for chunk in chunks)
     total = torch.zeros((), device=student.device)
-    share = list(_share_of_this_rank(chunks))
+    share = list(share_of_this_rank(chunks))
     for index, (chunk, weight) in enumerate(share):
         loss = _chunk_loss(student, source, chunk, kl_weight) * (weight / scored)
         total += loss.detach()
@@ -118,31 +88,13 @@ def _backward(
     return float(ranks.sum_over_ranks(total))
 
 
-def _share_of_this_rank(chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, float]]:
-    """Chunks go round the ranks: with weight 1; one with weight 0 where others have one more."""
-    for begin in range(0, len(chunks), ranks.world_size()):
-        index = begin + ranks.rank()
-        yield (chunks[index], 1.0) if index < len(chunks) else (chunks[0], 0.0)
-
-
-def _chunk_loss(student: LanguageModel, source: LanguageModel, chunk: _Chunk, kl_weight: float) -> torch.Tensor:
+def _chunk_loss(student: LanguageModel, source: LanguageModel, chunk: Chunk, kl_weight: float) -> torch.Tensor:
     """Sum over the scored tokens."""
     packed = pack(chunk.sequences, student.device)
     positions_S = torch.tensor(chunk.scored, device=student.device)
-    scores_SV = _scores(student, packed, positions_S)
+    scores_SV = token_scores(student, packed, positions_S)
     with torch.no_grad():
-        taught_SV = _scores(source, packed, positions_S).log_softmax(1)
+        taught_SV = token_scores(source, packed, positions_S).log_softmax(1)
     language_model = cross_entropy(scores_SV, packed.token_ids_T[positions_S + 1], reduction="sum")
     divergence = kl_div(scores_SV.log_softmax(1), taught_SV, reduction="sum", log_target=True)
     return kl_weight * divergence + (1 - kl_weight) * language_model
-
-
-def _scores(model: LanguageModel, packed: Packed, positions_S: torch.Tensor) -> torch.Tensor:
-    output = model.model(
-        input_ids=packed.token_ids_T.unsqueeze(0),
-        position_ids=packed.position_ids_T.unsqueeze(0),
-        use_cache=False,
-        packed=packed,
-    )
-    scores_SV: torch.Tensor = model.lm_head(output.last_hidden_state[0][positions_S]).float()
-    return scores_SV

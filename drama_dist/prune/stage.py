@@ -1,42 +1,40 @@
 """The prune stage: from a language model to a small bidirectional encoder.
 
-Measures importance, selects and extracts the small model, heals it, and leaves out tokens that it does not need. The
-artefact is an encoder folder with selection.json, the indices that were kept.
+Measures importance, selects and extracts the small model, or takes that of learned masks; heals it, and leaves out
+tokens that it does not need. The artefact is an encoder folder with selection.json, the indices that were kept.
 """
 
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from drama_dist.corpus.collection import PassageTable, open_collection
+from drama_dist.corpus.collection import open_collection
 from drama_dist.corpus.general import open_general
 from drama_dist.distributed import ranks
-from drama_dist.distributed.precision import AUTO, dtype_name, dtype_of
-from drama_dist.encoder import attention
+from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import check_dims, wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
 from drama_dist.encoder.failures import named_by
-from drama_dist.encoder.families import TYPES, Backbone, LanguageModel, language_model_class
+from drama_dist.encoder.families import Backbone
 from drama_dist.encoder.model_check import check_llama
-from drama_dist.encoder.pretrained import HEAD, absent_from, load_weights, read_llama_config, read_tokenizer
-from drama_dist.encoder.sources import model_fingerprint, reachable, resolve
-from drama_dist.encoder.texts import TextTokenizer
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachable_tokens, used_tokens, with_tokens
-from drama_dist.prune.extractor import Selection, requested_shape, select, shape_of, shrink
+from drama_dist.prune.extractor import SELECTION, requested_shape, select, shape_of, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
-from drama_dist.prune.rotation import principal_basis, rotated
+from drama_dist.prune.mask_stage import masked_model
+from drama_dist.prune.source import as_chosen, calibration, load_source, needs_head
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS
+from drama_dist.run.graph import CORPUS, MASKS
 from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
 from drama_dist.settings import EncoderSettings, Settings
@@ -53,7 +51,7 @@ def check(settings: Settings) -> None:
         with_superwords = settings.train.superwords > 0 and settings.train.start is None
         fewer_tokens = settings.prune.vocabulary == "used"
         config = check_llama(
-            settings.llm, settings.trust_remote_code, _needs_head(settings), with_superwords, fewer_tokens
+            settings.llm, settings.trust_remote_code, needs_head(settings), with_superwords, fewer_tokens
         )
     shape = requested_shape(settings.prune, shape_of(config))
     if not settings.train.regression_weight:
@@ -67,13 +65,15 @@ def prune(run: Run, folder: StageFolder) -> None:
     interrupts.Stopped after the step of healing in which a signal asked for it, with a checkpoint saved.
     """
     settings = run.settings
-    source, tokenizer = _load(settings)
+    source, tokenizer = load_source(settings)
     with counting() as cut:
-        sequences = _calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
-    if settings.prune.hidden_choice == "rotation":
-        source = rotated(source, principal_basis(source, sequences)).to(ranks.device())
-    selection = select(measure_importance(source, sequences), settings.prune)
-    small = shrink(source, selection)
+        sequences = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
+    if settings.prune.mask_steps:
+        small, kept_parts = masked_model(run.path(MASKS))
+    else:
+        source = as_chosen(source, sequences, settings)
+        selection = select(measure_importance(source, sequences), settings.prune)
+        small, kept_parts = shrink(source, selection), selection.as_record()
     wanted: set[int] = set()  # chosen here, since reading a large corpus would hold up a signal below
     ranks.by_rank_0(lambda: wanted.update(_wanted_tokens(run, tokenizer)))
     with interrupts.deferred():
@@ -86,34 +86,9 @@ def prune(run: Run, folder: StageFolder) -> None:
                 wire_tokenizer(tokenizer, settings.encoder.lower_case)
                 say(f"prune: {len(kept):,} of {backbone.config.vocab_size:,} tokens are kept (prune.vocabulary)")
                 keep_embeddings(backbone, kept)
-            _save(folder.folder, backbone, tokenizer, settings.encoder, selection)
+            _save(folder.folder, backbone, tokenizer, settings.encoder, kept_parts)
         facts = {"parameters": sum(weight.numel() for weight in backbone.parameters()), "tokens": len(tokenizer)}
         folder.finish(**facts, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
-
-
-def _needs_head(settings: Settings) -> bool:
-    """Whether the LLM's scores of tokens are used: only healing learns from them."""
-    return settings.prune.heal_steps > 0
-
-
-def _load(settings: Settings) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-    source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
-    config = read_llama_config(source, trust)
-    tokenizer = wire_tokenizer(read_tokenizer(source, config, trust), settings.encoder.lower_case)
-    optional = absent_from(source) | (set() if _needs_head(settings) else {HEAD})
-    options = {"config": config, "dtype": dtype_of(AUTO)}
-    model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, **options)
-    if not isinstance(model, language_model_class(config)):
-        raise ValueError(f"{settings.llm}: {type(model).__name__}, its own code, cannot be pruned; only {TYPES} can")
-    model.config._attn_implementation = attention.NAME
-    return model.to(ranks.device()).eval(), tokenizer
-
-
-def _calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:
-    """Token ids of passages sampled by the seed."""
-    count = min(settings.prune.calibration_passages, len(table))
-    positions = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
-    return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
 
 
 def _wanted_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -140,7 +115,7 @@ def _save(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     contract: EncoderSettings,
-    selection: Selection,
+    kept_parts: dict[str, Any],
 ) -> None:
     backbone.config.is_causal = False
     backbone.config.architectures = [type(backbone).__name__]
@@ -148,11 +123,4 @@ def _save(
     encoder = Encoder(backbone, tokenizer, with_dims_within(contract, backbone.config.hidden_size)).eval()
     probe(encoder)
     encoder.save(folder)
-    record = {
-        "layers": selection.layers,
-        "hidden": selection.hidden.tolist(),
-        "heads": [heads.tolist() for heads in selection.heads],
-        "mlp": [neurons.tolist() for neurons in selection.mlp],
-        "norm_gains": selection.norm_gains.tolist(),
-    }
-    write_text(folder / "selection.json", json.dumps(record) + "\n")
+    write_text(folder / SELECTION, json.dumps(kept_parts) + "\n")

@@ -22,6 +22,7 @@ from drama_dist.settings import EXACT, Settings, SettingsError
 
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 TRIPLETS = "triplets"
+MASKS = "masks"
 # system -> the stage that makes its encoder
 TRAINING = {"drama": "train", "ridge": "ridge", "random-init": "train-random-init"}
 
@@ -184,12 +185,23 @@ STAGES = (
         processes="one",
     ),
     Stage(
+        name=MASKS,
+        verb="masks",
+        help="learn which parts of the LLM stay",
+        work="drama_dist.prune.mask_stage:learn_masks",
+        sections=("seed", "llm", "prune", "encoder"),
+        needs=lambda settings: [CORPUS],
+        inputs="drama_dist.prune.stage:inputs",
+        check="drama_dist.prune.stage:check",
+        processes="nodes",
+    ),
+    Stage(
         name="prune",
         verb="prune",
         help="cut the LLM down to a small encoder",
         work="drama_dist.prune.stage:prune",
         sections=("seed", "llm", "prune", "encoder"),
-        needs=lambda settings: [CORPUS],
+        needs=lambda settings: [CORPUS, *([MASKS] if settings.prune.mask_steps else [])],
         inputs="drama_dist.prune.stage:inputs",
         check="drama_dist.prune.stage:check",
         processes="node",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,9 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.export.stage import write_sentence_transformers
 from drama_dist.prune import healing
+from drama_dist.prune.language_loss import Chunk, step_chunks
 from drama_dist.run.runner import make
-from drama_dist.settings import PruneSettings, Settings
+from drama_dist.settings import Settings
 from tests.conftest import save_llama
 
 SEQUENCES = [[0, 17, 300, 42, 1], [0, 5, 6, 7, 8, 9, 10, 1], [0, 99, 1]]
@@ -31,7 +31,7 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
-        chunk = healing._Chunk(SEQUENCES, [1, 5, 11, 13])
+        chunk = Chunk(SEQUENCES, [1, 5, 11, 13])
         loss = healing._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
@@ -46,13 +46,11 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
 
 
 def test_scored_positions_have_a_next_token_and_are_as_many_as_asked() -> None:
-    shape = PruneSettings(heal_tokens=16, heal_scored_share=1.0)
-    (whole,) = healing._step_chunks(SEQUENCES, shape, seed=1, step=0)
+    (whole,) = step_chunks(SEQUENCES, 16, 1.0, "1 0")
     assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
     flat = [token for ids in whole.sequences for token in ids]
     assert all(flat[position] != 1 for position in whole.scored)  # 1 ends every sequence
-    half = replace(shape, heal_scored_share=0.5)
-    (first,), (again,), (later,) = (healing._step_chunks(SEQUENCES, half, 1, step) for step in (0, 0, 1))
+    (first,), (again,), (later,) = (step_chunks(SEQUENCES, 16, 0.5, f"1 {step}") for step in (0, 0, 1))
     assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)
     assert first == again != later
 
