@@ -42,7 +42,7 @@ _KEEP_CHECKPOINTS = 1
 
 
 def learn_masks(run: Run, folder: StageFolder) -> None:
-    """Do the stage. Raises as `prune` does; ValueError where the LLM has the wanted shape already."""
+    """Do the stage. Raises as `prune` does."""
     settings, prune = run.settings, run.settings.prune
     source, tokenizer = load_source(settings)
     sequences = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
@@ -50,8 +50,6 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
     whole = shape_of(source.config)
     rate = prune.mask_learning_rate / prune.heal_learning_rate
     masks = LearnedMasks(whole, requested_shape(prune, whole), settings.seed, rate)
-    if not masks.wanted:
-        raise ValueError(f"{settings.llm}: has the shape that is wanted already; set prune.mask_steps=0")
     module = nn.ModuleDict({"model": source, "masks": masks}).to(ranks.device()).train()
     engine = Engine(module, OptimiserSettings(agreed_dtype_name(AUTO), 1, weight_decay=0.0, gradient_clipping=1.0))
     drawn: Masks = {}

@@ -37,7 +37,7 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS, MASKS
 from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
-from drama_dist.settings import EncoderSettings, Settings
+from drama_dist.settings import EncoderSettings, Settings, SettingsError
 
 
 def inputs(run: Run) -> dict[str, str]:
@@ -54,6 +54,11 @@ def check(settings: Settings) -> None:
             settings.llm, settings.trust_remote_code, needs_head(settings), with_superwords, fewer_tokens
         )
     shape = requested_shape(settings.prune, shape_of(config))
+    if settings.prune.mask_steps and shape == shape_of(config):
+        raise SettingsError(
+            f"prune.mask_steps={settings.prune.mask_steps}: {settings.llm} has the wanted shape already, so no mask "
+            "is to be learnt; set prune.layers, hidden, heads or mlp, or the steps to 0"
+        )
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drama_dist.distributed import precision
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.prune.extractor import Shape, shape_of, shrink
@@ -23,7 +24,7 @@ from drama_dist.prune.mask_stage import masked_model
 from drama_dist.prune.masks import LearnedMasks, folded, masked
 from drama_dist.run import interrupts
 from drama_dist.run.runner import make
-from drama_dist.settings import Settings, write_settings
+from drama_dist.settings import Settings, SettingsError, write_settings
 from tests.prune.test_extractor import IDS
 
 WHOLE, TARGET = Shape(layers=4, hidden=48, heads=6, mlp=96), Shape(layers=2, hidden=20, heads=4, mlp=33)
@@ -157,31 +158,27 @@ def test_it_resumes_to_the_same_masks(small_settings: Callable[..., Settings], m
         assert (again / "model" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_model_of_the_wanted_shape_is_refused(small_settings: Callable[..., Settings]) -> None:
-    shape = ["prune.layers=null", "prune.hidden=null", "prune.heads=null", "prune.mlp=null"]
-    with pytest.raises(ValueError, match=r"has the shape that is wanted already; set prune\.mask_steps=0"):
-        make(small_settings(*MASKS, *shape), "masks")
+def test_a_model_of_the_wanted_shape_is_refused_at_once(small_settings: Callable[..., Settings]) -> None:
+    settings = small_settings(*MASKS, "prune.layers=null", "prune.hidden=null", "prune.heads=null", "prune.mlp=96")
+    with pytest.raises(SettingsError, match=r"prune\.mask_steps=60: .* has the wanted shape already"):
+        make(settings, "masks")
+    assert not Path(settings.run).joinpath("corpus").exists()
 
 
-def test_two_ranks_learn_the_masks_of_one(small_settings: Callable[..., Settings], tmp_path: Path) -> None:
-    found = []
-    for world in (1, 2):
-        settings = small_settings(f"run={tmp_path / str(world)}", *MASKS, "prune.mask_steps=12")
-        make(settings, "corpus")
-        file = tmp_path / f"{world}.yaml"
-        write_settings(settings, file)
-        torchrun = str(Path(sys.executable).with_name("torchrun"))
-        starts = [
-            torchrun,
-            "--standalone",
-            "--nproc-per-node",
-            str(world),
-            str(Path(__file__).parent / "mask_ranks.py"),
-        ]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run([*starts, str(file)], env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        found.append(tmp_path / str(world) / "masks")
+def test_two_ranks_learn_the_masks_of_one(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_instructions", list)
+    one, two = (small_settings(f"run={tmp_path / name}", *MASKS, "prune.mask_steps=12") for name in ("one", "two"))
+    found = [make(one, "masks"), tmp_path / "two" / "masks"]
+    make(two, "corpus")
+    write_settings(two, tmp_path / "two.yaml")
+    program = Path(__file__).parent / "mask_ranks.py"
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command.append(str(tmp_path / "two.yaml"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in found]
     assert len(lines[0]) == len(lines[1]) == 12
     for one, two in zip(*lines, strict=True):
