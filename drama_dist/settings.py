@@ -109,12 +109,13 @@ class EncoderSettings:
 
 @dataclass(config=CONFIG, kw_only=True)
 class PruneSettings:
-    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's."""
+    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's, but see kv_heads."""
 
     layers: Size | None = 12
     hidden: Size | None = 768
     heads: Size | None = 12
     mlp: Size | None = 3072
+    kv_heads: Size | None = None  # key-value heads, of which each serves equally many; null: each head has its own
     # Which hidden dimensions are kept: importance, the LLM's own; rotation, its residual stream's principal components.
     hidden_choice: Literal["importance", "rotation"] = "importance"
     layer_choice: Literal["even", "first", "influence"] = "even"
@@ -132,6 +133,16 @@ class PruneSettings:
     heal_learning_rate: LearningRate = 5e-4
     heal_kl_weight: Fraction = 0.5  # the rest is the language-model loss
     heal_scored_share: SomeFraction = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
+
+    @model_validator(mode="after")
+    def _masks_choose_by_themselves(self) -> Self:
+        for key, plain in (("layer_choice", "even"), ("kv_heads", None)):
+            if self.mask_steps and getattr(self, key) != plain:
+                raise SettingsError(
+                    f"prune.{key}={getattr(self, key)} with prune.mask_steps={self.mask_steps}: masks choose by "
+                    f"themselves, and each head has its own keys; set it to {plain or 'null'}, or mask_steps to 0"
+                )
+        return self
 
 
 @dataclass(config=CONFIG, kw_only=True)
@@ -295,7 +306,7 @@ class SlurmSettings:
     minutes: Count = 1440  # time limit
     # how long before the time limit a job saves, ends and waits for its next turn; slurm keeps it in 16 bits
     warning_seconds: Annotated[int, Field(ge=1, le=65535)] = 300
-    nodes: Count = 1  # for training; other jobs, and each task of an array, take one
+    nodes: Count = 1  # for training and masks; other jobs, and each task of an array, take one
     tasks_per_node: Count = 1  # ranks: one for each GPU
     gpus_per_node: Count | None = None
     cpus_per_task: Count | None = None

@@ -36,6 +36,7 @@ from drama_dist.settings import read_settings, write_settings
 
 ROOT = Path(__file__).parent.parent
 STAGES = {  # of a trial: the verb that runs it, and its folder
+    "masks": ("masks", "masks"),
     "prune": ("prune", "prune"),
     "augment": ("augment", "augment"),
     "train": ("train", "train"),
@@ -45,6 +46,7 @@ STAGES = {  # of a trial: the verb that runs it, and its folder
 WAYS = ("rank", "launcher", "everything", "SIGTERM", "full disk", "read-only folders")
 LAUNCHERS = ("torchrun", "deepspeed")
 CHANGES = [
+    "prune.mask_steps=40",
     "prune.heal_steps=40",
     "augment.synthetic_queries=48",
     "augment.generation_batch=4",

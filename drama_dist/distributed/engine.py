@@ -191,7 +191,7 @@ def _deepspeed_engine(module: nn.Module, settings: OptimiserSettings) -> Any:
 def _parameter_groups(module: nn.Module, settings: OptimiserSettings) -> list[dict[str, Any]]:
     """Embeddings, other matrices, and the rest, which does not decay; rate: a multiple of the step's learning rate.
 
-    Parameters that have a `learning_rate_factor` are by themselves, and do not decay.
+    Parameters with a `learning_rate_factor`, such a multiple, are groups of their own, and do not decay.
     """
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     kinds: list[list[nn.Parameter]] = [[], [], []]

@@ -97,7 +97,7 @@ def wire_tokenizer(tokenizer: PreTrainedTokenizerBase, lower_case: bool) -> PreT
 
 
 def tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of a text's tokens by a wired tokenizer, those that come before the text: BOS, which Qwen's have not."""
+    """Of a text's tokens by a wired tokenizer, those that come before the text: BOS, which Qwen does not have."""
     return 0 if tokenizer.bos_token is None else 1
 
 

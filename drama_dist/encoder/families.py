@@ -2,7 +2,7 @@
 
 Mistral's and Qwen2's models are Llamas by other names, and become Llamas when they are loaded: Qwen2's have biases of
 queries, keys and values and none of what attention puts out, which is then zero. Qwen3's have an RMSNorm of each head's
-queries and keys, which Llama's have not, and keep their type. All of them name their parts alike, so that pruning,
+queries and keys, which Llama does not have, and keep their type. All of them name their parts alike, so that pruning,
 training and encoding need not ask which of them a model is. Does not cover types with other layers, as Gemma's, which
 scales embeddings and norms otherwise.
 """

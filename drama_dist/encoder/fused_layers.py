@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaModel
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from drama_dist.encoder.attention import packed_attention
-from drama_dist.encoder.families import Backbone
+from drama_dist.encoder.families import Backbone, Config
 from drama_dist.encoder.packing import Packed
 from drama_dist.kernels.llama_cpu import attention, layers
 
@@ -75,14 +75,17 @@ class FusedLayer(LlamaDecoderLayer):
         return packed_attention(attn, q, k, v, None, attn.scaling, packed)[0][0].flatten(1)
 
 
+def is_plain(config: Config) -> bool:
+    """Whether layers of this configuration are the ones that the kernels compute."""
+    plain = isinstance(config, LlamaConfig) and config.hidden_act == "silu"
+    return plain and not (config.attention_bias or config.mlp_bias)
+
+
 def fuse_layers(backbone: Backbone) -> bool:
     """Fuse the layers of a bidirectional Llama if device, dtype and shape allow it; returns whether it did."""
-    if not isinstance(backbone, LlamaModel):
-        return False
     config, weight = backbone.config, backbone.embed_tokens.weight
-    plain = config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias or config.is_causal)
-    fits = plain and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
-    if not _takes(weight) or not fits or layers.extension() is None:
+    fits = is_plain(config) and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
+    if not fits or config.is_causal or not _takes(weight) or layers.extension() is None:
         return False
     for layer in backbone.layers:
         layer.__class__ = FusedLayer

@@ -39,7 +39,7 @@ def check_llama(
         check_prunable(tokenizer)
     if Path(source).is_dir():
         kind = language_model_class(config) if with_head else backbone_class(config)
-        check_weights(kind, Path(source), config, absent_from(source))
+        check_weights(kind, Path(source), config, absent_from(source, trust_remote_code))
     return config
 
 

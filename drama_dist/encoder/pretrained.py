@@ -49,14 +49,15 @@ def read_llama_config(source: str, trust_remote_code: bool = False) -> Config:
     """The same of a Llama-type model, as it is loaded; raises ValueError, too, where it is of another type or
     quantized.
     """
-    return as_loaded(source, read_config(source, trust_remote_code))
+    return llama_config(source, read_config(source, trust_remote_code))
 
 
-def as_loaded(source: str, stored: PreTrainedConfig) -> Config:
+def llama_config(source: str, stored: PreTrainedConfig) -> Config:
     """A Llama-type model's configuration, as `with_llamas_layers` has it; raises ValueError as `read_llama_config`."""
-    config = with_llamas_layers(stored)
+    with told_as(f"{source}: its config.json makes no Llama"):
+        config = with_llamas_layers(stored)
     if config is None:
-        raise ValueError(f"{source}: model type {stored.model_type!r}; the encoder takes {TYPES}")
+        raise ValueError(f"{source}: model type {stored.model_type!r}; only {TYPES} models are supported")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: its weights are quantized; take the model's folder in bfloat16 or float32")
     rope = str((config.rope_parameters or {}).get("rope_type", "default"))
@@ -69,9 +70,9 @@ def as_loaded(source: str, stored: PreTrainedConfig) -> Config:
     return config
 
 
-def absent_from(source: str) -> set[str]:
+def absent_from(source: str, trust_remote_code: bool = False) -> set[str]:
     """Weights that a Llama-type model's files need not have: see `absent_weights`."""
-    return absent_weights(read_config(source))
+    return absent_weights(read_config(source, trust_remote_code))
 
 
 def read_tokenizer(

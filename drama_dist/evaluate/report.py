@@ -194,8 +194,7 @@ def _figures(
     curves = {name: curve for name, folder in TRAINING.items() if (curve := _loss(_metrics(run / folder)))}
     if curves:
         drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves, colours)))
-    kept = [line for line in _metrics(run / MASKS) if "kept" in line]
-    if kept:
+    if kept := _metrics(run / MASKS):
         note = "Expected share of each group's parts that stay; heads and MLP neurons are means over layers."
         shares = {name: [(line["step"], line["kept"][name]) for line in kept] for name in kept[0]["kept"]}
         drawn.append(("Learned masks", note, figures.kept_shares(shares)))

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import LlamaConfig
 
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.families import Config
 from drama_dist.encoder.flops import forward_flops, layer_weights
+from drama_dist.encoder.fused_layers import is_plain
 from drama_dist.encoder.packing import token_budget_chunks
 from drama_dist.kernels import select_backend
 from drama_dist.kernels.llama_cpu import attention, layers
@@ -264,12 +264,6 @@ def largest_share(count: int, ranks: int) -> int:
 
 def layers_fuse(config: Config) -> bool:
     """Whether this machine's CPU trains such an encoder with fused layers and its own attention."""
-    fits = layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
-    plain = config.head_dim == attention.HEAD and config.num_attention_heads == config.num_key_value_heads
-    return (
-        isinstance(config, LlamaConfig)
-        and fits
-        and plain
-        and layers.extension() is not None
-        and attention.extension() is not None
-    )
+    fits = is_plain(config) and layers.fits(config.hidden_size, config.intermediate_size, config.head_dim)
+    own = config.head_dim == attention.HEAD and config.num_attention_heads == config.num_key_value_heads
+    return fits and own and layers.extension() is not None and attention.extension() is not None

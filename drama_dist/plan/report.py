@@ -20,12 +20,12 @@ from transformers import AutoConfig, LlamaConfig
 from drama_dist.distributed.precision import AUTO
 from drama_dist.encoder.failures import named_by, told_as
 from drama_dist.encoder.families import Config
-from drama_dist.encoder.pretrained import as_loaded, read_llama_config
+from drama_dist.encoder.pretrained import llama_config, read_llama_config
 from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
-from drama_dist.prune.extractor import Shape, requested_shape, shape_of
+from drama_dist.prune.extractor import Shape, as_config, requested_shape, shape_of
 from drama_dist.settings import Settings, SettingsError, TrainSettings
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
@@ -68,33 +68,27 @@ def read_shape(settings: Settings) -> Config:
         config = _read_config("llm", settings.llm)
     except SettingsError as error:
         raise SettingsError(f"{error}; to plan without it, say --vocabulary and --head instead") from error
-    return _pruned(settings, shape_of(config), config.vocab_size, config.head_dim)
+    return _pruned(settings, config)
 
 
-def pruned_shape(settings: Settings, vocabulary: int, head: int) -> LlamaConfig:
+def pruned_shape(settings: Settings, vocabulary: int, head: int) -> Config:
     """What pruning makes of an LLM of which only the number of tokens and the components of a head are known.
 
     Raises SettingsError where the prune section keeps something that is not known.
     """
-    kept = {part.name: getattr(settings.prune, part.name) for part in fields(Shape)}
+    kept = {part.name: getattr(settings.prune, part.name) for part in fields(Shape) if part.name != "kv_heads"}
     for name, size in kept.items():
         if size is None:
             raise SettingsError(
                 f"prune.{name}=null keeps the LLM's, which --vocabulary and --head do not tell; give it a number"
             )
-    return _pruned(settings, Shape(**kept), vocabulary, head)
+    groups = settings.prune.kv_heads or settings.prune.heads
+    llm = as_config(Shape(**kept, kv_heads=groups), LlamaConfig(vocab_size=vocabulary, head_dim=head))
+    return _pruned(settings, llm)
 
 
-def _pruned(settings: Settings, model: Shape, vocabulary: int, head: int) -> LlamaConfig:
-    shape = requested_shape(settings.prune, model)
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        head_dim=head,
-        intermediate_size=shape.mlp,
-    )
+def _pruned(settings: Settings, config: Config) -> Config:
+    return as_config(requested_shape(settings.prune, shape_of(config)), config)
 
 
 def report(cost: StepCost) -> Iterator[str]:
@@ -263,4 +257,4 @@ def _read_config(setting: str, name: str) -> Config:
             return read_llama_config(str(source))
         with told_as("its configuration cannot be read"):
             stored = AutoConfig.from_pretrained(str(source.parent), trust_remote_code=False, gguf_file=source.name)
-        return as_loaded(str(source), stored)
+        return llama_config(str(source), stored)

@@ -2,9 +2,9 @@
 the same type of them.
 
 Covers the selection by importance and slicing the weights. Grouped-query attention becomes multi-head attention
-(key-value heads are copied to the query heads they serve, then heads are selected); the head size does not change, so
-neither do rotary embeddings.
-Shapes: L layers, H hidden, A query heads, D head size, F MLP neurons.
+(key-value heads are copied to the query heads they serve, then heads are selected), unless prune.kv_heads keeps groups;
+the head size does not change, so neither do rotary embeddings.
+Shapes: L layers, H hidden, A query heads in G groups, D head size, F MLP neurons.
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How many to keep of each part; heads, mlp and kv_heads are those of a layer."""
+
+    layers: int
+    hidden: int
+    heads: int
+    mlp: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
 class Selection:
     """Indices to keep, ascending: hidden dimensions, layers, and heads and neurons of each selected layer.
 
+    kv_heads: key-value heads of the small model; each serves equally many of the selected heads, from one old group.
     norm_gains: for each RMSNorm of the small model, the square root of the fraction of its input's energy that is in
     the selected hidden dimensions.
     """
@@ -35,7 +47,12 @@ class Selection:
     layers: list[int]
     heads: list[torch.Tensor]
     mlp: list[torch.Tensor]
+    kv_heads: int
     norm_gains: torch.Tensor
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.layers), len(self.hidden), len(self.heads[0]), len(self.mlp[0]), self.kv_heads)
 
     def as_record(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -44,6 +61,7 @@ class Selection:
             "hidden": self.hidden.tolist(),
             "heads": [heads.tolist() for heads in self.heads],
             "mlp": [neurons.tolist() for neurons in self.mlp],
+            "kv_heads": self.kv_heads,
             "norm_gains": self.norm_gains.tolist(),
         }
 
@@ -55,7 +73,8 @@ def select(importance: Importance, prune: PruneSettings) -> Selection:
     Raises SettingsError as `requested_shape` does.
     """
     (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
-    shape = requested_shape(prune, Shape(count, len(importance.hidden_H), heads, neurons))
+    whole = Shape(count, len(importance.hidden_H), heads, neurons, importance.kv_heads)
+    shape = requested_shape(prune, whole)
     principal = prune.hidden_choice == "rotation"
     hidden = torch.arange(shape.hidden) if principal else _top(importance.hidden_H, shape.hidden)
     layers = _layers(importance.layers_L, shape.layers, prune.layer_choice)
@@ -64,8 +83,9 @@ def select(importance: Importance, prune: PruneSettings) -> Selection:
     return Selection(
         hidden,
         layers,
-        [_top(importance.heads_LA[layer], shape.heads) for layer in layers],
+        [best_heads(importance.heads_LA[layer], shape, whole.kv_heads) for layer in layers],
         [_top(importance.mlp_LF[layer], shape.mlp) for layer in layers],
+        shape.kv_heads,
         (energy[:, hidden].sum(1) / energy.sum(1)).sqrt(),
     )
 
@@ -76,12 +96,14 @@ def shrink(model: LanguageModel, selection: Selection) -> LanguageModel:
 
     The result equals the model with all other parts masked to zero and each RMSNorm's gain times `norm_gains`. The full
     model's RMSNorm divides the sum of squares over the selected dimensions by H, the small one's by h. Hence all that
-    is added to the residual stream has the factor √(h/H) here, and the gains have √(H/h). Epsilon stays, which norms of
-    heads have, too.
+    is added to the residual stream has the factor √(h/H) here, and the gains have √(H/h). Epsilon is unchanged; it
+    also applies to the norms of heads.
     """
     hidden = selection.hidden
     narrowing = (len(hidden) / model.config.hidden_size) ** 0.5
-    small = language_model_class(model.config)(_small_config(model.config, selection)).float()
+    config = as_config(selection.shape, model.config)
+    config.dtype = "float32"
+    small = language_model_class(config)(config).float()
     small.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, hidden] * narrowing)
     if not model.config.tie_word_embeddings:
         small.lm_head.weight.copy_(model.lm_head.weight[:, hidden])
@@ -95,43 +117,72 @@ def shrink(model: LanguageModel, selection: Selection) -> LanguageModel:
     for new, old, gain in zip(norms_in_order(small), selected, selection.norm_gains, strict=True):
         new.weight.copy_(old.weight[hidden].float() * gain / narrowing)
     if model.config.tie_word_embeddings:
-        small.model.norm.weight /= narrowing  # which the head then has, too
+        small.model.norm.weight /= narrowing  # since the tied head is scaled as well
     return small
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many to keep of each part; heads and mlp are those of a layer."""
-
-    layers: int
-    hidden: int
-    heads: int
-    mlp: int
 
 
 def shape_of(config: Config) -> Shape:
     """That of a model with this configuration."""
-    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+    return Shape(*sizes, config.num_key_value_heads)
+
+
+def as_config(shape: Shape, config: Config) -> Config:
+    """The configuration of a model of this shape, and else like another one; head sizes stay."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.hidden_size, small.intermediate_size = shape.layers, shape.hidden, shape.mlp
+    small.num_attention_heads, small.num_key_value_heads = shape.heads, shape.kv_heads
+    small.head_dim = config.head_dim
+    if hasattr(config, "layer_types"):  # Qwen3's
+        small.layer_types = ["full_attention"] * shape.layers
+    return small
 
 
 def requested_shape(prune: PruneSettings, model: Shape) -> Shape:
-    """What the settings ask for, where null keeps the model's.
+    """What the settings ask for, where null keeps the model's; but each head has a key-value head of its own then.
 
     Raises SettingsError, naming the setting, if the requested shape is larger than the model's, or not a Llama's: a
     head's size does not depend on either, but transformers refuses a Llama whose heads do not divide its hidden size.
     """
     sizes = {}
-    for name, size in vars(model).items():
-        sizes[name] = size if getattr(prune, name) is None else getattr(prune, name)
+    for name in ("layers", "hidden", "heads", "mlp"):
+        size, asked = getattr(model, name), getattr(prune, name)
+        sizes[name] = size if asked is None else asked
         if sizes[name] > size:
             raise SettingsError(f"prune.{name}={sizes[name]}: the model has only {size}")
-    shape = Shape(**sizes)
+    shape = Shape(**sizes, kv_heads=sizes["heads"] if prune.kv_heads is None else prune.kv_heads)
+    if shape.kv_heads != shape.heads:
+        _check_groups(shape, model)
     if shape.hidden % shape.heads:
         raise SettingsError(
             f"prune.hidden={shape.hidden}: must be a multiple of prune.heads={shape.heads}, or transformers loads no "
             "such Llama; change one of them"
         )
     return shape
+
+
+def best_heads(scores_A: torch.Tensor, shape: Shape, groups: int) -> torch.Tensor:
+    """The heads with the highest scores, ascending; where groups are kept, equally many of each of the best groups.
+
+    groups: G, the model's key-value heads.
+    """
+    if shape.kv_heads == shape.heads:
+        return _top(scores_A, shape.heads)
+    each, scores_GS = shape.heads // shape.kv_heads, scores_A.unflatten(0, (groups, -1))
+    best_GE = scores_GS.argsort(dim=1, descending=True, stable=True)[:, :each]
+    kept = _top(scores_GS.gather(1, best_GE).sum(1), shape.kv_heads)
+    return (kept[:, None] * scores_GS.shape[1] + best_GE[kept]).flatten().sort().values
+
+
+def _check_groups(shape: Shape, model: Shape) -> None:
+    if shape.kv_heads > min(shape.heads, model.kv_heads):
+        fewest = min(shape.heads, model.kv_heads)
+        raise SettingsError(f"prune.kv_heads={shape.kv_heads}: can be at most {fewest}, or null")
+    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > model.heads // model.kv_heads:
+        raise SettingsError(
+            f"prune.heads={shape.heads} with prune.kv_heads={shape.kv_heads}: each key-value head serves equally many "
+            f"heads, at most {model.heads // model.kv_heads} as in the model"
+        )
 
 
 def _layers(influence_L: torch.Tensor, count: int, choice: str) -> list[int]:
@@ -146,26 +197,14 @@ def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _small_config(config: Config, selection: Selection) -> Config:
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = len(selection.layers)
-    small.hidden_size = len(selection.hidden)
-    small.intermediate_size = len(selection.mlp[0])
-    small.num_attention_heads = small.num_key_value_heads = len(selection.heads[0])
-    small.head_dim = config.head_dim
-    if hasattr(config, "layer_types"):  # Qwen3's
-        small.layer_types = config.layer_types[: len(selection.layers)]
-    small.dtype = "float32"
-    return small
-
-
 def _copy_layer(new: Any, old: Any, selection: Selection, index: int) -> None:
     hidden, heads, neurons = selection.hidden, selection.heads[index], selection.mlp[index]
     for name in ("q_norm", "k_norm"):  # Qwen3's, the same for all heads
         if hasattr(old.self_attn, name):
             getattr(new.self_attn, name).weight.copy_(getattr(old.self_attn, name).weight)
     size = old.self_attn.head_dim
-    served = _components(heads // old.self_attn.num_key_value_groups, size)
+    each = len(heads) // selection.kv_heads  # heads of a group follow one another
+    served = _components(heads[::each] // old.self_attn.num_key_value_groups, size)
     queries = _components(heads, size)
     for name, rows in {"q_proj": queries, "k_proj": served, "v_proj": served}.items():
         _copy_product(getattr(new.self_attn, name), getattr(old.self_attn, name), rows, hidden)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from drama_dist.encoder.families import LanguageModel
+from drama_dist.encoder.families import Config, LanguageModel
 from drama_dist.encoder.packing import pack, token_budget_chunks
 from drama_dist.run.progress import progress_bar
 
@@ -27,7 +27,7 @@ class Importance:
     """Means over calibration tokens, float32.
 
     energy: mean square of each RMSNorm's input, (2L + 1) × H, in order of use; it gives the fraction of the norm that a
-    subset of hidden dimensions retains.
+    subset of hidden dimensions retains. kv_heads: the model's key-value heads in a layer.
     """
 
     hidden_H: torch.Tensor
@@ -35,6 +35,7 @@ class Importance:
     mlp_LF: torch.Tensor
     layers_L: torch.Tensor
     energy: torch.Tensor
+    kv_heads: int
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def measure_importance(model: LanguageModel, sequences: Sequence[Sequence[int]])
     for handle in handles:
         handle.remove()
     tokens = sum(len(sequence) for sequence in sequences)
-    return _collect(sums, model.config.num_hidden_layers, tokens)
+    return _collect(sums, model.config, tokens)
 
 
 @torch.no_grad()
@@ -104,7 +105,9 @@ def _watch(model: LanguageModel, add: Callable[[str, torch.Tensor], None]) -> li
     return handles
 
 
-def _collect(sums: dict[str, torch.Tensor], layers: int, tokens: int) -> Importance:
+def _collect(sums: dict[str, torch.Tensor], config: Config, tokens: int) -> Importance:
+    layers = config.num_hidden_layers
+
     def stacked(name: str, count: int) -> torch.Tensor:
         return torch.stack([sums[f"{name} {index}"] for index in range(count)]) / tokens
 
@@ -114,4 +117,5 @@ def _collect(sums: dict[str, torch.Tensor], layers: int, tokens: int) -> Importa
         mlp_LF=stacked("mlp", layers),
         layers_L=stacked("layer", layers),
         energy=stacked("energy", 2 * layers + 1),
+        kv_heads=config.num_key_value_heads,
     )

@@ -36,12 +36,16 @@ def step_chunks(sequences: Sequence[list[int]], tokens: int, scored_share: float
     """A step's chunks, the same on every rank. tokens: so many, or a few more. seed: of the step."""
     generator = random.Random(seed)
     chunks: list[list[list[int]]] = [[]]
-    for index in generator.sample(range(len(sequences)), len(sequences)):
-        if sum(len(ids) for chunk in chunks for ids in chunk) >= tokens:
+    taken = of_chunk = 0
+    for index in generator.sample(range(len(sequences)), min(len(sequences), tokens)):  # each has a token
+        if taken >= tokens:
             break
-        if sum(len(ids) for ids in chunks[-1]) >= _CHUNK_TOKENS:
+        if of_chunk >= _CHUNK_TOKENS:
             chunks.append([])
+            of_chunk = 0
         chunks[-1].append(sequences[index])
+        taken += len(sequences[index])
+        of_chunk += len(sequences[index])
     return [Chunk(chunk, _scored(chunk, scored_share, generator)) for chunk in chunks]
 
 
@@ -67,4 +71,4 @@ def token_scores(model: LanguageModel, packed: Packed, positions_S: torch.Tensor
 def _scored(sequences: list[list[int]], share: float, generator: random.Random) -> list[int]:
     ends = set(itertools.accumulate(len(ids) for ids in sequences))
     positions = [position for position in range(max(ends)) if position + 1 not in ends]
-    return sorted(generator.sample(positions, max(1, round(share * len(positions)))))
+    return sorted(generator.sample(positions, min(len(positions), max(1, round(share * len(positions))))))

@@ -20,38 +20,49 @@ from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
 from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
-from drama_dist.distributed.precision import AUTO, agreed_dtype_name
+from drama_dist.distributed.precision import AUTO, agreed_dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import pack
 from drama_dist.prune.extractor import SELECTION, requested_shape, shape_of, shrink
 from drama_dist.prune.language_loss import Chunk, share_of_this_rank, step_chunks, token_scores
 from drama_dist.prune.masks import LearnedMasks, Masks, folded, masked
-from drama_dist.prune.source import as_chosen, calibration, load_source
+from drama_dist.prune.source import calibration, load_source, rotated_if_asked
+from drama_dist.prune.source import check as check_prune
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS
+from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
+from drama_dist.settings import Settings, SettingsError
 
 _MODEL = "model"
 _RAMP_SHARE = 0.2  # of the steps, after which the whole sparsity is asked for (Xia et al., appendix A: 640 of 3,200)
 _WARMUP_SHARE = 0.1
+_FAR = 0.05
 _CHECKPOINT_EVERY = 25
 _KEEP_CHECKPOINTS = 1
 
 
+def check(settings: Settings) -> None:
+    """Raise SettingsError where there is nothing to learn, or the prune stage could not use it."""
+    if not settings.prune.mask_steps:
+        raise SettingsError("prune.mask_steps=0: there is nothing to learn; set it to more")
+    check_prune(settings)
+
+
 def learn_masks(run: Run, folder: StageFolder) -> None:
     """Do the stage. Raises as `prune` does."""
-    settings, prune = run.settings, run.settings.prune
+    settings, prune, dtype = run.settings, run.settings.prune, agreed_dtype_name(AUTO)
     source, tokenizer = load_source(settings)
     sequences = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
-    source = as_chosen(source, sequences, settings)
+    source = rotated_if_asked(source, sequences, settings).to(dtype_of(dtype))
     whole = shape_of(source.config)
     rate = prune.mask_learning_rate / prune.heal_learning_rate
     masks = LearnedMasks(whole, requested_shape(prune, whole), settings.seed, rate)
     module = nn.ModuleDict({"model": source, "masks": masks}).to(ranks.device()).train()
-    engine = Engine(module, OptimiserSettings(agreed_dtype_name(AUTO), 1, weight_decay=0.0, gradient_clipping=1.0))
+    engine = Engine(module, OptimiserSettings(dtype, 1, weight_decay=0.0, gradient_clipping=1.0))
     drawn: Masks = {}
 
     def do_step(step: int, learning_rate: float) -> StepReport:
@@ -59,7 +70,8 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
         began, seed = time.monotonic(), f"{settings.seed} masks {step}"
         chunks = step_chunks(sequences, prune.heal_tokens, prune.heal_scored_share, seed)
         progress = min(1.0, (step + 1) / (_RAMP_SHARE * prune.mask_steps))
-        scored, share = sum(len(chunk.scored) for chunk in chunks), list(share_of_this_rank(chunks))
+        scored = max(1, sum(len(chunk.scored) for chunk in chunks))
+        share = list(share_of_this_rank(chunks))
         total = torch.zeros((), device=ranks.device())
         for index, (chunk, weight) in enumerate(share):
             drawn = masks.sampled(seed)
@@ -98,11 +110,20 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
             ResumableLoop(folder, engine, schedule).run("masks", do_step)
         weights = engine.full_weights()
         if ranks.rank() == 0:
-            module.float().load_state_dict(weights, strict=False)  # a tied head has no entry of its own
+            module.cpu().float().load_state_dict(weights, strict=False)  # a tied head has no entry of its own
             model, selection = folded(source, masks.final())
             shrink(model, selection).save_pretrained(folder.folder / _MODEL)
             write_text(folder.folder / SELECTION, json.dumps(selection.as_record()) + "\n")
+            _tell_unfinished(masks)
         folder.finish(wanted=masks.wanted)
+
+
+def _tell_unfinished(masks: LearnedMasks) -> None:
+    """Say where masks are far from what is wanted: the rest was then cut by what little they had learnt."""
+    for name, kept_R in masks.kept_shares().items():
+        kept, wanted = float(kept_R.detach().mean()), masks.wanted[name] / masks.locations[name].shape[1]
+        if abs(kept - wanted) > _FAR:
+            say(f"masks: {kept:.0%} of {name} are open, and {wanted:.0%} stay; more prune.mask_steps bring them nearer")
 
 
 def masked_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:

@@ -46,11 +46,10 @@ class LearnedMasks(nn.Module):
         super().__init__()
         layers = model.layers
         rows = {"layers": 1, "hidden": 1, "heads": layers, "mlp": layers}
-        wanted = {name: count for name, count in asdict(target).items() if count < asdict(model)[name]}
-        self.wanted = wanted
+        self.wanted = {name: asdict(target)[name] for name in rows if asdict(target)[name] < asdict(model)[name]}
         generator = torch.Generator().manual_seed(seed)
         self.locations, self.multipliers = nn.ParameterDict(), nn.ParameterDict()
-        for name in wanted:
+        for name in self.wanted:
             count = asdict(model)[name]
             start_RN = _START + _NOISE * torch.randn(rows[name], count, generator=generator)
             self.locations[name] = nn.Parameter(start_RN)
@@ -104,7 +103,7 @@ class LearnedMasks(nn.Module):
 
 @contextmanager
 def masked(model: LanguageModel, current: Callable[[], Masks]) -> Iterator[None]:
-    """Inside, the model computes with masks. current: called whenever one is needed."""
+    """While the context lasts, the model computes with masks, R × N of each group. current: called for each product."""
     handles = []
 
     def hidden(states: torch.Tensor, masks: Masks) -> torch.Tensor:
@@ -151,9 +150,9 @@ def folded(model: LanguageModel, masks: Masks) -> tuple[LanguageModel, Selection
     """
     whole = copy.deepcopy(model).float().cpu()
     shape = shape_of(model.config)
-    ones = {"layers": (1, shape.layers), "hidden": (1, shape.hidden)}
-    ones |= {"heads": (shape.layers, shape.heads), "mlp": (shape.layers, shape.mlp)}
-    full = {name: masks[name].float().cpu() if name in masks else torch.ones(*ones[name]) for name in ones}
+    sizes = {"layers": (1, shape.layers), "hidden": (1, shape.hidden)}
+    sizes |= {"heads": (shape.layers, shape.heads), "mlp": (shape.layers, shape.mlp)}
+    full = {name: masks[name].float().cpu() if name in masks else torch.ones(*sizes[name]) for name in sizes}
     hidden_H = full["hidden"][0]
     whole.model.embed_tokens.weight *= hidden_H
     if model.config.tie_word_embeddings:
@@ -173,6 +172,7 @@ def folded(model: LanguageModel, masks: Masks) -> tuple[LanguageModel, Selection
         layers=layers,
         heads=[torch.tensor(_staying(full["heads"][layer])) for layer in layers],
         mlp=[torch.tensor(_staying(full["mlp"][layer])) for layer in layers],
+        kv_heads=int((full["heads"][0] > 0).sum()),
         norm_gains=torch.ones(2 * len(layers) + 1),
     )
     return whole, selection

@@ -26,18 +26,18 @@ def principal_basis(model: LanguageModel, sequences: Sequence[Sequence[int]]) ->
     Each input of an RMSNorm counts with the same length, as it does behind the norm.
     """
     size = model.config.hidden_size
-    moments_HH = torch.zeros(size, size, dtype=torch.float64)
+    moments_HH = torch.zeros(size, size, dtype=torch.float64, device=model.device)
 
     def add(_: Any, args: Any) -> None:
         states_TH = args[0][0].float()
         states_TH = states_TH / states_TH.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        moments_HH.add_((states_TH.T @ states_TH).double().cpu())
+        moments_HH.add_(states_TH.T @ states_TH)
 
     handles = [norm.register_forward_pre_hook(add) for norm in norms_in_order(model)]
     run_over(model, sequences, "prune: principal components")
     for handle in handles:
         handle.remove()
-    return torch.linalg.eigh(moments_HH).eigenvectors.flip(1)
+    return torch.linalg.eigh(moments_HH.cpu()).eigenvectors.flip(1)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The language model that is pruned, its tokenizer, and the texts that it is watched on and trained on."""
+"""The language model that is pruned: its check, loading, its tokenizer, and the texts that it reads meanwhile."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -10,13 +11,43 @@ from drama_dist.corpus.collection import PassageTable
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
 from drama_dist.encoder import attention
-from drama_dist.encoder.contract import wire_tokenizer
+from drama_dist.encoder.contract import check_dims, wire_tokenizer
+from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.families import TYPES, LanguageModel, language_model_class
-from drama_dist.encoder.pretrained import HEAD, absent_from, load_weights, read_llama_config, read_tokenizer
+from drama_dist.encoder.model_check import check_llama
+from drama_dist.encoder.pretrained import (
+    HEAD,
+    absent_from,
+    is_own_code,
+    load_weights,
+    read_config,
+    read_llama_config,
+    read_tokenizer,
+)
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
+from drama_dist.prune.extractor import requested_shape, shape_of
 from drama_dist.prune.rotation import principal_basis, rotated
-from drama_dist.settings import Settings
+from drama_dist.settings import Settings, SettingsError
+
+
+def check(settings: Settings) -> None:
+    """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
+    with named_by("llm", settings.llm):
+        with_superwords = settings.train.superwords > 0 and settings.train.start is None
+        fewer_tokens = settings.prune.vocabulary == "used"
+        config = check_llama(
+            settings.llm, settings.trust_remote_code, needs_head(settings), with_superwords, fewer_tokens
+        )
+    whole = shape_of(config)
+    shape = requested_shape(settings.prune, whole)
+    if settings.prune.mask_steps and replace(shape, kv_heads=whole.kv_heads) == whole:
+        raise SettingsError(
+            f"prune.mask_steps={settings.prune.mask_steps}: {settings.llm} has the wanted shape already, so there "
+            "is no mask to learn; set prune.layers, hidden, heads or mlp, or the steps to 0"
+        )
+    if not settings.train.regression_weight:
+        check_dims(settings.encoder, shape.hidden, "settings")
 
 
 def needs_head(settings: Settings) -> bool:
@@ -25,10 +56,16 @@ def needs_head(settings: Settings) -> bool:
 
 
 def load_source(settings: Settings) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+    """The model in the dtype that suits this rank's device, and on it; the tokenizer as the encoder has it.
+
+    Raises ValueError or FileNotFoundError where they cannot be read, or are of a type that cannot be pruned.
+    """
     source, trust = reachable(resolve(settings.llm)), settings.trust_remote_code
-    config = read_llama_config(source, trust)
+    config, stored = read_llama_config(source, trust), read_config(source, trust)
+    if is_own_code("AutoModelForCausalLM", stored, trust) and type(stored) is not type(config):
+        raise ValueError(f"{settings.llm}: its own code makes a {stored.model_type} of it, which cannot be pruned")
     tokenizer = wire_tokenizer(read_tokenizer(source, config, trust), settings.encoder.lower_case)
-    optional = absent_from(source) | (set() if needs_head(settings) else {HEAD})
+    optional = absent_from(source, trust) | (set() if needs_head(settings) else {HEAD})
     options = {"config": config, "dtype": dtype_of(AUTO)}
     model = load_weights(AutoModelForCausalLM, source, trust_remote_code=trust, optional=optional, **options)
     if not isinstance(model, language_model_class(config)):
@@ -44,8 +81,8 @@ def calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, setting
     return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
 
 
-def as_chosen(source: LanguageModel, sequences: list[list[int]], settings: Settings) -> LanguageModel:
-    """The model, rotated where prune.hidden_choice asks for it."""
+def rotated_if_asked(source: LanguageModel, sequences: list[list[int]], settings: Settings) -> LanguageModel:
+    """The model, or where prune.hidden_choice asks for it a rotated copy, which is float32."""
     if settings.prune.hidden_choice == "importance":
         return source
     return rotated(source, principal_basis(source, sequences)).to(ranks.device())

@@ -19,48 +19,28 @@ from drama_dist.corpus.general import open_general
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, probe
-from drama_dist.encoder.contract import check_dims, wire_tokenizer, with_dims_within
+from drama_dist.encoder.contract import wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
-from drama_dist.encoder.failures import named_by
 from drama_dist.encoder.families import Backbone
-from drama_dist.encoder.model_check import check_llama
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachable_tokens, used_tokens, with_tokens
-from drama_dist.prune.extractor import SELECTION, requested_shape, select, shape_of, shrink
+from drama_dist.prune.extractor import SELECTION, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.prune.mask_stage import masked_model
-from drama_dist.prune.source import as_chosen, calibration, load_source, needs_head
+from drama_dist.prune.source import calibration, load_source, rotated_if_asked
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import CORPUS, MASKS
 from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
-from drama_dist.settings import EncoderSettings, Settings, SettingsError
+from drama_dist.settings import EncoderSettings
 
 
 def inputs(run: Run) -> dict[str, str]:
     """The LLM's fingerprint."""
     return {"llm": run.once(model_fingerprint, run.settings.llm)}
-
-
-def check(settings: Settings) -> None:
-    """Raise SettingsError if the LLM cannot be pruned, or not to the requested shape."""
-    with named_by("llm", settings.llm):
-        with_superwords = settings.train.superwords > 0 and settings.train.start is None
-        fewer_tokens = settings.prune.vocabulary == "used"
-        config = check_llama(
-            settings.llm, settings.trust_remote_code, needs_head(settings), with_superwords, fewer_tokens
-        )
-    shape = requested_shape(settings.prune, shape_of(config))
-    if settings.prune.mask_steps and shape == shape_of(config):
-        raise SettingsError(
-            f"prune.mask_steps={settings.prune.mask_steps}: {settings.llm} has the wanted shape already, so no mask "
-            "is to be learnt; set prune.layers, hidden, heads or mlp, or the steps to 0"
-        )
-    if not settings.train.regression_weight:
-        check_dims(settings.encoder, shape.hidden, "settings")
 
 
 def prune(run: Run, folder: StageFolder) -> None:
@@ -76,9 +56,9 @@ def prune(run: Run, folder: StageFolder) -> None:
     if settings.prune.mask_steps:
         small, kept_parts = masked_model(run.path(MASKS))
     else:
-        source = as_chosen(source, sequences, settings)
-        selection = select(measure_importance(source, sequences), settings.prune)
-        small, kept_parts = shrink(source, selection), selection.as_record()
+        turned = rotated_if_asked(source, sequences, settings)
+        selection = select(measure_importance(turned, sequences), settings.prune)
+        small, kept_parts = shrink(turned, selection), selection.as_record()
     wanted: set[int] = set()  # chosen here, since reading a large corpus would hold up a signal below
     ranks.by_rank_0(lambda: wanted.update(_wanted_tokens(run, tokenizer)))
     with interrupts.deferred():

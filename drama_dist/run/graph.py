@@ -23,6 +23,23 @@ from drama_dist.settings import EXACT, Settings, SettingsError
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 TRIPLETS = "triplets"
 MASKS = "masks"
+_OF_MASKS = tuple(
+    f"prune.{key}"
+    for key in [
+        "layers",
+        "hidden",
+        "heads",
+        "mlp",
+        "hidden_choice",
+        "calibration_passages",
+        "calibration_tokens",
+        "mask_steps",
+        "mask_learning_rate",
+        "heal_learning_rate",
+        "heal_tokens",
+        "heal_scored_share",
+    ]
+)
 # system -> the stage that makes its encoder
 TRAINING = {"drama": "train", "ridge": "ridge", "random-init": "train-random-init"}
 
@@ -189,10 +206,10 @@ STAGES = (
         verb="masks",
         help="learn which parts of the LLM stay",
         work="drama_dist.prune.mask_stage:learn_masks",
-        sections=("seed", "llm", "prune", "encoder"),
+        sections=("seed", "llm", "encoder.lower_case", *_OF_MASKS),
         needs=lambda settings: [CORPUS],
         inputs="drama_dist.prune.stage:inputs",
-        check="drama_dist.prune.stage:check",
+        check="drama_dist.prune.mask_stage:check",
         processes="nodes",
     ),
     Stage(
@@ -203,7 +220,7 @@ STAGES = (
         sections=("seed", "llm", "prune", "encoder"),
         needs=lambda settings: [CORPUS, *([MASKS] if settings.prune.mask_steps else [])],
         inputs="drama_dist.prune.stage:inputs",
-        check="drama_dist.prune.stage:check",
+        check="drama_dist.prune.source:check",
         processes="node",
     ),
     Stage(

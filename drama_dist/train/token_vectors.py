@@ -26,7 +26,7 @@ SUPERWORD_PENALTY = 4.0  # on what superwords have beyond their tokens
 _ITERATIONS = 40  # of conjugate gradients; 30 end 1.01e-4 from the exact solution in the test of superwords
 
 
-def token_counts(texts: Sequence[Sequence[int]], vocabulary: int, before: int = 1) -> csr_matrix:
+def token_counts(texts: Sequence[Sequence[int]], vocabulary: int, before: int) -> csr_matrix:
     """How often each token is in each text, float32 (n, V), but for the last, EOS, and for `before` first ones: BOS."""
     inner = [ids[before:-1] for ids in texts]
     starts = np.cumsum([0, *map(len, inner)])
@@ -104,7 +104,7 @@ def ridge_solution(
 def _within_superwords(parts: Sequence[Sequence[int]], vocabulary: int) -> csr_matrix:
     """How often each token is in each superword, (S, V)."""
     around = [0]  # what is at both ends is not counted
-    return token_counts([[*around, *tokens, *around] for tokens in parts], vocabulary)
+    return token_counts([[*around, *tokens, *around] for tokens in parts], vocabulary, before=1)
 
 
 def _with_parts(counts: csr_matrix, vocabulary: int, within_SV: csr_matrix) -> csr_matrix:

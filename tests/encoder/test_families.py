@@ -79,6 +79,7 @@ def test_what_is_saved_and_exported_gives_the_same(family: Path, tmp_path: Path)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"], indirect=True)
 def test_a_whole_training(family: Path, small_settings: Callable[..., Settings]) -> None:
     changes = ["train.regression_weight=1", "train.info_nce_weight=0", "train.steps=1", "prune.hidden_choice=rotation"]
+    changes += ["prune.mask_steps=2", "prune.heal_steps=1", "prune.heal_tokens=64"]
     settings = small_settings(f"llm={family}", *changes, "augment.synthetic_queries=0", "encoder.dims=[16]")
     trained = load(make(settings, "train"))
     config, source = trained.backbone.config, load(family).backbone.config

@@ -99,7 +99,7 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "a number that is text": (config(hidden_size="x"), "its config.json cannot be read: .*hidden_size"),
     "another model type": (
         config(model_type="bert"),
-        "model type 'bert'; the encoder takes Llama, Mistral, Qwen2 and Qwen3",
+        "model type 'bert'; only Llama, Mistral, Qwen2 and Qwen3 models",
     ),
     "an unknown model type": (config(model_type="nope"), "its config.json cannot be read: .*`nope`"),
     "quantized weights": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "its weights are quantized"),

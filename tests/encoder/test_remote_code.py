@@ -13,6 +13,7 @@ import pytest
 import drama_dist
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling
+from drama_dist.encoder.model_check import check_llama
 from drama_dist.plan.report import plan
 from drama_dist.run.runner import make
 from drama_dist.search.local_teacher import LocalTeacher
@@ -92,3 +93,9 @@ def test_no_use_of_a_folder_runs_its_code(evil: Path, small_settings: Callable[.
 def test_code_that_is_trusted_runs(evil: Path, tmp_path: Path) -> None:
     assert LocalWriter(str(evil), trust_remote_code=True).tokenizer.is_fast
     assert (tmp_path / "RAN").exists()
+    assert check_llama(str(evil), trust_remote_code=True).hidden_size == 48
+
+
+def test_a_trusted_model_is_pruned(evil: Path, small_settings: Callable[..., Settings]) -> None:
+    pruned = make(small_settings(f"llm={evil}", "trust_remote_code=true", "prune.heal_steps=0"), "prune")
+    assert drama_dist.load(pruned).hidden_size == 32

@@ -1,10 +1,12 @@
-"""`drama masks` in float32, whatever the processor is fast in: python mask_ranks.py SETTINGS, also under torchrun."""
+"""`drama masks` in float32, on any processor, with small chunks: torchrun mask_ranks.py SETTINGS."""
 
 import sys
 
 from drama_dist.cli import main
 from drama_dist.distributed import precision
+from drama_dist.prune import language_loss
 
 if __name__ == "__main__":
     precision.bfloat16_instructions = list
+    language_loss._CHUNK_TOKENS = 48
     sys.exit(main(["masks", *sys.argv[1:]]))

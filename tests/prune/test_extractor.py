@@ -143,6 +143,39 @@ def test_the_small_model_has_the_wanted_shape(model: LanguageModel, importance: 
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == config.tie_word_embeddings
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 2), (2, 2), (3, 1), (1, 1), (4, 4)])
+def test_groups_of_heads_can_be_kept(model: LanguageModel, importance: Importance, heads: int, kv_heads: int) -> None:
+    shape = replace(SHAPE, hidden=24, heads=heads, kv_heads=kv_heads)
+    selection = select(importance, shape)
+    small = shrink(model, selection).eval()
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (heads, kv_heads)
+    small.config._attn_implementation = "eager"
+    with torch.no_grad():
+        torch.testing.assert_close(small(IDS).logits, masked(model, selection)(IDS).logits, rtol=1e-5, atol=1e-5)
+    for layer, chosen in zip(selection.layers, selection.heads, strict=True):
+        scores = importance.heads_LA[layer]
+        if kv_heads == heads:
+            assert set(chosen.tolist()) == set(scores.topk(heads).indices.tolist())
+        else:
+            best = [scores[group * 3 : group * 3 + 3].topk(heads // kv_heads).values.sum() for group in range(2)]
+            assert scores[chosen].sum() == pytest.approx(sum(sorted(map(float, best))[-kv_heads:]))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "problem"),
+    [
+        (6, 3, r"prune\.kv_heads=3: can be at most 2, or null"),
+        (4, 1, r"prune\.heads=4 with prune\.kv_heads=1: .* at most 3 as in the model"),
+        (3, 2, r"prune\.heads=3 with prune\.kv_heads=2: each key-value head serves equally many heads"),
+    ],
+)
+def test_groups_that_the_model_has_not_are_refused(
+    importance: Importance, heads: int, kv_heads: int, problem: str
+) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        select(importance, replace(SHAPE, hidden=24, heads=heads, kv_heads=kv_heads))
+
+
 @pytest.mark.parametrize(("part", "size"), [("layers", 5), ("hidden", 49), ("heads", 7), ("mlp", 97)])
 def test_a_shape_larger_than_the_model_is_refused(importance: Importance, part: str, size: int) -> None:
     with pytest.raises(SettingsError, match=rf"prune.{part}={size}: the model has only {size - 1}"):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from drama_dist.distributed import precision
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.families import LanguageModel
+from drama_dist.prune import language_loss
 from drama_dist.prune.extractor import Shape, shape_of, shrink
 from drama_dist.prune.mask_stage import masked_model
 from drama_dist.prune.masks import LearnedMasks, folded, masked
@@ -27,7 +28,8 @@ from drama_dist.run.runner import make
 from drama_dist.settings import Settings, SettingsError, write_settings
 from tests.prune.test_extractor import IDS
 
-WHOLE, TARGET = Shape(layers=4, hidden=48, heads=6, mlp=96), Shape(layers=2, hidden=20, heads=4, mlp=33)
+WHOLE = Shape(layers=4, hidden=48, heads=6, mlp=96, kv_heads=2)
+TARGET = Shape(layers=2, hidden=20, heads=4, mlp=33, kv_heads=4)
 
 
 def learned(target: Shape = TARGET, spread: float = 3.0) -> LearnedMasks:
@@ -46,13 +48,20 @@ def logits(model: LanguageModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "target", [TARGET, replace(TARGET, layers=4), replace(WHOLE, hidden=20), replace(WHOLE, heads=4)], ids=str
+    "target",
+    [
+        TARGET,
+        replace(TARGET, layers=4),
+        replace(WHOLE, hidden=20, kv_heads=6),
+        replace(WHOLE, heads=4, kv_heads=4),
+    ],
+    ids=str,
 )
 def test_the_masked_model_and_the_small_one_agree(model: LanguageModel, target: Shape) -> None:
     masks = learned(target).final()
     whole, selection = folded(model, masks)
     small = shrink(whole, selection)
-    assert replace(shape_of(small.config)) == target
+    assert shape_of(small.config) == target
     with masked(model, lambda: masks):
         expected = logits(model)
     torch.testing.assert_close(logits(small), expected, rtol=1e-5, atol=1e-5)
@@ -135,7 +144,7 @@ def test_the_stage_reaches_the_wanted_shares_and_shape(small_settings: Callable[
     for name, share in wanted.items():
         assert lines[-1]["kept"][name] == pytest.approx(share, abs=0.12)
     small, record = masked_model(folder)
-    assert shape_of(small.config) == Shape(layers=2, hidden=32, heads=4, mlp=48)
+    assert shape_of(small.config) == Shape(layers=2, hidden=32, heads=4, mlp=48, kv_heads=4)
     pruned = load(make(settings, "prune"))
     assert shape_of(pruned.backbone.config) == shape_of(small.config)
     assert json.loads((folder.parent / "prune" / "selection.json").read_text()) == record
@@ -144,7 +153,9 @@ def test_the_stage_reaches_the_wanted_shares_and_shape(small_settings: Callable[
     )
 
 
-def test_it_resumes_to_the_same_masks(small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_to_the_same_masks(
+    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = make(small_settings(*MASKS, "prune.mask_steps=8"), "masks")
     settings = small_settings(*MASKS, "prune.mask_steps=8", "run=" + str(whole.parent.parent / "again"))
     wanted = iter([False, False, True])
@@ -152,7 +163,9 @@ def test_it_resumes_to_the_same_masks(small_settings: Callable[..., Settings], m
         patch.setattr(interrupts, "wanted", lambda: next(wanted))
         with pytest.raises(interrupts.Stopped):
             make(settings, "masks")
+    capsys.readouterr()
     again = make(settings, "masks")
+    assert "resuming from step 3" in "".join(capsys.readouterr())
     assert (again / "selection.json").read_bytes() == (whole / "selection.json").read_bytes()
     for file in sorted((whole / "model").iterdir()):
         assert (again / "model" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -165,10 +178,44 @@ def test_a_model_of_the_wanted_shape_is_refused_at_once(small_settings: Callable
     assert not Path(settings.run).joinpath("corpus").exists()
 
 
+def test_no_steps_are_refused_at_once(small_settings: Callable[..., Settings]) -> None:
+    with pytest.raises(SettingsError, match=r"prune\.mask_steps=0: there is nothing to learn"):
+        make(small_settings(), "masks")
+
+
+def test_masks_that_are_not_there_yet_are_told(
+    small_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(small_settings(*MASKS, "prune.mask_steps=1"), "masks")
+    told = "".join(capsys.readouterr())
+    assert "masks: 99% of hidden are open, and 67% stay; more prune.mask_steps bring them nearer" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("prune.layer_choice=first", r"prune\.layer_choice=first with prune\.mask_steps=60: masks choose"),
+        ("prune.kv_heads=2", r"prune\.kv_heads=2 with prune\.mask_steps=60: .* set it to null"),
+    ],
+)
+def test_choices_beside_masks_are_refused(change: str, problem: str, small_settings: Callable[..., Settings]) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        small_settings(*MASKS, change)
+
+
+def test_other_settings_of_healing_keep_the_masks(small_settings: Callable[..., Settings]) -> None:
+    steps = "prune.mask_steps=2"
+    folder = make(small_settings(*MASKS, steps), "masks")
+    before = (folder / "provenance.json").read_bytes()
+    make(small_settings(*MASKS, steps, "prune.heal_steps=1", "prune.heal_kl_weight=0.3"), "prune")
+    assert (folder / "provenance.json").read_bytes() == before
+
+
 def test_two_ranks_learn_the_masks_of_one(
     small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bfloat16_instructions", list)
+    monkeypatch.setattr(language_loss, "_CHUNK_TOKENS", 48)  # several chunks a step, mostly an odd number
     one, two = (small_settings(f"run={tmp_path / name}", *MASKS, "prune.mask_steps=12") for name in ("one", "two"))
     found = [make(one, "masks"), tmp_path / "two" / "masks"]
     make(two, "corpus")

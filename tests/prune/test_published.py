@@ -38,7 +38,8 @@ LLAMA = {  # meta-llama/Llama-3.2-1B
 @pytest.mark.parametrize(
     ("name", "published", "millions"),
     [
-        # facebook/drama-base's config.json; 0.1B and 0.3B without embeddings (arXiv 2502.18460, table 1)
+        # drama-base's is its config.json; both are called 0.1B and 0.3B by their weights without embeddings (arXiv
+        # 2502.18460, table 1), which are counted here to the million
         ("drama-base", {"hidden_size": 768, "intermediate_size": 3072, "layers": 12, "heads": 12}, 113.3),
         ("drama-large", {"hidden_size": 1024, "intermediate_size": 4096, "layers": 16, "heads": 16}, 268.5),
     ],
@@ -53,6 +54,7 @@ def test_the_pruned_llama_has_the_published_shape(name: str, published: dict[str
             layers=list(range(shape.layers)),
             heads=[torch.arange(shape.heads)] * shape.layers,
             mlp=[torch.arange(shape.mlp)] * shape.layers,
+            kv_heads=shape.kv_heads,
             norm_gains=torch.ones(2 * shape.layers + 1),
         )
         small = shrink(source, every)

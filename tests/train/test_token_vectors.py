@@ -48,7 +48,7 @@ def units(count: int) -> np.ndarray:
 
 
 def test_counts_leave_out_the_special_tokens_at_both_ends() -> None:
-    counts = token_counts([[0, 5, 7, 5, 1], [0, 1], [0, 0, 1, 1]], V).toarray()
+    counts = token_counts([[0, 5, 7, 5, 1], [0, 1], [0, 0, 1, 1]], V, before=1).toarray()
     assert counts.sum() == 5 and counts[0, 5] == 2 and counts[0, 7] == 1
     assert counts[2, 0] == 1 and counts[2, 1] == 1  # inside a text they are tokens as others
     without_bos = token_counts([[5, 7, 5, 1], [1], [0, 1, 1]], V, before=0).toarray()
@@ -69,7 +69,7 @@ def test_conjugate_gradients_find_the_solution(penalty: float) -> None:
 
 def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
     """Written out densely, in float64."""
-    queries, passages = token_counts(texts(60), V), token_counts(texts(40, 30), V)
+    queries, passages = token_counts(texts(60), V, before=1), token_counts(texts(40, 30), V, before=1)
     of_queries, of_passages, embeddings = units(60), units(40), CHANCE.standard_normal((V, K)).astype(np.float32)
     of_queries[7] = 0  # what a text without a known word has, without a teacher
     found = token_vectors((queries, of_queries), (passages, of_passages), embeddings)
@@ -97,7 +97,7 @@ def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it(
     """A superword beside its tokens is a column more in the regression, with an idf of its own."""
     parts, of_texts = [[5, 6], [7, 7, 8]], units(120)
     sequences = [[0, *CHANCE.integers(2, V + 2, 6).tolist(), 1] for _ in range(120)]
-    counts, embeddings = token_counts(sequences, V + 2), CHANCE.standard_normal((V, K)).astype(np.float32)
+    counts, embeddings = token_counts(sequences, V + 2, before=1), CHANCE.standard_normal((V, K)).astype(np.float32)
     halves = (counts[:60], of_texts[:60]), (counts[60:], of_texts[60:])
     found = token_vectors(*halves, embeddings, parts)
 
@@ -152,7 +152,7 @@ def test_a_backbone_begins_as_the_sum_of_token_vectors(hidden: int, fused: bool)
     backbone, sequences = llama(hidden), texts(20)[1:]
     assert fuse_layers(backbone) == fused
     vectors = CHANCE.standard_normal((V, J)).astype(np.float32) * CHANCE.uniform(0, 3, (V, 1)).astype(np.float32)
-    counts = np.asarray(token_counts(sequences, V).sum(0)).ravel()
+    counts = np.asarray(token_counts(sequences, V, before=1).sum(0)).ravel()
     vectors[:2] = 0
     vectors[np.flatnonzero(counts == 0)[2]] *= 1e4  # of a token that is in no text: it does not set the scale
     head = put_token_vectors(backbone, vectors, counts)
@@ -189,6 +189,6 @@ def test_with_fewer_hidden_components_the_leading_ones_of_the_vectors_stay() -> 
     vectors = CHANCE.standard_normal((V, 8)).astype(np.float32) @ CHANCE.standard_normal((8, J)).astype(np.float32)
     vectors += 0.01 * CHANCE.standard_normal((V, J)).astype(np.float32)
     vectors[:2] = 0
-    head = put_token_vectors(backbone, vectors, np.asarray(token_counts(sequences, V).sum(0)).ravel())
+    head = put_token_vectors(backbone, vectors, np.asarray(token_counts(sequences, V, before=1).sum(0)).ravel())
     sums = torch.tensor(np.array([vectors[ids].sum(0) for ids in sequences]))
     assert float(cosine_similarity(head(states(backbone, sequences)), sums).min().detach()) > 0.999
