@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drama_dist.augment.sources.prompts import Message, write_query_messages
+from drama_dist.augment.writers import local
 from drama_dist.augment.writers.local import LocalWriter
 from drama_dist.augment.writers.writer import Sampling
 
@@ -21,8 +22,11 @@ def conversation(text: str) -> list[Message]:
     return [{"role": "system", "content": "Answer me."}, {"role": "user", "content": f"About {text}"}]
 
 
-@pytest.fixture
-def model(llm: Path) -> LocalWriter:
+@pytest.fixture(params=["decoded", "generated"])
+def model(request: pytest.FixtureRequest, llm: Path, monkeypatch: pytest.MonkeyPatch) -> LocalWriter:
+    """Answers come from our own steps, or from transformers' `generate`."""
+    if request.param == "generated":
+        monkeypatch.setattr(local, "can_decode", lambda model: False)
     model = LocalWriter(str(llm))
     model.model.float()
     torch.manual_seed(4)

@@ -1,0 +1,84 @@
+"""Decoding on the spot: the answers of transformers' own loop, and tokens drawn as its warpers leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from drama_dist.augment.writers.decoding import Decoding, can_decode, draw
+from drama_dist.augment.writers.writer import Sampling
+
+OPENING = [0, 17, 300, 42, 8, 99]
+PROMPTS = [[*OPENING, 5, 6], [*OPENING, 7], [*OPENING, 11, 12, 13, 14, 15]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [0, 4, 6])
+def test_scores_are_those_of_each_text_by_itself(shared: int, family: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family).eval()
+    torch.manual_seed(4)
+    for weight in model.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    assert can_decode(model) == (family.name != "mistral")
+    longest = max(map(len, PROMPTS))
+    tokens, mask = torch.zeros(3, longest, dtype=torch.long), torch.ones(3, longest, dtype=torch.long)
+    for row, ids in enumerate(PROMPTS):
+        begin = longest - len(ids) + shared
+        tokens[row, :shared], tokens[row, begin:] = torch.tensor(ids[:shared]), torch.tensor(ids[shared:])
+        mask[row, shared:begin] = 0
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    batch, texts = Decoding(model, cache, mask, shared, most=4), [list(ids) for ids in PROMPTS]
+    going = [0, 1, 2]
+    for step, newest in enumerate([[20, 21, 22], [30, 31, 32], [40, 42]]):
+        if step == 2:
+            going = [0, 2]
+            batch.keep(torch.tensor(going))
+        for number, token in zip(going, newest, strict=True):
+            texts[number].append(token)
+        scores = batch.step(torch.tensor(newest))
+        for row, number in enumerate(going):
+            expected = model(torch.tensor([texts[number]])).logits[0, -1]
+            torch.testing.assert_close(scores[row], expected, rtol=1e-4, atol=1e-5)
+    other = model(torch.tensor([[*PROMPTS[0][1:], 20, 30, 40]])).logits[0, -1]
+    assert (scores[0] - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_k", [None, 5, 0])
+@pytest.mark.parametrize("spread", [0.2, 2.0])
+def test_tokens_are_drawn_as_the_warpers_leave_them(top_p: float, top_k: int | None, spread: float) -> None:
+    scores = torch.randn(1, 500, generator=torch.Generator().manual_seed(2)) * spread
+    warped = scores / 0.8
+    if top_k != 0:
+        warped = TopKLogitsWarper(top_k or 50)(None, warped)  # as `generate` has it by itself
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    expected = warped.softmax(1)[0].numpy()
+    model = SimpleNamespace(generation_config=GenerationConfig(top_k=top_k))
+    torch.manual_seed(1)
+    count = 40_000
+    drawn = draw(scores.expand(count, -1), Sampling(0.8, top_p, 1, 0), model).numpy()
+    found = np.bincount(drawn, minlength=500) / count
+    assert not found[expected == 0].any()
+    np.testing.assert_allclose(found, expected, atol=6 * np.sqrt(expected.max() / count))
+    assert draw(scores, Sampling(0, top_p, 1, 0), model) == scores.argmax(1)
+
+
+def test_what_is_not_known_is_left_to_transformers(llm: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    assert can_decode(model)
+    for name, value in (("repetition_penalty", 1.1), ("no_repeat_ngram_size", 3), ("num_beams", 2)):
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        assert not can_decode(model)
+        setattr(model.generation_config, name, before)
+    model.model.rotary_emb.rope_type = "dynamic"
+    assert not can_decode(model)
