@@ -38,7 +38,7 @@ from drama_dist.run.runner import Run
 from drama_dist.settings import Settings, SettingsError
 
 _MODEL = "model"
-_RAMP_SHARE = 0.2  # of the steps, after which the whole sparsity is asked for (Xia et al., appendix A: 640 of 3,200)
+_RAMP_SHARE = 0.2  # of the steps, after which all is asked for (their scripts/pruning.sh: 640 of 3,200)
 _WARMUP_SHARE = 0.1
 _FAR = 0.05
 _CHECKPOINT_EVERY = 25

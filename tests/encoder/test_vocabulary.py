@@ -24,7 +24,7 @@ from drama_dist.encoder.vocabulary import (
     used_tokens,
     with_tokens,
 )
-from drama_dist.prune.stage import check
+from drama_dist.prune.source import check
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings, SettingsError
 from tests.conftest import passages, train_tokenizer, write_lines

@@ -78,4 +78,4 @@ def test_what_is_finished_is_not_checked(
 
     monkeypatch.setattr(runner, "function_named", noting)
     make(settings, "prune")
-    assert "drama_dist.prune.stage:check" not in called
+    assert "drama_dist.prune.source:check" not in called
