@@ -122,10 +122,11 @@ class PruneSettings:
     # Which tokens are kept: reachable, all that can come where the encoder folds capitals; used, those of them that the
     # corpus and general text have; whole, the LLM's. What is not kept comes in smaller pieces.
     vocabulary: Literal["whole", "reachable", "used"] = "reachable"
-    # Steps in which masks learn what stays of all parts, in place of importance and layer_choice, while the weights are
-    # trained: on the same texts, with as many tokens a step and at the same rate as in healing. 0: none.
+    # Steps in which masks learn what stays, in place of importance and layer_choice (of the LLM's own hidden dimensions
+    # or of principal components, as hidden_choice says), while the weights are trained: on the same texts, with as many
+    # tokens a step and at the same rate as in healing. 0: none.
     mask_steps: CountOrZero = 0
-    mask_learning_rate: LearningRate = 1.0
+    mask_learning_rate: LearningRate = 1.0  # the peak, of the masks; the rate rises and falls as in healing
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
     heal_steps: CountOrZero = 0

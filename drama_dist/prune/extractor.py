@@ -176,8 +176,10 @@ def best_heads(scores_A: torch.Tensor, shape: Shape, groups: int) -> torch.Tenso
 
 def _check_groups(shape: Shape, model: Shape) -> None:
     if shape.kv_heads > min(shape.heads, model.kv_heads):
-        fewest = min(shape.heads, model.kv_heads)
-        raise SettingsError(f"prune.kv_heads={shape.kv_heads}: can be at most {fewest}, or null")
+        raise SettingsError(
+            f"prune.kv_heads={shape.kv_heads}: the model has {model.kv_heads}, for prune.heads={shape.heads}; ask for "
+            "fewer, or set it to null, and each head has its own"
+        )
     if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > model.heads // model.kv_heads:
         raise SettingsError(
             f"prune.heads={shape.heads} with prune.kv_heads={shape.kv_heads}: each key-value head serves equally many "

@@ -33,7 +33,7 @@ class Chunk:
 
 
 def step_chunks(sequences: Sequence[list[int]], tokens: int, scored_share: float, seed: str) -> list[Chunk]:
-    """A step's chunks, the same on every rank. tokens: so many, or a few more. seed: of the step."""
+    """A step's chunks, the same on every rank. tokens: so many, where there are, or a few more. seed: of the step."""
     generator = random.Random(seed)
     chunks: list[list[list[int]]] = [[]]
     taken = of_chunk = 0

@@ -70,7 +70,7 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
         began, seed = time.monotonic(), f"{settings.seed} masks {step}"
         chunks = step_chunks(sequences, prune.heal_tokens, prune.heal_scored_share, seed)
         progress = min(1.0, (step + 1) / (_RAMP_SHARE * prune.mask_steps))
-        scored = max(1, sum(len(chunk.scored) for chunk in chunks))
+        scored = sum(len(chunk.scored) for chunk in chunks)
         share = list(share_of_this_rank(chunks))
         total = torch.zeros((), device=ranks.device())
         for index, (chunk, weight) in enumerate(share):
@@ -121,7 +121,8 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
 def _tell_unfinished(masks: LearnedMasks) -> None:
     """Say where masks are far from what is wanted: the rest was then cut by what little they had learnt."""
     for name, kept_R in masks.kept_shares().items():
-        kept, wanted = float(kept_R.detach().mean()), masks.wanted[name] / masks.locations[name].shape[1]
+        wanted = masks.wanted[name] / masks.locations[name].shape[1]
+        kept = float(max(kept_R.detach(), key=lambda share: abs(share - wanted)))  # in the layer where it is farthest
         if abs(kept - wanted) > _FAR:
             say(f"masks: {kept:.0%} of {name} are open, and {wanted:.0%} stay; more prune.mask_steps bring them nearer")
 

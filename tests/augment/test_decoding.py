@@ -1,17 +1,18 @@
-"""Decoding on the spot: the answers of transformers' own loop, and tokens drawn as its warpers leave them."""
+"""Decoding: scores of each text by itself, answers that end, and tokens drawn as transformers' warpers leave them."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from drama_dist.augment.writers.decoding import Decoding, can_decode, draw
+from drama_dist.augment.writers.decoding import Decoding, can_decode, decode, draw
 from drama_dist.augment.writers.writer import Sampling
 
 OPENING = [0, 17, 300, 42, 8, 99]
@@ -19,9 +20,10 @@ PROMPTS = [[*OPENING, 5, 6], [*OPENING, 7], [*OPENING, 11, 12, 13, 14, 15]]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shared", [0, 4, 6])
-def test_scores_are_those_of_each_text_by_itself(shared: int, family: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(family).eval()
+def test_scores_are_those_of_each_text_by_itself(shared: int, dtype: torch.dtype, family: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family, dtype=dtype).eval()
     torch.manual_seed(4)
     for weight in model.parameters():
         weight += 0.1 * torch.randn_like(weight)
@@ -35,7 +37,9 @@ def test_scores_are_those_of_each_text_by_itself(shared: int, family: Path) -> N
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    precise, errors = copy.deepcopy(model).double(), torch.zeros(2, dtype=torch.float64)
     batch, texts = Decoding(model, cache, mask, shared, most=4), [list(ids) for ids in PROMPTS]
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
     going = [0, 1, 2]
     for step, newest in enumerate([[20, 21, 22], [30, 31, 32], [40, 42]]):
         if step == 2:
@@ -46,9 +50,40 @@ def test_scores_are_those_of_each_text_by_itself(shared: int, family: Path) -> N
         scores = batch.step(torch.tensor(newest))
         for row, number in enumerate(going):
             expected = model(torch.tensor([texts[number]])).logits[0, -1]
-            torch.testing.assert_close(scores[row], expected, rtol=1e-4, atol=1e-5)
+            if dtype == torch.float32:
+                torch.testing.assert_close(scores[row], expected, rtol=1e-4, atol=1e-5)
+            exact = precise(torch.tensor([texts[number]])).logits[0, -1]
+            errors += torch.stack([(each.float() - exact).abs().mean() for each in (scores[row], expected)])
+    assert errors[0] < 1.2 * errors[1]  # as far from float64 as the model's own rounding
     other = model(torch.tensor([[*PROMPTS[0][1:], 20, 30, 40]])).logits[0, -1]
-    assert (scores[0] - other).abs().max() > 1e-3
+    assert (scores[0] - other.float()).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_answers_end_where_generate_ends_them(family: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
+    torch.manual_seed(4)
+    for weight in model.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    tokens, mask = torch.tensor([ids[-6:] for ids in ([*OPENING], PROMPTS[0], PROMPTS[2])]), torch.ones(3, 6).long()
+    greedy = Sampling(0.0, 1.0, 12, 0)
+
+    def generated(most: int) -> list[list[int]]:
+        options = {"do_sample": False, "max_new_tokens": most, "pad_token_id": 499}
+        rows = model.generate(tokens, attention_mask=mask, **options)[:, 6:].tolist()
+        return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), most)] for row in rows]
+
+    ends: list[int] = []
+    model.generation_config.eos_token_id = None
+    free = generated(12)
+    for ends in ([free[0][3], free[1][7]], [row[0] for row in free], [free[2][11]]):
+        model.generation_config.eos_token_id = ends
+        for most in (1, 12):
+            told: list[int] = []
+            found = decode(model, tokens, mask, None, replace(greedy, max_new_tokens=most), told.append)
+            assert found == generated(most)
+            assert told == [sum(len(row) > step for row in found) for step in range(max(map(len, found)))]
+    assert len({len(row) for row in free}) == 1  # without ends all are as long as they may be
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 1.0])
@@ -62,14 +97,13 @@ def test_tokens_are_drawn_as_the_warpers_leave_them(top_p: float, top_k: int | N
     if top_p < 1:
         warped = TopPLogitsWarper(top_p)(None, warped)
     expected = warped.softmax(1)[0].numpy()
-    model = SimpleNamespace(generation_config=GenerationConfig(top_k=top_k))
     torch.manual_seed(1)
     count = 40_000
-    drawn = draw(scores.expand(count, -1), Sampling(0.8, top_p, 1, 0), model).numpy()
+    drawn = draw(scores.expand(count, -1), Sampling(0.8, top_p, 1, 0), top_k).numpy()
     found = np.bincount(drawn, minlength=500) / count
     assert not found[expected == 0].any()
     np.testing.assert_allclose(found, expected, atol=6 * np.sqrt(expected.max() / count))
-    assert draw(scores, Sampling(0, top_p, 1, 0), model) == scores.argmax(1)
+    assert draw(scores, Sampling(0, top_p, 1, 0), top_k) == scores.argmax(1)
 
 
 def test_what_is_not_known_is_left_to_transformers(llm: Path) -> None:

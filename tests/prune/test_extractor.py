@@ -164,7 +164,7 @@ def test_groups_of_heads_can_be_kept(model: LanguageModel, importance: Importanc
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "problem"),
     [
-        (6, 3, r"prune\.kv_heads=3: can be at most 2, or null"),
+        (6, 3, r"prune\.kv_heads=3: the model has 2, for prune\.heads=6; ask for fewer"),
         (4, 1, r"prune\.heads=4 with prune\.kv_heads=1: .* at most 3 as in the model"),
         (3, 2, r"prune\.heads=3 with prune\.kv_heads=2: each key-value head serves equally many heads"),
     ],

@@ -1,15 +1,16 @@
-"""Decoding on the spot: the next tokens of a batch of answers by a model that is made of Llama's layers.
+"""Decoding a batch of answers by a model that is made of Llama's layers.
 
 What all prompts of a batch begin with is read once for all of them at each step, keys and values are written in their
-place, and answers that have ended leave the batch. Covers steps of one token and drawing it. What comes before, the
-prompts, is the model's own forward pass; other models, and settings of generation beyond temperature, top-k and top-p,
-are left to transformers' `generate`.
-Shapes: B answers, P tokens that all prompts share, S others of a prompt and its answer, K hidden components, A heads in
-G groups of E, D head size, V tokens.
+place, and answers that have ended leave the batch. Prompts are read by the model's own forward pass. Other models, and
+settings of generation beyond temperature, top-k and top-p, are left to transformers' `generate`, which gives the same
+up to rounding.
+Shapes: B answers, T tokens of the longest prompt: P that all prompts share, and others; S of these others and the
+answers, K hidden components, A heads in G groups of E, D head size, V tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from drama_dist.augment.writers.writer import Sampling
 _MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 _ROPES = ("default", "linear", "llama3", "yarn")  # which do not depend on the longest text
 _TOP_K = 50  # of `generate`, where a model says nothing of it
-# Settings of generation that are heeded here, or that a sampling has in their place; any other is for `generate`.
+# Settings of generation that are heeded here, that a sampling has in their place, or that change no answer.
 _HEEDED = {
     "bos_token_id",
     "eos_token_id",
@@ -48,31 +49,77 @@ def can_decode(model: Any) -> bool:
     return _HEEDED.issuperset(model.generation_config.to_diff_dict()) and model.model.rotary_emb.rope_type in _ROPES
 
 
+@torch.no_grad()
+def decode(
+    model: Any,
+    tokens_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    cache: DynamicCache | None,
+    sampling: Sampling,
+    told: Callable[[int], object] | None,
+) -> list[list[int]]:
+    """The tokens of each answer, with the one that ends it, by torch's generator.
+
+    mask_BT: 0 for padding. cache: of the P tokens that all prompts share, for each of them; is used up. told: how many
+    tokens each step has written.
+    """
+    shared = 0 if cache is None else cache.get_seq_length()
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    prompts = model(
+        tokens_BT[:, shared:],
+        attention_mask=mask_BT,
+        position_ids=positions_BT[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    batch = Decoding(model, prompts.past_key_values, mask_BT, shared, sampling.max_new_tokens)
+    scores_BV, ends = prompts.logits[:, -1].float(), model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    answers: list[list[int]] = [[] for _ in tokens_BT]
+    going = list(range(len(answers)))
+    for left in reversed(range(sampling.max_new_tokens)):
+        drawn_B = draw(scores_BV, sampling, model.generation_config.top_k)
+        drawn = dict(zip(going, drawn_B.tolist(), strict=True))
+        for number, token in drawn.items():
+            answers[number].append(token)
+        if told:
+            told(len(drawn))
+        stay = [row for row, token in enumerate(drawn.values()) if token not in ends]
+        if not (stay and left):
+            break
+        if len(stay) < len(going):
+            rows = torch.tensor(stay, device=drawn_B.device)
+            batch.keep(rows)
+            going, drawn_B = [going[row] for row in stay], drawn_B[rows]
+        scores_BV = batch.step(drawn_B)
+    return answers
+
+
 class Decoding:
     """A batch of answers that go on.
 
-    cache: of the prompts, B × G × (P + S) × D of each layer. mask_BT: which of the P + S tokens are no padding; the
-    first `shared` are none. most: how many steps there will be.
+    cache: of the prompts, B × G × T × D of each layer; is emptied. mask_BT: 0 for padding, of which there is none among
+    the first `shared`. most: how many steps there can be.
     """
 
     def __init__(self, model: Any, cache: DynamicCache, mask_BT: torch.Tensor, shared: int, most: int):
         self._model = model
-        self._shared = [
-            (layer.keys[0, :, :shared].transpose(1, 2).contiguous(), layer.values[0, :, :shared].contiguous())
-            for layer in cache.layers
-        ]
-        room = (0, 0, 0, most)
-        self._own = [
-            tuple(pad(states[:, :, shared:], room) for states in (layer.keys, layer.values)) for layer in cache.layers
-        ]
+        self._shared, self._own, room = [], [], (0, 0, 0, most)
+        for layer in cache.layers:
+            keys, values = layer.keys, layer.values
+            layer.keys = layer.values = None  # layer by layer, or there would be two of each
+            self._shared.append((keys[0, :, :shared].clone(), values[0, :, :shared].clone()))
+            self._own.append((pad(keys[:, :, shared:], room), pad(values[:, :, shared:], room)))
         self._seen = mask_BT.shape[1] - shared
         self._positions_B = mask_BT.sum(1)
-        closed_BS = (mask_BT[:, shared:] == 0).float()
-        self._penalty_BS = pad(closed_BS, (0, most)) * torch.finfo(torch.float32).min
+        closed_BS = pad((mask_BT[:, shared:] == 0).float(), (0, most))
+        self._penalty_BS = closed_BS * torch.finfo(torch.float32).min
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these answers alone."""
-        self._own = [tuple(states[rows] for states in layer) for layer in self._own]
+        for index, (keys, values) in enumerate(self._own):
+            self._own[index] = keys[rows], values[rows]
         self._positions_B, self._penalty_BS = self._positions_B[rows], self._penalty_BS[rows]
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
@@ -88,39 +135,38 @@ class Decoding:
         scores_BV: torch.Tensor = self._model.lm_head(backbone.norm(x_BK)).float()
         return scores_BV
 
-    def _attended(
-        self, attention: Any, x_BK: torch.Tensor, rotary: Any, shared: tuple[torch.Tensor, ...], own: Any
-    ) -> torch.Tensor:
-        answers, size = len(x_BK), attention.head_dim
-        parts = [getattr(attention, f"{name}_proj")(x_BK).view(answers, -1, size) for name in "qkv"]
-        for index, name in enumerate("qk"):
-            if hasattr(attention, f"{name}_norm"):  # Qwen3's
-                parts[index] = getattr(attention, f"{name}_norm")(parts[index])
+    def _attended(self, attention: Any, x_BK: torch.Tensor, rotary: Any, shared: Any, own: Any) -> torch.Tensor:
+        """What attention adds, B × K; the new keys and values are written into `own`."""
+        seen, parts = self._seen + 1, []
+        for name in "qkv":
+            part = getattr(attention, f"{name}_proj")(x_BK).unflatten(1, (-1, attention.head_dim))
+            norm = getattr(attention, f"{name}_norm", None)  # Qwen3's
+            parts.append(part if norm is None else norm(part))
         q_1ABD, k_1GBD = apply_rotary_pos_emb(*(part.transpose(0, 1)[None] for part in parts[:2]), *rotary)
-        own_keys, own_values = (states[:, :, : self._seen + 1] for states in own)
-        own_keys[:, :, -1], own_values[:, :, -1] = k_1GBD[0].transpose(0, 1), parts[2]
-        groups = k_1GBD.shape[1]
-        q_GEBD = q_1ABD[0].unflatten(0, (groups, -1)) * attention.scaling
-        q_BGED = q_GEBD.permute(2, 0, 1, 3)
-        of_shared_GEBP = (q_GEBD.flatten(1, 2) @ shared[0]).unflatten(1, (-1, answers))
-        of_own_BGES = (q_BGED @ own_keys.transpose(2, 3)).float() + self._penalty_BS[:, None, None, : self._seen + 1]
-        scores = torch.cat([of_shared_GEBP.permute(2, 0, 1, 3).float(), of_own_BGES], -1)
-        shares = scores.softmax(-1).to(x_BK.dtype).split([of_shared_GEBP.shape[-1], self._seen + 1], -1)
-        read_GEBD = (shares[0].permute(1, 2, 0, 3).flatten(1, 2) @ shared[1]).unflatten(1, (-1, answers))
-        read_BGED = read_GEBD.permute(2, 0, 1, 3) + shares[1] @ own_values
+        keys, values = (states[:, :, :seen] for states in own)
+        keys[:, :, -1], values[:, :, -1] = k_1GBD[0].transpose(0, 1), parts[2]
+        q_BGED = q_1ABD[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+        of_shared = torch.einsum("bged,gpd->bgep", q_BGED, shared[0])
+        of_own = torch.einsum("bged,bgsd->bges", q_BGED, keys)
+        scores = torch.cat([of_shared, of_own], -1).float() * attention.scaling
+        scores[..., -seen:] += self._penalty_BS[:, None, None, :seen]
+        of_shared, of_own = scores.softmax(-1).to(x_BK.dtype).split([of_shared.shape[-1], seen], -1)
+        read_BGED = torch.einsum("bgep,gpd->bged", of_shared, shared[1])
+        read_BGED = read_BGED + torch.einsum("bges,bgsd->bged", of_own, values)
         output: torch.Tensor = attention.o_proj(read_BGED.flatten(1))
         return output
 
 
-def draw(scores_BV: torch.Tensor, sampling: Sampling, model: Any) -> torch.Tensor:
-    """A token for each answer, by torch's generator: the likeliest at temperature 0, else of the top-k of the model's
-    settings of generation, of the fewest that have top-p of their probability (Holtzman et al. 2020, arXiv 1904.09751,
-    section 3.1).
+def draw(scores_BV: torch.Tensor, sampling: Sampling, top_k: int | None) -> torch.Tensor:
+    """A token for each answer, B int64: at temperature 0 the likeliest.
+
+    Else it is drawn from the fewest tokens that have top-p of the probability (Holtzman et al. 2020, arXiv 1904.09751,
+    section 3.1), among the top_k likeliest: None are as many as `generate` takes, 0 all. Of equal scores at the last
+    place some are left out.
     """
     if not sampling.temperature:
         return scores_BV.argmax(1)
-    asked = model.generation_config.top_k
-    count = min(_TOP_K if asked is None else asked or scores_BV.shape[1], scores_BV.shape[1])
+    count = min(_TOP_K if top_k is None else top_k or scores_BV.shape[1], scores_BV.shape[1])
     likely_BV, ids_BV = (scores_BV / sampling.temperature).topk(count)
     likely_BV = likely_BV.softmax(1)
     before_BV = likely_BV.cumsum(1) - likely_BV

@@ -16,14 +16,13 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.generation import BaseStreamer
 
 from drama_dist.augment.sources.prompts import Message, without_system, write_query_messages
-from drama_dist.augment.writers.decoding import Decoding, can_decode, draw
+from drama_dist.augment.writers.decoding import can_decode, decode
 from drama_dist.augment.writers.writer import Sampling, Writer
 from drama_dist.distributed import ranks
 from drama_dist.distributed.precision import AUTO, dtype_of
@@ -108,51 +107,22 @@ class LocalWriter(Writer):
         ids = [self._token_ids(messages) for messages in conversations]
         shared = _common_prefix(ids)
         tokens_BT, mask_BT = self._pad_between(ids, shared)
-        cache = DynamicCache(config=self.model.config)
-        if shared:
-            self.model(tokens_BT[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = self.model(tokens_BT[:1, :shared], use_cache=True).past_key_values if shared else None
+        if cache is not None:
             cache.batch_repeat_interleave(len(ids))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed_for(ids))
             if can_decode(self.model):
-                answers = self._decoded(tokens_BT, mask_BT, cache, shared, sampling)
+                answers = decode(self.model, tokens_BT, mask_BT, cache, sampling, self.on_tokens)
             else:
                 answers = self._generated(tokens_BT, mask_BT, cache, sampling)
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    def _decoded(
-        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache, shared: int, sampling: Sampling
-    ) -> list[list[int]]:
-        positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, shared:]
-        prompts = {"attention_mask": mask_BT, "position_ids": positions_BT, "past_key_values": cache}
-        scores_BV = self.model(tokens_BT[:, shared:], **prompts, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        batch = Decoding(self.model, cache, mask_BT, shared, sampling.max_new_tokens)
-        answers: list[list[int]] = [[] for _ in tokens_BT]
-        going, ends = list(range(len(answers))), _ids(self.model.generation_config.eos_token_id)
-        while going:
-            drawn_B = draw(scores_BV, sampling, self.model)
-            drawn = drawn_B.tolist()
-            for number, token in zip(going, drawn, strict=True):
-                answers[number].append(token)
-            if self.on_tokens:
-                self.on_tokens(len(drawn))
-            stay = [
-                row
-                for row, (number, token) in enumerate(zip(going, drawn, strict=True))
-                if token not in ends and len(answers[number]) < sampling.max_new_tokens
-            ]
-            if len(stay) < len(going):
-                rows = torch.tensor(stay, dtype=torch.long, device=drawn_B.device)
-                batch.keep(rows)
-                going, drawn_B = [going[row] for row in stay], drawn_B[rows]
-            if going:
-                scores_BV = batch.step(drawn_B)
-        return answers
-
     def _generated(
-        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache, sampling: Sampling
-    ) -> torch.Tensor:
+        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Any, sampling: Sampling
+    ) -> list[list[int]]:
+        """As `decode` has it, by transformers."""
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         answers: torch.Tensor = self.model.generate(
             tokens_BT,
@@ -163,7 +133,8 @@ class LocalWriter(Writer):
             pad_token_id=self._pad,
             streamer=_Counter(self.on_tokens, self._pad) if self.on_tokens else None,
         )
-        return answers[:, tokens_BT.shape[1] :]
+        found: list[list[int]] = answers[:, tokens_BT.shape[1] :].tolist()
+        return found
 
     @torch.no_grad()
     def next_token_scores(self, conversations: Sequence[list[Message]], tokens: Sequence[str]) -> np.ndarray | None:
@@ -258,10 +229,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], token
         return_dict=True,
     )
     return written["input_ids"] if tokenize else written
-
-
-def _ids(token_ids: int | list[int] | None) -> set[int]:
-    return set(token_ids) if isinstance(token_ids, list) else {token_ids} - {None}  # type: ignore[arg-type]
 
 
 def _common_prefix(ids: list[list[int]]) -> int:
