@@ -82,7 +82,7 @@ def pruned_shape(settings: Settings, vocabulary: int, head: int) -> Config:
             raise SettingsError(
                 f"prune.{name}=null keeps the LLM's, which --vocabulary and --head do not tell; give it a number"
             )
-    groups = settings.prune.kv_heads or settings.prune.heads
+    groups = settings.prune.kv_heads or kept["heads"]
     llm = as_config(Shape(**kept, kv_heads=groups), LlamaConfig(vocab_size=vocabulary, head_dim=head))
     return _pruned(settings, llm)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from drama_dist.cli import main
+from drama_dist.encoder.flops import layer_weights
 from drama_dist.plan.devices import SHEETS, Device, device
 from drama_dist.plan.report import pruned_shape, read_shape, report, step_cost, what_fits
 from drama_dist.settings import Settings, SettingsError, read_settings, write_settings
@@ -68,6 +69,15 @@ def test_what_pruning_keeps_is_the_llms(small_settings: Callable[..., Settings])
         pruned_shape(kept, 1000, 8)
     with pytest.raises(SettingsError, match=r"prune\.layers=5: the model has only 4"):
         read_shape(small_settings("prune.layers=5"))
+
+
+def test_groups_of_heads_that_are_kept_are_counted() -> None:
+    whole, grouped = (
+        pruned_shape(read_settings(BASE, ["corpus.path=x", "prune.mask_steps=0", *more]), 128_256, 64)
+        for more in ([], ["prune.kv_heads=4"])
+    )
+    assert (whole.num_key_value_heads, grouped.num_key_value_heads) == (12, 4)
+    assert layer_weights(whole) - layer_weights(grouped) == 2 * 8 * 64 * 768
 
 
 def test_lengths_come_from_the_run_where_it_has_them(small_settings: Callable[..., Settings]) -> None:
