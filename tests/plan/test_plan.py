@@ -73,8 +73,7 @@ def test_what_pruning_keeps_is_the_llms(small_settings: Callable[..., Settings])
 
 def test_groups_of_heads_that_are_kept_are_counted() -> None:
     whole, grouped = (
-        pruned_shape(read_settings(BASE, ["corpus.path=x", "prune.mask_steps=0", *more]), 128_256, 64)
-        for more in ([], ["prune.kv_heads=4"])
+        pruned_shape(base("prune.mask_steps=0", *more), 128_256, 64) for more in ([], ["prune.kv_heads=4"])
     )
     assert (whole.num_key_value_heads, grouped.num_key_value_heads) == (12, 4)
     assert layer_weights(whole) - layer_weights(grouped) == 2 * 8 * 64 * 768
