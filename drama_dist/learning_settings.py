@@ -32,7 +32,7 @@ from drama_dist.setting_types import (
     TextTokens,
     Weights,
 )
-from drama_dist.settings_file import SettingsError
+from drama_dist.settings_file import SettingsError, shown
 
 
 def check_windows(section: str, words: int | None, step: int) -> None:
@@ -77,13 +77,15 @@ class TeacherSettings:
         for name in ("query_prefix", "passage_prefix", "query_input_type", "passage_input_type"):
             if (value := getattr(self, name)) and not any(map(is_endpoint, self.models)):
                 raise SettingsError(
-                    f"teacher.{name}={value!r}: is for endpoints; other models have prompts of their own"
+                    f"teacher.{name}={shown(value)}: is for endpoints; other models have prompts of their own"
                 )
         if self.model in self.others:
-            raise SettingsError(f"teacher.others={self.others}: has teacher.model, {self.model}, which weighs 1")
+            raise SettingsError(
+                f"teacher.others={shown(self.others)}: has teacher.model, {shown(self.model)}, which weighs 1"
+            )
         if len({without_url(name) for name in self.models}) < len(self.models):
             raise SettingsError(
-                f"teacher.others={self.others}: endpoints are told apart by their models, and two have the same"
+                f"teacher.others={shown(self.others)}: endpoints are told apart by their models, and two have the same"
             )
         check_windows("teacher", self.window_words, self.window_step)
         return self
@@ -170,7 +172,7 @@ class AugmentSettings:
             raise SettingsError(f"{no}: nothing to train on")
         if self.judgements and not self.queries:
             raise SettingsError(
-                f"augment.judgements={self.judgements}: name the queries that they judge, too, in augment.queries"
+                f"augment.judgements={shown(self.judgements)}: name the queries they judge, too, in augment.queries"
             )
         if self.min_crop_words > self.max_crop_words:
             raise SettingsError(f"augment.min_crop_words={self.min_crop_words} is more than augment.max_crop_words")

@@ -93,13 +93,13 @@ def _read_file(path: Path, origins: Origins) -> dict[str | int, Any]:
         raise SettingsError(f"{path}:{line}: not UTF-8 text; save the file in UTF-8") from None
     values = _parse(text, (), origins, lambda line: f"{path}:{line}")
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}:1: expected sections with keys, found {_shown(values)}")
+        raise SettingsError(f"{path}:1: expected sections with keys, found {shown(values)}")
     return values
 
 
 def _apply(override: str, declared: Mapping[str, Any], values: dict[str | int, Any], origins: Origins) -> None:
     """Put the value of `section.key=value` in place of the file's."""
-    source = f"override {_shown(override)}"
+    source = f"override {shown(override)}"
     key, equals, text = override.partition("=")
     kind, location = declared.get(key), tuple(key.split("."))
     if not equals or dataclasses.is_dataclass(kind):
@@ -177,7 +177,7 @@ def _sentence(item: Any, source: str, origins: Origins, declared: Mapping[str, A
     if item["type"] == "unexpected_keyword_argument":
         return f"{where}: {_unknown(location, declared)}"
     problem = cause or item["msg"].replace("Input should be", "must be")
-    return f"{where}: {key + '=' if key else ''}{_shown(value)}: {problem}"
+    return f"{where}: {key + '=' if key else ''}{shown(value)}: {problem}"
 
 
 def _unknown(location: Location, declared: Mapping[str, Any]) -> str:
@@ -202,9 +202,10 @@ def _declared(kind: Any) -> dict[str, Any]:
 
 def _dotted(location: Location) -> str:
     key = ".".join(map(str, location))
-    return key if key.isprintable() and len(key) < 80 else _shown(key)
+    return key if key.isprintable() and len(key) < 80 else shown(key)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as messages have it: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
