@@ -167,7 +167,7 @@ def test_a_missing_file_is_named_before_anything_is_made(key: str, small_setting
 
 
 def test_judgements_need_queries(small_settings: Small) -> None:
-    with pytest.raises(SettingsError, match="name the queries that they judge, too"):
+    with pytest.raises(SettingsError, match="name the queries they judge, too"):
         small_settings("augment.judgements=x.tsv")
 
 
