@@ -6,7 +6,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # to be said before anything imports triton
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
@@ -188,6 +191,21 @@ def family(
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), chat_template=CHAT, **own)
     shape = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, **changes}
     return save_llama(tmp_path_factory.mktemp("models") / request.param, tokenizer, kind, **shape)
+
+
+def padded_vectors(folder: Path, sequences: Sequence[Sequence[int]], causal: bool = False) -> np.ndarray:
+    """Mean-pooled unit vectors of token id sequences, by transformers' own padded model."""
+    config = AutoConfig.from_pretrained(folder)
+    config.is_causal = causal
+    plain = AutoModel.from_pretrained(folder, config=config, attn_implementation="eager").eval()
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences])
+    with torch.no_grad():
+        hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+    pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    vectors: np.ndarray = torch.nn.functional.normalize(pooled, dim=1).numpy()
+    return vectors
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
-"""The extractor: selects the most important parts of a language model and makes a smaller one of
-the same type of them.
+"""The extractor: selects the most important parts of a language model and makes a smaller one of them, of its type.
 
 Covers the selection by importance and slicing the weights. Grouped-query attention becomes multi-head attention
 (key-value heads are copied to the query heads they serve, then heads are selected), unless prune.kv_heads keeps groups;
@@ -132,7 +131,6 @@ def as_config(shape: Shape, config: Config) -> Config:
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.hidden_size, small.intermediate_size = shape.layers, shape.hidden, shape.mlp
     small.num_attention_heads, small.num_key_value_heads = shape.heads, shape.kv_heads
-    small.head_dim = config.head_dim
     if hasattr(config, "layer_types"):  # Qwen3's
         small.layer_types = ["full_attention"] * shape.layers
     return small

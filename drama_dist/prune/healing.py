@@ -15,17 +15,13 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
-from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
+from drama_dist.distributed.loop import ResumableLoop, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import pack
-from drama_dist.prune.language_loss import Chunk, share_of_this_rank, step_chunks, token_scores
+from drama_dist.prune.language_loss import Chunk, schedule, share_of_this_rank, step_chunks, token_scores
 from drama_dist.run.folder import StageFolder
 from drama_dist.settings import PruneSettings
-
-_WARMUP_SHARE = 0.1
-_CHECKPOINT_EVERY = 25
-_KEEP_CHECKPOINTS = 1
 
 
 def heal(
@@ -60,16 +56,8 @@ def heal(
         }
         return StepReport(figures, f"loss {loss:.3f}, {rate:,.0f} tokens/s")
 
-    schedule = Schedule(
-        shape.heal_steps,
-        None,
-        shape.heal_learning_rate,
-        _WARMUP_SHARE,
-        _CHECKPOINT_EVERY,
-        _KEEP_CHECKPOINTS,
-        keep_best=False,
-    )
-    ResumableLoop(folder, engine, schedule).run(f"{folder.name}: heal", do_step)
+    loop = ResumableLoop(folder, engine, schedule(shape.heal_steps, shape.heal_learning_rate))
+    loop.run(f"{folder.name}: heal", do_step)
     student.float().load_state_dict(engine.full_weights(), strict=False)  # a tied head has no entry of its own
     return student
 

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from drama_dist.distributed import ranks
+from drama_dist.distributed.loop import Schedule
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import Packed
 
+_WARMUP_SHARE = 0.1
+_CHECKPOINT_EVERY = 25
+_KEEP_CHECKPOINTS = 1
 _CHUNK_TOKENS = 1024  # T × V scores in float32: 200 MB for a vocabulary of 49k
 
 
@@ -47,6 +51,11 @@ def step_chunks(sequences: Sequence[list[int]], tokens: int, scored_share: float
         taken += len(sequences[index])
         of_chunk += len(sequences[index])
     return [Chunk(chunk, _scored(chunk, scored_share, generator)) for chunk in chunks]
+
+
+def schedule(steps: int, peak: float) -> Schedule:
+    """Of training for so many steps, at this learning rate at most."""
+    return Schedule(steps, None, peak, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False)
 
 
 def share_of_this_rank(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, float]]:

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.distributed.engine import Engine, OptimiserSettings
-from drama_dist.distributed.loop import ResumableLoop, Schedule, StepReport
+from drama_dist.distributed.loop import ResumableLoop, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import pack
 from drama_dist.prune.extractor import SELECTION, requested_shape, shape_of, shrink
-from drama_dist.prune.language_loss import Chunk, share_of_this_rank, step_chunks, token_scores
+from drama_dist.prune.language_loss import Chunk, schedule, share_of_this_rank, step_chunks, token_scores
 from drama_dist.prune.masks import LearnedMasks, Masks, folded, masked
 from drama_dist.prune.source import calibration, load_source, rotated_if_asked
 from drama_dist.prune.source import check as check_prune
@@ -39,10 +39,7 @@ from drama_dist.settings import Settings, SettingsError
 
 _MODEL = "model"
 _RAMP_SHARE = 0.2  # of the steps, after which all is asked for (their scripts/pruning.sh: 640 of 3,200)
-_WARMUP_SHARE = 0.1
 _FAR = 0.05
-_CHECKPOINT_EVERY = 25
-_KEEP_CHECKPOINTS = 1
 
 
 def check(settings: Settings) -> None:
@@ -96,18 +93,9 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
         told = ", ".join(f"{name} {share:.0%}" for name, share in kept.items())
         return StepReport(figures, f"loss {figures['loss']:.3f}, kept: {told}")
 
-    schedule = Schedule(
-        prune.mask_steps,
-        None,
-        prune.heal_learning_rate,
-        _WARMUP_SHARE,
-        _CHECKPOINT_EVERY,
-        _KEEP_CHECKPOINTS,
-        keep_best=False,
-    )
     with interrupts.deferred():
         with masked(source, lambda: drawn):
-            ResumableLoop(folder, engine, schedule).run("masks", do_step)
+            ResumableLoop(folder, engine, schedule(prune.mask_steps, prune.heal_learning_rate)).run("masks", do_step)
         weights = engine.full_weights()
         if ranks.rank() == 0:
             module.cpu().float().load_state_dict(weights, strict=False)  # a tied head has no entry of its own

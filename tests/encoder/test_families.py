@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoTokenizer,
     LlamaModel,
@@ -30,6 +29,7 @@ from drama_dist.encoder.model_check import check_llama
 from drama_dist.export.stage import write_sentence_transformers
 from drama_dist.run.runner import make
 from drama_dist.settings import EncoderSettings, Settings
+from tests.conftest import padded_vectors
 
 CONTRACT = EncoderSettings(query_prefix="", max_query_tokens=16, max_passage_tokens=24, dims=[48, 16])
 TEXTS = ["The bread has flour", "x", "matrix " * 60, "", "The river number 3 flows to the delta with water."]
@@ -37,22 +37,11 @@ TEXTS = ["The bread has flour", "x", "matrix " * 60, "", "The river number 3 flo
 
 def test_packed_vectors_equal_those_of_a_padded_model(family: Path) -> None:
     encoder = load(family, contract=CONTRACT)
-    config = AutoConfig.from_pretrained(family)
     assert type(encoder.backbone) is (Qwen3Model if family.name == "qwen3" else LlamaModel)
-    config.is_causal = False
-    plain = AutoModel.from_pretrained(family, config=config, attn_implementation="eager").eval()
     sequences = encoder.tokenize_passages(TEXTS)
-    longest = max(map(len, sequences))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences])
-    with torch.no_grad():
-        hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state
-        plain.config.is_causal = True
-        causal = plain(input_ids=ids, attention_mask=mask).last_hidden_state
-    pooled, otherwise = ((each * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) for each in (hidden, causal))
-    expected = torch.nn.functional.normalize(pooled, dim=1).numpy()
+    expected, otherwise = (padded_vectors(family, sequences, causal) for causal in (False, True))
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), expected, atol=1e-5)
-    assert np.abs(torch.nn.functional.normalize(otherwise, dim=1).numpy() - expected).max() > 1e-3
+    assert np.abs(otherwise - expected).max() > 1e-3
 
 
 def test_a_text_ends_with_eos_and_begins_with_bos_if_there_is_one(family: Path) -> None:
