@@ -50,6 +50,7 @@ CHANGES = [
     "prune.heal_steps=40",
     "augment.synthetic_queries=48",
     "augment.generation_batch=4",
+    "augment.rerank=12",
     "train.steps=30",
     "train.checkpoint_every=3",
     "encode.shard_passages=4",

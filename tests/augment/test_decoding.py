@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
+from drama_dist.augment.writers import decoding
 from drama_dist.augment.writers.decoding import Decoding, can_decode, decode, draw
 from drama_dist.augment.writers.writer import Sampling
 
@@ -21,8 +22,11 @@ PROMPTS = [[*OPENING, 5, 6], [*OPENING, 7], [*OPENING, 11, 12, 13, 14, 15]]
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shared", [0, 4, 6])
-def test_scores_are_those_of_each_text_by_itself(shared: int, dtype: torch.dtype, family: Path) -> None:
+@pytest.mark.parametrize(("shared", "at_once"), [(0, 512), (0, 21), (4, 3), (6, 1), (6, 512)])
+def test_scores_are_those_of_each_text_by_itself(
+    shared: int, at_once: int, dtype: torch.dtype, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_READ_AT_ONCE", at_once)
     model = AutoModelForCausalLM.from_pretrained(family, dtype=dtype).eval()
     torch.manual_seed(4)
     for weight in model.parameters():
@@ -34,12 +38,12 @@ def test_scores_are_those_of_each_text_by_itself(shared: int, dtype: torch.dtype
         begin = longest - len(ids) + shared
         tokens[row, :shared], tokens[row, begin:] = torch.tensor(ids[:shared]), torch.tensor(ids[shared:])
         mask[row, shared:begin] = 0
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    cache = DynamicCache(config=model.config) if shared else None
+    if shared:
+        model(tokens[:1, :shared], past_key_values=cache)
     precise, errors = copy.deepcopy(model).double(), torch.zeros(2, dtype=torch.float64)
-    batch, texts = Decoding(model, cache, mask, shared, most=4), [list(ids) for ids in PROMPTS]
-    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
+    batch, texts = Decoding(model, cache, mask[:, shared:], most=3), [list(ids) for ids in PROMPTS]
+    batch.read_prompts(tokens[:, shared:])
     going = [0, 1, 2]
     for step, newest in enumerate([[20, 21, 22], [30, 31, 32], [40, 42]]):
         if step == 2:
@@ -47,7 +51,7 @@ def test_scores_are_those_of_each_text_by_itself(shared: int, dtype: torch.dtype
             batch.keep(torch.tensor(going))
         for number, token in zip(going, newest, strict=True):
             texts[number].append(token)
-        scores = batch.step(torch.tensor(newest))
+        scores = model.lm_head(batch.read(torch.tensor(newest))).float()
         for row, number in enumerate(going):
             expected = model(torch.tensor([texts[number]])).logits[0, -1]
             if dtype == torch.float32:
@@ -98,7 +102,7 @@ def test_tokens_are_drawn_as_the_warpers_leave_them(top_p: float, top_k: int | N
         warped = TopPLogitsWarper(top_p)(None, warped)
     expected = warped.softmax(1)[0].numpy()
     torch.manual_seed(1)
-    count = 40_000
+    count = 8_000
     drawn = draw(scores.expand(count, -1), Sampling(0.8, top_p, 1, 0), top_k).numpy()
     found = np.bincount(drawn, minlength=500) / count
     assert not found[expected == 0].any()

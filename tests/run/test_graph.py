@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drama_dist.cli import main
+from drama_dist.cli import VERBS, main
 from drama_dist.encoder import sources
 from drama_dist.run.artefact import read_provenance
 from drama_dist.run.folder import OtherSettings
@@ -28,6 +28,11 @@ def test_what_the_table_names_is_there() -> None:
     for stage in STAGES:
         named = [stage.work, stage.inputs, stage.check, stage.sections]
         assert all(callable(function_named(name)) for name in named if isinstance(name, str)), stage.name
+
+
+def test_every_verb_has_a_program_for_launchers() -> None:
+    programs = {path.stem for path in (Path(__file__).parents[2] / "launcher").glob("*.py")} - {"__init__"}
+    assert programs == {*VERBS}
 
 
 def test_everything_comes_after_what_it_needs(small_settings: Callable[..., Settings]) -> None:

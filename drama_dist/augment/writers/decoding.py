@@ -1,11 +1,10 @@
 """Decoding a batch of answers by a model that is made of Llama's layers.
 
-What all prompts of a batch begin with is read once for all of them at each step, keys and values are written in their
-place, and answers that have ended leave the batch. Prompts are read by the model's own forward pass. Other models, and
-settings of generation beyond temperature, top-k and top-p, are left to transformers' `generate`, which gives the same
-up to rounding.
+What all prompts of a batch begin with is read once for all of them, keys and values are written in their place, and
+answers that have ended leave the batch. Other models, and settings of generation beyond temperature, top-k and top-p,
+are left to transformers' `generate`, which gives the same up to rounding.
 Shapes: B answers, T tokens of the longest prompt: P that all prompts share, and others; S of these others and the
-answers, K hidden components, A heads in G groups of E, D head size, V tokens.
+answers, N read at once, K hidden components, A heads in G groups of E, D head size, V tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from drama_dist.augment.writers.writer import Sampling
 
 _MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 _ROPES = ("default", "linear", "llama3", "yarn")  # which do not depend on the longest text
+_READ_AT_ONCE = 512  # tokens of prompts, with padding; their attention scores are held
 _TOP_K = 50  # of `generate`, where a model says nothing of it
 # Settings of generation that are heeded here, that a sampling has in their place, or that change no answer.
 _HEEDED = {
@@ -60,26 +60,18 @@ def decode(
 ) -> list[list[int]]:
     """The tokens of each answer, with the one that ends it, by torch's generator.
 
-    mask_BT: 0 for padding. cache: of the P tokens that all prompts share, for each of them; is used up. told: how many
-    tokens each step has written.
+    mask_BT: 0 for padding. cache: of the P tokens that all prompts share, of one of them. told: how many tokens each
+    step has written.
     """
     shared = 0 if cache is None else cache.get_seq_length()
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    prompts = model(
-        tokens_BT[:, shared:],
-        attention_mask=mask_BT,
-        position_ids=positions_BT[:, shared:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    batch = Decoding(model, prompts.past_key_values, mask_BT, shared, sampling.max_new_tokens)
-    scores_BV, ends = prompts.logits[:, -1].float(), model.generation_config.eos_token_id
+    going: list[int] = mask_BT.sum(1).argsort(stable=True).tolist()  # so that there is little padding
+    batch = Decoding(model, cache, mask_BT[going, shared:], sampling.max_new_tokens)
+    states_BK = batch.read_prompts(tokens_BT[going, shared:])
+    ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     answers: list[list[int]] = [[] for _ in tokens_BT]
-    going = list(range(len(answers)))
     for left in reversed(range(sampling.max_new_tokens)):
-        drawn_B = draw(scores_BV, sampling, model.generation_config.top_k)
+        drawn_B = draw(model.lm_head(states_BK).float(), sampling, model.generation_config.top_k)
         drawn = dict(zip(going, drawn_B.tolist(), strict=True))
         for number, token in drawn.items():
             answers[number].append(token)
@@ -92,69 +84,93 @@ def decode(
             rows = torch.tensor(stay, device=drawn_B.device)
             batch.keep(rows)
             going, drawn_B = [going[row] for row in stay], drawn_B[rows]
-        scores_BV = batch.step(drawn_B)
+        states_BK = batch.read(drawn_B)
     return answers
 
 
 class Decoding:
-    """A batch of answers that go on.
+    """A batch of prompts, and of answers that go on.
 
-    cache: of the prompts, B × G × T × D of each layer; is emptied. mask_BT: 0 for padding, of which there is none among
-    the first `shared`. most: how many steps there can be.
+    cache: of what all prompts begin with, of one of them; None: nothing. mask_BS: of the rest of the prompts, 0 for
+    padding. most: how many tokens an answer can have.
     """
 
-    def __init__(self, model: Any, cache: DynamicCache, mask_BT: torch.Tensor, shared: int, most: int):
+    def __init__(self, model: Any, cache: DynamicCache | None, mask_BS: torch.Tensor, most: int):
+        config, weight, batch = model.config, model.lm_head.weight, len(mask_BS)
+        groups, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+        empty = weight.new_zeros(groups, 0, size)
         self._model = model
-        self._shared, self._own, room = [], [], (0, 0, 0, most)
-        for layer in cache.layers:
-            keys, values = layer.keys, layer.values
-            layer.keys = layer.values = None  # layer by layer, or there would be two of each
-            self._shared.append((keys[0, :, :shared].clone(), values[0, :, :shared].clone()))
-            self._own.append((pad(keys[:, :, shared:], room), pad(values[:, :, shared:], room)))
-        self._seen = mask_BT.shape[1] - shared
-        self._positions_B = mask_BT.sum(1)
-        closed_BS = pad((mask_BT[:, shared:] == 0).float(), (0, most))
-        self._penalty_BS = closed_BS * torch.finfo(torch.float32).min
+        self._shared = [(empty, empty)] * config.num_hidden_layers
+        if cache is not None:
+            self._shared = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        room = batch, groups, mask_BS.shape[1] + most, size
+        self._own = [(weight.new_zeros(room), weight.new_zeros(room)) for _ in self._shared]
+        self._begins = (mask_BS == 0).sum(1).tolist()
+        self._read = mask_BS.shape[1]  # tokens of each row, padding among them
+        mask_BS = pad(mask_BS, (0, most), value=1)
+        self._positions_BS = self._shared[0][0].shape[1] + (mask_BS.cumsum(1) - 1).clamp_min(0)
+        self._penalty_BS = (mask_BS == 0).to(weight.dtype) * torch.finfo(weight.dtype).min
+
+    def read_prompts(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Take in the rest of the prompts, first of all; returns the model's state after each, B × K."""
+        length, row, states = tokens_BS.shape[1], 0, []
+        while row < len(tokens_BS):
+            rows = slice(row, row + max(1, _READ_AT_ONCE // (length - self._begins[row])))
+            columns = slice(min(self._begins[rows]), length)
+            states.append(self._states(tokens_BS[rows, columns], rows, columns))
+            row = rows.stop
+        return torch.cat(states)
+
+    def read(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        """Take in the newest token of each answer; returns the model's states after them, B × K."""
+        self._read += 1
+        return self._states(tokens_B[:, None], slice(None), slice(self._read - 1, self._read))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these answers alone."""
         for index, (keys, values) in enumerate(self._own):
             self._own[index] = keys[rows], values[rows]
-        self._positions_B, self._penalty_BS = self._positions_B[rows], self._penalty_BS[rows]
+        self._positions_BS, self._penalty_BS = self._positions_BS[rows], self._penalty_BS[rows]
 
-    def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Take in the newest token of each answer; returns scores of the next one, B × V float32."""
-        backbone = self._model.model
-        x_BK = backbone.embed_tokens(tokens_B)
-        rotary = backbone.rotary_emb(x_BK[None], self._positions_B[None])
+    def _states(self, tokens_BN: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """After the last of tokens, which are in these rows and columns of what is not shared."""
+        backbone, dtype = self._model.model, self._penalty_BS.dtype
+        first = columns.start if tokens_BN.shape[1] > 1 else 0
+        x_BNK = backbone.embed_tokens(tokens_BN)
+        rotary = backbone.rotary_emb(x_BNK, self._positions_BS[rows, columns])
+        places_S = torch.arange(first, columns.stop, device=tokens_BN.device)
+        later_NS = (places_S > places_S[columns.start - first :, None]).to(dtype) * torch.finfo(dtype).min
+        penalty_B11NS = torch.minimum(later_NS, self._penalty_BS[rows, None, None, None, first : columns.stop])
         for layer, shared, own in zip(backbone.layers, self._shared, self._own, strict=True):
-            x_BK = x_BK + self._attended(layer.self_attn, layer.input_layernorm(x_BK), rotary, shared, own)
-            x_BK = x_BK + layer.mlp(layer.post_attention_layernorm(x_BK))
-        self._seen += 1
-        self._positions_B = self._positions_B + 1
-        scores_BV: torch.Tensor = self._model.lm_head(backbone.norm(x_BK)).float()
-        return scores_BV
+            of_rows = [states[rows, :, first : columns.stop] for states in own]
+            normed_BNK = layer.input_layernorm(x_BNK)
+            x_BNK = x_BNK + _attended(layer.self_attn, normed_BNK, rotary, shared, of_rows, penalty_B11NS)
+            x_BNK = x_BNK + layer.mlp(layer.post_attention_layernorm(x_BNK))
+        states_BK: torch.Tensor = backbone.norm(x_BNK[:, -1])
+        return states_BK
 
-    def _attended(self, attention: Any, x_BK: torch.Tensor, rotary: Any, shared: Any, own: Any) -> torch.Tensor:
-        """What attention adds, B × K; the new keys and values are written into `own`."""
-        seen, parts = self._seen + 1, []
-        for name in "qkv":
-            part = getattr(attention, f"{name}_proj")(x_BK).unflatten(1, (-1, attention.head_dim))
-            norm = getattr(attention, f"{name}_norm", None)  # Qwen3's
-            parts.append(part if norm is None else norm(part))
-        q_1ABD, k_1GBD = apply_rotary_pos_emb(*(part.transpose(0, 1)[None] for part in parts[:2]), *rotary)
-        keys, values = (states[:, :, :seen] for states in own)
-        keys[:, :, -1], values[:, :, -1] = k_1GBD[0].transpose(0, 1), parts[2]
-        q_BGED = q_1ABD[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
-        of_shared = torch.einsum("bged,gpd->bgep", q_BGED, shared[0])
-        of_own = torch.einsum("bged,bgsd->bges", q_BGED, keys)
-        scores = torch.cat([of_shared, of_own], -1).float() * attention.scaling
-        scores[..., -seen:] += self._penalty_BS[:, None, None, :seen]
-        of_shared, of_own = scores.softmax(-1).to(x_BK.dtype).split([of_shared.shape[-1], seen], -1)
-        read_BGED = torch.einsum("bgep,gpd->bged", of_shared, shared[1])
-        read_BGED = read_BGED + torch.einsum("bges,bgsd->bged", of_own, values)
-        output: torch.Tensor = attention.o_proj(read_BGED.flatten(1))
-        return output
+
+def _attended(
+    attention: Any, x_BNK: torch.Tensor, rotary: Any, shared: Any, own: Any, penalty_B11NS: torch.Tensor
+) -> torch.Tensor:
+    """What attention adds, B × N × K; the new keys and values are written at the end of `own`."""
+    parts, count = [], x_BNK.shape[1]
+    for name in "qkv":
+        part = getattr(attention, f"{name}_proj")(x_BNK).unflatten(2, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)  # Qwen3's
+        parts.append((part if norm is None else norm(part)).transpose(1, 2))
+    q_BAND, k_BGND = apply_rotary_pos_emb(*parts[:2], *rotary)
+    keys, values = own
+    keys[:, :, -count:], values[:, :, -count:] = k_BGND, parts[2]
+    q_BGEND = (q_BAND * attention.scaling).unflatten(1, (keys.shape[1], -1))
+    of_shared = torch.einsum("bgend,gpd->bgenp", q_BGEND, shared[0])
+    of_own = torch.einsum("bgend,bgsd->bgens", q_BGEND, keys) + penalty_B11NS
+    shares = torch.cat([of_shared, of_own], -1).softmax(-1)
+    of_shared, of_own = shares.split([of_shared.shape[-1], of_own.shape[-1]], -1)
+    read_BGEND = torch.einsum("bgenp,gpd->bgend", of_shared, shared[1])
+    read_BGEND = read_BGEND + torch.einsum("bgens,bgsd->bgend", of_own, values)
+    output: torch.Tensor = attention.o_proj(read_BGEND.flatten(1, 2).transpose(1, 2).flatten(2))
+    return output
 
 
 def draw(scores_BV: torch.Tensor, sampling: Sampling, top_k: int | None) -> torch.Tensor:

@@ -108,8 +108,6 @@ class LocalWriter(Writer):
         shared = _common_prefix(ids)
         tokens_BT, mask_BT = self._pad_between(ids, shared)
         cache = self.model(tokens_BT[:1, :shared], use_cache=True).past_key_values if shared else None
-        if cache is not None:
-            cache.batch_repeat_interleave(len(ids))
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed_for(ids))
@@ -123,6 +121,8 @@ class LocalWriter(Writer):
         self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: Any, sampling: Sampling
     ) -> list[list[int]]:
         """As `decode` has it, by transformers."""
+        if cache is not None:
+            cache.batch_repeat_interleave(len(tokens_BT))
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         answers: torch.Tensor = self.model.generate(
             tokens_BT,

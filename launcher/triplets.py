@@ -1,0 +1,9 @@
+"""`drama triplets` for any launcher: deepspeed launcher/triplets.py SETTINGS [section.key=value ...]."""
+
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its evaluate.py would shadow the `evaluate` package of Hugging Face
+    from drama_dist.cli import launch
+
+    launch("triplets")
