@@ -45,7 +45,7 @@ setup(
         "pyyaml>=6.0",
         "regex",
         "safetensors>=0.6",
-        "scipy>=1.14",
+        "scipy>=1.15",
         "sentence-transformers>=6.0",
         "sentencex>=1.0",
         "tensorboard>=2.20",

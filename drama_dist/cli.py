@@ -1,4 +1,4 @@
-"""The `drama` command: a thin subcommand for each stage, and submit, search, plan and doctor.
+"""The `drama` command: a thin subcommand for each stage, and submit, search, compare, plan and doctor.
 
 Covers arguments and turning errors into messages. The stages are listed in run/graph.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verb == "search":
             _search(options)
+        elif options.verb == "compare":
+            _compare(options)
         elif options.verb == "submit":
             _submit(options)
         elif options.verb == "doctor":
@@ -138,6 +141,23 @@ def _parser() -> argparse.ArgumentParser:
         help="whose vectors of the passages are searched; asymmetric: the teacher's and BM25's (default drama)",
     )
     search.add_argument("--dim", type=_count, help="cut vectors to this many components (default: all)")
+    compare = verbs.add_parser(
+        "compare",
+        help="compare two finished runs: a paired test, and which queries one wins and loses",
+        description="Compare two finished runs, A and B: a paired test, and the queries that A wins and loses.",
+    )
+    compare.add_argument("run_a", metavar="RUN_A", type=Path, help="a run's folder")
+    compare.add_argument("run_b", metavar="RUN_B", type=Path, help="the other's, or the same: see --with-system")
+    compare.add_argument("--collection", metavar="NAME", help="only this one (default: all that both have results on)")
+    compare.add_argument("--system", metavar="NAME", default="drama", help="which system (default drama)")
+    compare.add_argument("--with-system", metavar="NAME", help="B's system, where it is another one")
+    compare.add_argument("--dim", type=_count, help="the number of components (default: the largest that both have)")
+    compare.add_argument(
+        "--queries", metavar="N", type=_count, default=5, help="how many wins and losses to show (default 5)"
+    )
+    compare.add_argument(
+        "--output", metavar="FILE", type=_table_file, help="write all queries with both values to a .tsv or .json file"
+    )
     plan = _stage_parser(verbs, "plan", "estimate memory, traffic and time of training steps before running them")
     plan.add_argument("--ranks", type=_count, default=1, help="number of training processes (default 1)")
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, h200, a100-80g or a100-40g")
@@ -174,6 +194,12 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:  # bytes that the terminal's encoding has no characters for
         raise argparse.ArgumentTypeError(f"{text!r}: is not UTF-8 text") from None
     return text
+
+
+def _table_file(text: str) -> Path:
+    if Path(text).suffix not in (".tsv", ".json"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must end in .tsv or .json")
+    return Path(text)
 
 
 def _stage_parser(verbs: Any, verb: str, summary: str) -> argparse.ArgumentParser:
@@ -258,6 +284,17 @@ def _index_over(encoded: Path, run: Path, system: str) -> Path | None:
         raise ValueError(f"{index}: over other vectors than {encoded} has; delete it, or build it again: drama encode")
     print(f"searching the index {index}; delete it to search exactly", file=sys.stderr)
     return index
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from drama_dist.evaluate.compare import as_text, compare, write_queries
+
+    systems = (options.system, options.with_system or options.system)
+    comparisons = compare(options.run_a, options.run_b, options.collection, systems, options.dim)
+    if options.output:
+        write_queries(comparisons, options.output)
+    print(as_text(comparisons, options.queries, shutil.get_terminal_size((120, 24)).columns))
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(verb in out for verb in [*VERBS, "search", "submit", "plan", "doctor"])
+    assert all(verb in out for verb in [*VERBS, "search", "compare", "submit", "plan", "doctor"])
 
 
 def test_an_unknown_option_is_refused_and_local_rank_is_not(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ Which systems there are and how they rank is in search/systems.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,24 @@ def write_run(path: Path, run: Mapping[str, Sequence[Hit]], tag: str) -> None:
             above = min(np.float32(hit.score), np.nextafter(above, np.float32(-np.inf)))
             lines.append(f"{_field(query)} Q0 {_field(hit.passage_id)} {rank} {above!s} {_field(tag)}\n")
     write_text(path, "".join(lines))
+
+
+def first_of_run(path: Path, queries: Iterable[str]) -> dict[str, str]:
+    """Query -> the passage of rank 1 in what `write_run` wrote; queries without a hit are left out.
+
+    The passage is as the file has it: white space in its id is percent-encoded. Raises ValueError for another file.
+    """
+    asked = {_field(query): query for query in queries}
+    first = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                query, _, passage, rank, _, _ = line.split()
+            except ValueError:
+                raise ValueError(f"{path}:{number}: expected query, Q0, passage, rank, score and tag") from None
+            if rank == "1" and query in asked:
+                first[asked[query]] = passage
+    return first
 
 
 def _field(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -69,7 +70,8 @@ def test_nothing_judged_and_a_doubled_hit_are_errors() -> None:
 
 def test_p_is_exact_for_few_queries_and_small_for_a_clear_difference() -> None:
     # All 8 sign patterns of equal differences: 2 are as extreme as observed.
-    assert paired_p_value([1, 1, 1], [0, 0, 0], seed=1) == pytest.approx(2 / 8, abs=0.02)
+    assert paired_p_value([1, 1, 1], [0, 0, 0], seed=1) == 2 / 8
+    assert paired_p_value([1, 0.2], [0, 0.2], seed=1) == paired_p_value([0.2], [0.2], seed=1) == 1
     chance = random.Random(1)
     theirs = [chance.random() for _ in range(60)]
     noise = [chance.gauss(0, 0.1) for _ in range(60)]
@@ -77,3 +79,15 @@ def test_p_is_exact_for_few_queries_and_small_for_a_clear_difference() -> None:
     assert paired_p_value([t + n for t, n in zip(theirs, noise, strict=True)], theirs, seed=1) > 0.05
     with pytest.raises(ValueError, match="got 1 and 2"):
         paired_p_value([1], [1, 2], seed=1)
+
+
+def test_p_counts_every_pattern_of_signs_also_where_sums_differ_by_rounding_only() -> None:
+    chance = random.Random(2)
+    for _ in range(50):
+        ours, theirs = ([chance.randrange(11) / 10 for _ in range(chance.randrange(2, 9))] for _ in range(2))
+        theirs = (theirs * 8)[: len(ours)]
+        tenths = [round(10 * (our - their)) for our, their in zip(ours, theirs, strict=True)]
+        patterns = itertools.product((-1, 1), repeat=len(tenths))
+        sums = [abs(sum(sign * tenth for sign, tenth in zip(signs, tenths, strict=True))) for signs in patterns]
+        exact = sum(value >= abs(sum(tenths)) for value in sums) / len(sums)
+        assert paired_p_value(ours, theirs, seed=1) == pytest.approx(exact)

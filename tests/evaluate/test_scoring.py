@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from drama_dist.corpus.collection import Collection, PassageTable
-from drama_dist.evaluate.scoring import score, write_run
+from drama_dist.evaluate.scoring import first_of_run, score, write_run
 from drama_dist.records import Hit, Passage, Query
 from drama_dist.search.systems import Ranking
 
@@ -47,3 +47,12 @@ def test_run_files_keep_the_order_of_equal_scores_and_encode_spaces(tmp_path: Pa
     fields = [line.split(" ") for line in (tmp_path / "r.trec").read_text("utf-8").splitlines()]
     assert [(row[0], row[2], row[3]) for row in fields] == [("q%201", "b", "1"), ("q%201", "a%20x", "2")]
     assert float(fields[0][4]) > float(fields[1][4])
+
+
+def test_the_first_hits_of_a_run_file_are_read_again(tmp_path: Path) -> None:
+    hits = {"q 1": [Hit("b", 0.5), Hit("a", 0.4)], "q2": [Hit("a x", 0.1)], "q3": [], "q4": [Hit("a", 1.0)]}
+    write_run(tmp_path / "r.trec", hits, "tag")
+    assert first_of_run(tmp_path / "r.trec", ["q 1", "q2", "q3"]) == {"q 1": "b", "q2": "a%20x"}
+    (tmp_path / "r.trec").write_text("q1 Q0 b 1 0.5 tag\nq2 Q0 b\n", "utf-8")
+    with pytest.raises(ValueError, match=r"r\.trec:2: expected query, Q0, passage"):
+        first_of_run(tmp_path / "r.trec", ["q1"])
