@@ -129,6 +129,8 @@ class PruneSettings:
     mask_learning_rate: LearningRate = 1.0  # the peak, of the masks; the rate rises and falls as in healing
     calibration_passages: Count = 1000
     calibration_tokens: TextTokens = 128  # per passage
+    # Where the corpus has several languages, healing and masks read more of those whose loss is still farther above the
+    # LLM's own.
     heal_steps: CountOrZero = 0
     heal_tokens: Count = 4096  # per step
     heal_learning_rate: LearningRate = 5e-4

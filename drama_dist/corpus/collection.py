@@ -69,6 +69,10 @@ class PassageTable:
     def languages(self) -> list[str]:
         return list(self._rows["language"])
 
+    def languages_of(self, positions: Sequence[int]) -> list[str]:
+        """The language of each passage; of a large table not all are read."""
+        return list(self._rows.select_columns("language")[[int(position) for position in positions]]["language"])
+
     @cached_property
     def _positions(self) -> dict[str, int]:
         return {id: position for position, id in enumerate(self.ids)}

@@ -7,12 +7,12 @@ step does comes in as a function: training an encoder (train/) and healing a lan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import mean
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.checkpoints import Checkpoints
@@ -56,15 +56,30 @@ class StepReport:
     progress: str
 
 
-class ResumableLoop:
-    """The steps of one engine that are still to do; all ranks make every call. first_step: counted from 0."""
+class Stateful(Protocol):
+    """What changes from step to step beside the engine; its state is the same on all ranks."""
 
-    def __init__(self, folder: StageFolder, engine: Engine, schedule: Schedule):
-        self._folder, self._engine, self._schedule = folder, engine, schedule
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values, which every checkpoint keeps beside its step."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take its values from all that a checkpoint keeps."""
+
+
+class ResumableLoop:
+    """The steps of one engine that are still to do; all ranks make every call. first_step: counted from 0.
+
+    beside: saved in every checkpoint with the engine, and resumed with it.
+    """
+
+    def __init__(self, folder: StageFolder, engine: Engine, schedule: Schedule, beside: Stateful | None = None):
+        self._folder, self._engine, self._schedule, self._beside = folder, engine, schedule, beside
         self._checkpoints = Checkpoints(folder.folder / CHECKPOINTS, schedule.keep_checkpoints)
         state = engine.resume(self._checkpoints)
         self.first_step = int(state["step"])
         self._seconds_before = float(state.get("seconds", 0))
+        if beside:
+            beside.load_state_dict(state)
         folder.forget_metrics_after(self.first_step)
 
     def run(self, label: str, do_step: Callable[[int, float], StepReport]) -> dict[str, Any]:
@@ -96,7 +111,9 @@ class ResumableLoop:
                     break
                 stopping = interrupts.wanted()
                 if stopping or step % schedule.checkpoint_every == 0:
-                    facts = {"loss": mean(losses)} if schedule.keep_best else {}
+                    facts = self._beside.state_dict() if self._beside else {}
+                    if schedule.keep_best:
+                        facts["loss"] = mean(losses)
                     self._engine.save(self._checkpoints, step, seconds=monotonic() - began, **facts)
                     losses = []
                 if stopping:

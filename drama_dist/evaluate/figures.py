@@ -34,6 +34,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of languages and systems are anyone's
 }
 
 
@@ -88,19 +89,19 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapp
     return _svg(f"loss-{'-'.join(curves)}".replace(" ", "-"), draw)
 
 
-def kept_shares(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Shares of parts over steps, one curve for each group of masks."""
+def share_curves(name: str, curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> str:
+    """Shares over steps, one curve for each name. label: of the axis of shares."""
 
     def draw(axes: Axes) -> None:
-        for name, curve in curves.items():
+        for each, curve in curves.items():
             steps, shares = zip(*curve, strict=True)
-            axes.plot(steps, [100 * share for share in shares], linewidth=2, label=name)
+            axes.plot(steps, [100 * share for share in shares], linewidth=2, label=each)
         axes.set_ylim(0, 102)
         axes.set_xlabel("step")
-        axes.set_ylabel("kept, %")
-        axes.legend()
+        axes.set_ylabel(label)
+        axes.legend(ncols=1 + (len(curves) - 1) // 8)
 
-    return _svg("kept-shares", draw)
+    return _svg(name, draw)
 
 
 def margins(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

@@ -196,8 +196,12 @@ def _figures(
         drawn.append(("Training loss", "Every step, and its running mean.", figures.loss_curves(curves, colours)))
     if kept := _metrics(run / MASKS):
         note = "Expected share of each group's parts that stay; heads and MLP neurons are means over layers."
-        shares = {name: [(line["step"], line["kept"][name]) for line in kept] for name in kept[0]["kept"]}
-        drawn.append(("Learned masks", note, figures.kept_shares(shares)))
+        drawn.append(("Learned masks", note, figures.share_curves("kept", _shares(kept, "kept"), "kept, %")))
+    for stage, title in ((MASKS, "Languages of masks"), ("prune", "Languages of healing")):
+        if lines := [line for line in _metrics(run / stage) if "language_shares" in line]:
+            note = "By which texts are drawn: the farther a language's loss is above the LLM's own, the more it grows."
+            curves = _shares(lines, "language_shares")
+            drawn.append((title, note, figures.share_curves(f"languages-{stage}", curves, "share, %")))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:
         note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."
@@ -223,6 +227,10 @@ def _metrics(stage: Path) -> list[dict[str, Any]]:
 
 def _loss(steps: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(int(line["step"]), float(line["loss"])) for line in steps if {"step", "loss"} <= line.keys()]
+
+
+def _shares(steps: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
+    return {name: [(line["step"], line[key][name]) for line in steps] for name in steps[0][key]}
 
 
 def _loss_by_dim(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

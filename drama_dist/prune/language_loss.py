@@ -1,6 +1,7 @@
 """A step of training on text as a language model: its sequences, split over ranks, and predictions of their tokens.
 
-Covers what healing and learned masks have in common. Attention is causal here.
+Covers what healing and learned masks have in common, but not which texts a step reads: language_batches.py. Attention
+is causal here.
 Shapes: T tokens of a chunk, S scored ones, V vocabulary.
 """
 
@@ -8,54 +9,63 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.loop import Schedule
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.encoder.packing import Packed
+from drama_dist.encoder.packing import Packed, pack
 
 _WARMUP_SHARE = 0.1
-_CHECKPOINT_EVERY = 25
+CHECKPOINT_EVERY = 25  # steps
 _KEEP_CHECKPOINTS = 1
 _CHUNK_TOKENS = 1024  # T × V scores in float32: 200 MB for a vocabulary of 49k
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sequences to pack, and the positions in the packing, ascending, whose next token is predicted."""
+    """Sequences to pack, the positions in the packing, ascending, whose next token is predicted, and their languages.
+
+    languages: of each sequence.
+    """
 
     sequences: list[list[int]]
     scored: list[int]
+    languages: list[str]
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
 
 
-def step_chunks(sequences: Sequence[list[int]], tokens: int, scored_share: float, seed: str) -> list[Chunk]:
-    """A step's chunks, the same on every rank. tokens: so many, where there are, or a few more. seed: of the step."""
-    generator = random.Random(seed)
-    chunks: list[list[list[int]]] = [[]]
+def chunked(
+    texts: Iterable[tuple[list[int], str]], tokens: int, scored_share: float, generator: random.Random
+) -> list[Chunk]:
+    """Chunks of (token ids, language) in this order, until there are so many tokens, or a few more.
+
+    scored_share: of the positions that have a next token, drawn by the generator; at least one of a chunk's.
+    """
+    chunks: list[list[tuple[list[int], str]]] = [[]]
     taken = of_chunk = 0
-    for index in generator.sample(range(len(sequences)), min(len(sequences), tokens)):  # each has a token
+    for ids, language in texts:
         if taken >= tokens:
             break
         if of_chunk >= _CHUNK_TOKENS:
             chunks.append([])
             of_chunk = 0
-        chunks[-1].append(sequences[index])
-        taken += len(sequences[index])
-        of_chunk += len(sequences[index])
-    return [Chunk(chunk, _scored(chunk, scored_share, generator)) for chunk in chunks]
+        chunks[-1].append((ids, language))
+        taken += len(ids)
+        of_chunk += len(ids)
+    return [_chunk(chunk, scored_share, generator) for chunk in chunks]
 
 
 def schedule(steps: int, peak: float) -> Schedule:
     """Of training for so many steps, at this learning rate at most."""
-    return Schedule(steps, None, peak, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False)
+    return Schedule(steps, None, peak, _WARMUP_SHARE, CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False)
 
 
 def share_of_this_rank(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, float]]:
@@ -75,6 +85,19 @@ def token_scores(model: LanguageModel, packed: Packed, positions_S: torch.Tensor
     )
     scores_SV: torch.Tensor = model.lm_head(output.last_hidden_state[0][positions_S]).float()
     return scores_SV
+
+
+def token_losses(model: LanguageModel, chunk: Chunk) -> torch.Tensor:
+    """S float32: the cross-entropy of each scored token."""
+    packed = pack(chunk.sequences, model.device)
+    positions_S = torch.tensor(chunk.scored, device=model.device)
+    scores_SV = token_scores(model, packed, positions_S)
+    return cross_entropy(scores_SV, packed.token_ids_T[positions_S + 1], reduction="none")
+
+
+def _chunk(texts: list[tuple[list[int], str]], scored_share: float, generator: random.Random) -> Chunk:
+    sequences = [ids for ids, _ in texts]
+    return Chunk(sequences, _scored(sequences, scored_share, generator), [language for _, language in texts])
 
 
 def _scored(sequences: list[list[int]], share: float, generator: random.Random) -> list[int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from drama_dist.corpus.collection import open_collection
@@ -23,9 +22,9 @@ from drama_dist.distributed.loop import ResumableLoop, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.encoder.packing import pack
 from drama_dist.prune.extractor import SELECTION, requested_shape, shape_of, shrink
-from drama_dist.prune.language_loss import Chunk, schedule, share_of_this_rank, step_chunks, token_scores
+from drama_dist.prune.language_batches import LanguageBatches
+from drama_dist.prune.language_loss import schedule, share_of_this_rank, token_losses
 from drama_dist.prune.masks import LearnedMasks, Masks, folded, masked
 from drama_dist.prune.source import calibration, load_source, rotated_if_asked
 from drama_dist.prune.source import check as check_prune
@@ -53,8 +52,10 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
     """Do the stage. Raises as `prune` does."""
     settings, prune, dtype = run.settings, run.settings.prune, agreed_dtype_name(AUTO)
     source, tokenizer = load_source(settings)
-    sequences = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
+    sequences, languages = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     source = rotated_if_asked(source, sequences, settings).to(dtype_of(dtype))
+    batches = LanguageBatches(sequences, languages)
+    batches.measure(source)
     whole = shape_of(source.config)
     rate = prune.mask_learning_rate / prune.heal_learning_rate
     masks = LearnedMasks(whole, requested_shape(prune, whole), settings.seed, rate)
@@ -65,14 +66,16 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
     def do_step(step: int, learning_rate: float) -> StepReport:
         nonlocal drawn
         began, seed = time.monotonic(), f"{settings.seed} masks {step}"
-        chunks = step_chunks(sequences, prune.heal_tokens, prune.heal_scored_share, seed)
+        chunks = batches.chunks(prune.heal_tokens, prune.heal_scored_share, seed)
         progress = min(1.0, (step + 1) / (_RAMP_SHARE * prune.mask_steps))
         scored = sum(len(chunk.scored) for chunk in chunks)
         share = list(share_of_this_rank(chunks))
         total = torch.zeros((), device=ranks.device())
         for index, (chunk, weight) in enumerate(share):
             drawn = masks.sampled(seed)
-            loss = _language_loss(source, chunk) * (weight / scored)
+            losses_S = token_losses(source, chunk)
+            batches.count(chunk, losses_S, weight)
+            loss = losses_S.sum() * (weight / scored)
             total += loss.detach()
             if index == 0:  # gradients of all ranks are added
                 loss = loss + masks.penalty(progress) / ranks.world_size()
@@ -89,13 +92,15 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
             "gradient_norm": norm,
             "tokens": tokens,
             "tokens_per_second": round(tokens / (time.monotonic() - began), 1),
+            **batches.finish_step(step),
         }
         told = ", ".join(f"{name} {share:.0%}" for name, share in kept.items())
         return StepReport(figures, f"loss {figures['loss']:.3f}, kept: {told}")
 
     with interrupts.deferred():
         with masked(source, lambda: drawn):
-            ResumableLoop(folder, engine, schedule(prune.mask_steps, prune.heal_learning_rate)).run("masks", do_step)
+            planned = schedule(prune.mask_steps, prune.heal_learning_rate)
+            ResumableLoop(folder, engine, planned, batches).run("masks", do_step)
         weights = engine.full_weights()
         if ranks.rank() == 0:
             module.cpu().float().load_state_dict(weights, strict=False)  # a tied head has no entry of its own
@@ -120,11 +125,3 @@ def masked_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(folder / _MODEL, dtype=torch.float32, trust_remote_code=False)
     model.config._attn_implementation = attention.NAME
     return model, json.loads((folder / SELECTION).read_text("utf-8"))
-
-
-def _language_loss(model: LanguageModel, chunk: Chunk) -> torch.Tensor:
-    """Sum of cross-entropies over the scored tokens."""
-    packed = pack(chunk.sequences, model.device)
-    positions_S = torch.tensor(chunk.scored, device=model.device)
-    scores_SV = token_scores(model, packed, positions_S)
-    return cross_entropy(scores_SV, packed.token_ids_T[positions_S + 1], reduction="sum")

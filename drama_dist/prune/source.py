@@ -74,11 +74,14 @@ def load_source(settings: Settings) -> tuple[LanguageModel, PreTrainedTokenizerB
     return model.to(ranks.device()).eval(), tokenizer
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings) -> list[list[int]]:
-    """Token ids of passages sampled by the seed."""
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of passages sampled by the seed, and their languages."""
     count = min(settings.prune.calibration_passages, len(table))
     positions = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
-    return TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
+    sequences = TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
+    return sequences, table.languages_of(positions)
 
 
 def rotated_if_asked(source: LanguageModel, sequences: list[list[int]], settings: Settings) -> LanguageModel:

@@ -27,6 +27,7 @@ from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachabl
 from drama_dist.prune.extractor import SELECTION, select, shrink
 from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
+from drama_dist.prune.language_batches import LanguageBatches
 from drama_dist.prune.mask_stage import masked_model
 from drama_dist.prune.source import calibration, load_source, rotated_if_asked
 from drama_dist.run import interrupts
@@ -52,18 +53,21 @@ def prune(run: Run, folder: StageFolder) -> None:
     settings = run.settings
     source, tokenizer = load_source(settings)
     with counting() as cut:
-        sequences = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
+        sequences, languages = calibration(tokenizer, open_collection(run.path(CORPUS)).passages, settings)
     if settings.prune.mask_steps:
         small, kept_parts = masked_model(run.path(MASKS))
     else:
         turned = rotated_if_asked(source, sequences, settings)
         selection = select(measure_importance(turned, sequences), settings.prune)
         small, kept_parts = shrink(turned, selection), selection.as_record()
+    batches = LanguageBatches(sequences, languages)
+    if settings.prune.heal_steps:
+        batches.measure(source)
     wanted: set[int] = set()  # chosen here, since reading a large corpus would hold up a signal below
     ranks.by_rank_0(lambda: wanted.update(_wanted_tokens(run, tokenizer)))
     with interrupts.deferred():
         if settings.prune.heal_steps:
-            small = heal(folder, small.to(ranks.device()), source, sequences, settings.prune, settings.seed)
+            small = heal(folder, small.to(ranks.device()), source, batches, settings.prune, settings.seed)
         backbone = small.model.to("cpu")
         if ranks.rank() == 0:
             if wanted:

@@ -68,6 +68,18 @@ def test_the_page_holds_table_figures_and_comparison_and_loads_nothing(run: Sett
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!\#)|<script|@import|url\((?!\#)""", page)
 
 
+def test_the_page_shows_the_languages_of_masks_and_healing(run: Settings) -> None:
+    for name in ("masks", "prune"):
+        stage = open_stage(run.run, name, {}, {})
+        for step in range(1, 4):  # names of languages are what a corpus has, and no formulas
+            shares = {"$\\de$": step / 4, "en": 1 - step / 4}
+            stage.log(step=step, loss=1.0, kept={"hidden": 0.9}, language_shares=shares)
+        stage.finish()
+    page = write_report(Path(run.run), run).read_text("utf-8")
+    assert page.count("<svg") == 9 and "Languages of masks" in page and "Languages of healing" in page
+    assert page.count("$\\de$") == 2
+
+
 def test_a_run_that_was_not_evaluated_says_what_to_do(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings()
     with pytest.raises(FileNotFoundError, match="run `drama evaluate` for this run first"):

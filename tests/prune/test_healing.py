@@ -17,7 +17,8 @@ from drama_dist.encoder import attention
 from drama_dist.encoder.backbone import load, random_twin
 from drama_dist.export.stage import write_sentence_transformers
 from drama_dist.prune import healing
-from drama_dist.prune.language_loss import Chunk, step_chunks
+from drama_dist.prune.language_batches import LanguageBatches
+from drama_dist.prune.language_loss import Chunk
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings
 from tests.conftest import save_llama
@@ -31,8 +32,8 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     student = LlamaForCausalLM.from_pretrained(llm, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
-        chunk = Chunk(SEQUENCES, [1, 5, 11, 13])
-        loss = healing._chunk_loss(student, source, chunk, kl_weight)
+        chunk = Chunk(SEQUENCES, [1, 5, 11, 13], [""] * 3)
+        loss, _ = healing._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
         for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
@@ -46,11 +47,12 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
 
 
 def test_scored_positions_have_a_next_token_and_are_as_many_as_asked() -> None:
-    (whole,) = step_chunks(SEQUENCES, 16, 1.0, "1 0")
+    batches = LanguageBatches(SEQUENCES, [""] * 3)
+    (whole,) = batches.chunks(16, 1.0, "1 0")
     assert len(whole.scored) == sum(len(ids) - 1 for ids in whole.sequences)
     flat = [token for ids in whole.sequences for token in ids]
     assert all(flat[position] != 1 for position in whole.scored)  # 1 ends every sequence
-    (first,), (again,), (later,) = (step_chunks(SEQUENCES, 16, 0.5, f"1 {step}") for step in (0, 0, 1))
+    (first,), (again,), (later,) = (batches.chunks(16, 0.5, f"1 {step}") for step in (0, 0, 1))
     assert len(first.scored) == round(len(whole.scored) / 2) and set(first.scored) <= set(whole.scored)
     assert first == again != later
 

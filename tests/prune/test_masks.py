@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from drama_dist.distributed import precision
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.prune import language_loss
+from drama_dist.prune import language_batches, language_loss
 from drama_dist.prune.extractor import Shape, shape_of, shrink
+from drama_dist.prune.language_batches import LanguageBatches
 from drama_dist.prune.mask_stage import masked_model
 from drama_dist.prune.masks import LearnedMasks, folded, masked
 from drama_dist.run import interrupts
@@ -138,7 +140,7 @@ MASKS = ["prune.mask_steps=60", "prune.heal_steps=0", "prune.heal_tokens=128"]
 def test_the_stage_reaches_the_wanted_shares_and_shape(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings(*MASKS)
     folder = make(settings, "masks")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = metrics(folder)
     wanted = {"layers": 2 / 4, "hidden": 32 / 48, "heads": 4 / 6, "mlp": 48 / 96}
     assert lines[0]["kept"].keys() == wanted.keys() and min(lines[0]["kept"].values()) > 0.95
     for name, share in wanted.items():
@@ -153,22 +155,59 @@ def test_the_stage_reaches_the_wanted_shares_and_shape(small_settings: Callable[
     )
 
 
-def test_it_resumes_to_the_same_masks(
-    small_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = make(small_settings(*MASKS, "prune.mask_steps=8"), "masks")
-    settings = small_settings(*MASKS, "prune.mask_steps=8", "run=" + str(whole.parent.parent / "again"))
+def stopped_and_resumed(settings: Settings, stage: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stage's folder, made in two attempts: the first is stopped after three steps."""
+    make(settings, "corpus")
     wanted = iter([False, False, True])
     with monkeypatch.context() as patch:
         patch.setattr(interrupts, "wanted", lambda: next(wanted))
         with pytest.raises(interrupts.Stopped):
-            make(settings, "masks")
+            make(settings, stage)
+    return make(settings, stage)
+
+
+@pytest.mark.parametrize(("stage", "several"), [("masks", False), ("masks", True), ("prune", True)])
+def test_it_resumes_to_the_same_model(
+    stage: str,
+    several: bool,
+    small_settings: Callable[..., Settings],
+    two_languages: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(language_batches, "_UPDATE_EVERY", 2)  # so that it stops between two updates
+    steps = ["prune.mask_steps=8"] if stage == "masks" else ["prune.mask_steps=0", "prune.heal_steps=8"]
+    overrides = [*MASKS, *steps, *(["prune.heal_tokens=512", *two_languages] if several else [])]
+    whole = make(small_settings(*overrides), stage)
     capsys.readouterr()
-    again = make(settings, "masks")
+    run = whole.parent.parent
+    again = stopped_and_resumed(small_settings(*overrides, f"run={run / 'again'}"), stage, monkeypatch)
     assert "resuming from step 3" in "".join(capsys.readouterr())
-    assert (again / "selection.json").read_bytes() == (whole / "selection.json").read_bytes()
-    for file in sorted((whole / "model").iterdir()):
-        assert (again / "model" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert files_of(again) == files_of(whole)
+    held = shares_in(whole)
+    assert shares_in(again) == held and len({str(each) for each in held}) >= (3 if several else 1)
+    if several:
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageBatches, "load_state_dict", lambda self, state: None)
+            forgot = stopped_and_resumed(small_settings(*overrides, f"run={run / 'forgot'}"), stage, patch)
+        assert shares_in(forgot) != held
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def shares_in(folder: Path) -> list[dict[str, float] | None]:
+    return [line.get("language_shares") for line in metrics(folder)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What the stage has made, without records of how and when."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()]
+    assert len(files) > 2
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(files) if path.name != "provenance.json"
+    }
 
 
 def test_a_model_of_the_wanted_shape_is_refused_at_once(small_settings: Callable[..., Settings]) -> None:
@@ -212,11 +251,13 @@ def test_other_settings_of_healing_keep_the_masks(small_settings: Callable[..., 
 
 
 def test_two_ranks_learn_the_masks_of_one(
-    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_settings: Callable[..., Settings], two_languages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bfloat16_instructions", list)
     monkeypatch.setattr(language_loss, "_CHUNK_TOKENS", 48)  # several chunks a step, mostly an odd number
-    one, two = (small_settings(f"run={tmp_path / name}", *MASKS, "prune.mask_steps=12") for name in ("one", "two"))
+    monkeypatch.setattr(language_batches, "_UPDATE_EVERY", 4)
+    overrides = [*MASKS, *two_languages, "prune.mask_steps=12"]
+    one, two = (small_settings(f"run={tmp_path / name}", *overrides) for name in ("one", "two"))
     found = [make(one, "masks"), tmp_path / "two" / "masks"]
     make(two, "corpus")
     write_settings(two, tmp_path / "two.yaml")
@@ -226,12 +267,14 @@ def test_two_ranks_learn_the_masks_of_one(
     command.append(str(tmp_path / "two.yaml"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in found]
+    lines = [metrics(folder) for folder in found]
     assert len(lines[0]) == len(lines[1]) == 12
     for one, two in zip(*lines, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["tokens"] == one["tokens"]
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
         assert two["kept"] == pytest.approx(one["kept"], abs=2e-4)
+        assert two["language_shares"] == one["language_shares"]
+    assert len({line["language_shares"]["de"] for line in lines[0]}) == 3
     assert json.loads((found[1] / "provenance.json").read_text())["world_size"] == 2
     records = [json.loads((folder / "selection.json").read_text()) for folder in found]
     assert records[0] == records[1]
