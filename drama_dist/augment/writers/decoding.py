@@ -109,7 +109,8 @@ class Decoding:
         self._read = mask_BS.shape[1]  # tokens of each row, padding among them
         mask_BS = pad(mask_BS, (0, most), value=1)
         self._positions_BS = self._shared[0][0].shape[1] + (mask_BS.cumsum(1) - 1).clamp_min(0)
-        self._penalty_BS = (mask_BS == 0).to(weight.dtype) * torch.finfo(weight.dtype).min
+        self._closed = torch.finfo(weight.dtype).min / 2  # added to scores: half, lest the sum is infinite
+        self._penalty_BS = (mask_BS == 0).to(weight.dtype) * self._closed
 
     def read_prompts(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Take in the rest of the prompts, first of all; returns the model's state after each, B × K."""
@@ -134,12 +135,12 @@ class Decoding:
 
     def _states(self, tokens_BN: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         """After the last of tokens, which are in these rows and columns of what is not shared."""
-        backbone, dtype = self._model.model, self._penalty_BS.dtype
+        backbone = self._model.model
         first = columns.start if tokens_BN.shape[1] > 1 else 0
         x_BNK = backbone.embed_tokens(tokens_BN)
         rotary = backbone.rotary_emb(x_BNK, self._positions_BS[rows, columns])
         places_S = torch.arange(first, columns.stop, device=tokens_BN.device)
-        later_NS = (places_S > places_S[columns.start - first :, None]).to(dtype) * torch.finfo(dtype).min
+        later_NS = (places_S > places_S[columns.start - first :, None]).to(self._penalty_BS) * self._closed
         penalty_B11NS = torch.minimum(later_NS, self._penalty_BS[rows, None, None, None, first : columns.stop])
         for layer, shared, own in zip(backbone.layers, self._shared, self._own, strict=True):
             of_rows = [states[rows, :, first : columns.stop] for states in own]
