@@ -164,10 +164,19 @@ def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
         folder.finish()
         return
     aside = SetAside()
-    raw = read_corpus(Path(path), corpus, aside, _COLLECTIONS)
+    raw = read_collection(Path(path), corpus, aside, _COLLECTIONS, folder.name)
+    _store(folder, raw, aside, corpus.bad_record_limit)
+
+
+def read_collection(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str, name: str) -> RawCorpus:
+    """Read a collection to evaluate on, as its stage stores it. setting: what names the path. name: in messages.
+
+    Raises as `read_corpus` does, and ValueError if there are no judged queries.
+    """
+    raw = read_corpus(path, corpus, aside, setting)
     if not raw.qrels:
-        raise ValueError(f"{_COLLECTIONS}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
-    _store(folder, _lower_capitals(raw, folder.name) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
+        raise ValueError(f"{setting}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
+    return _lower_capitals(raw, name) if corpus.lower_capitals else raw
 
 
 def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limit: float) -> None:
