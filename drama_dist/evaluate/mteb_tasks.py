@@ -25,6 +25,7 @@ from drama_dist.corpus.read import SetAside
 from drama_dist.corpus.stage import read_collection
 from drama_dist.run.folder import fingerprint, fingerprint_of_files
 from drama_dist.settings import CorpusSettings
+from drama_dist.suites import MEMBERS
 
 _SUBSET, _SPLIT = "default", "test"
 _LANGUAGES = ["mul-Zyyy"]  # mteb's codes of several languages and scripts; only its tables of results read them
@@ -90,7 +91,10 @@ def task_of_folder(folder: Path | str, corpus: CorpusSettings | None = None) -> 
     aside.refuse_beyond(corpus.bad_record_limit, folder)
     collection = Collection(PassageTable.in_memory(raw.passages), raw.queries, raw.qrels)
     revision = fingerprint_of_files(find_sources(folder, "folder").files)
-    return task_of_collection(collection, f"{folder.resolve().name}-{revision[:_SHOWN]}", folder, revision)
+    name = folder.resolve().name
+    task = task_of_collection(collection, f"{name}-{revision[:_SHOWN]}", folder, revision)
+    task.ignore_identical_ids = name in MEMBERS and MEMBERS[name].own_left_out
+    return task
 
 
 def model_of_folder(folder: Path | str, dim: int | None = None) -> SentenceTransformerEncoderWrapper:
