@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--collection",
                 metavar="NAME",
                 default=CORPUS,
-                help="one of evaluate.collections, or windows: the texts to train on (default: the corpus)",
+                help="of evaluate.collections or the suite, or windows: the texts to train on (default: the corpus)",
             )
     submit = _stage_parser(verbs, "submit", "submit slurm jobs for all stages, or for one")
     submit.add_argument(

@@ -122,7 +122,7 @@ class AugmentSettings:
     round_trip: Rank | None = None
     # People's queries: a file in any form that corpus.path may have. And judgements of them, BEIR's or TREC's: the
     # relevant passages that rank first are then positives, and none is a negative. Test queries are left out, of
-    # evaluate.collections too, which then cannot change (with labelled_triples neither).
+    # evaluate.collections and evaluate.suite too, which then cannot change (with labelled_triples neither).
     queries: Name | None = None
     judgements: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.8  # 0: the likeliest token each time

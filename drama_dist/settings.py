@@ -40,6 +40,7 @@ from drama_dist.setting_types import (
     TextTokens,
 )
 from drama_dist.settings_file import SettingsError, read_yaml, write_yaml
+from drama_dist.suites import paths_of
 
 PACKAGES_CORPUS = "installed-packages"
 EXACT = "Flat"  # of encode.index: search without an index
@@ -271,6 +272,10 @@ class EvaluateSettings:
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ... that every system is evaluated on beside the run's own collection
     collections: Distinct[Name] = Field(default=[])
+    # beir, miracl or mldr, which are the paper's 13, 18 and 13 collections, or a folder of such folders: further
+    # collections, with a table of their averages
+    suite: Name | None = None
+    suite_path: Name = "suites"  # where those of beir, miracl and mldr are, or are fetched to: SUITE_PATH/beir/scifact
     depth: Rank = 100
     mix_weight: Fraction = 0.5  # of the first system of a mix; the second has the rest
 
@@ -289,8 +294,21 @@ class EvaluateSettings:
 
     @property
     def collection_labels(self) -> dict[str, str]:
-        """What each collection is called in folders and tables, and its path."""
-        return labels_of(self.collections, OWN_COLLECTIONS)
+        """What each collection is called in folders and tables, and its path; those of the suite come last.
+
+        Raises SettingsError as `paths_of` does.
+        """
+        return labels_of(list(dict.fromkeys([*self.collections, *self._suite_paths])), OWN_COLLECTIONS)
+
+    @property
+    def suite_labels(self) -> list[str]:
+        """What the collections of the suite are called; raises SettingsError as `paths_of` does."""
+        paths = self._suite_paths
+        return [label for label, path in self.collection_labels.items() if path in paths]
+
+    @property
+    def _suite_paths(self) -> list[str]:
+        return paths_of(self.suite, self.suite_path) if self.suite else []
 
 
 @dataclass(config=CONFIG, kw_only=True)

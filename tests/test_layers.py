@@ -15,6 +15,7 @@ LAYERS = (
         "setting_types",
         "learning_settings",
         "labels",
+        "suites",
         "run",
         "distributed",
         "kernels",

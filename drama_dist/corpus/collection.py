@@ -61,6 +61,11 @@ class PassageTable:
     def __getitem__(self, position: int) -> Passage:
         return Passage(**self._rows[int(position)])
 
+    @property
+    def rows(self) -> Dataset:
+        """The table: a row for each passage, with id, text, title and language."""
+        return self._rows
+
     @cached_property
     def ids(self) -> list[str]:
         return list(self._rows["id"])

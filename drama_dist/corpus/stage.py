@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from drama_dist.corpus.collection import PassageTable, open_collection, write_collection
+from drama_dist.corpus.fetch import check_fetchable, fetch
 from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
@@ -32,8 +33,8 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
 from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
+from drama_dist.suites import MEMBERS, SUITES, Member, paths_of
 
-_COLLECTIONS = "evaluate.collections"
 _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")
 _OF_WINDOWS = ("window_words", "window_step", "general_share")
 _QUERY_WORDS = range(4, 41)
@@ -145,29 +146,77 @@ def _with_triplets(texts: Iterable[Passage], triplets: PassageTable) -> Iterator
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
     """The settings for reading another collection: like the training corpus, but complete and with its own queries."""
-    return {"corpus": {name: value for name, value in as_dict(settings.corpus).items() if name in _HOW_TO_READ}}
+    corpus = as_dict(_as_read(settings, collection))
+    return {"corpus": {name: value for name, value in corpus.items() if name in _HOW_TO_READ}}
+
+
+def _as_read(settings: Settings, collection: str) -> CorpusSettings:
+    """How a collection is read: those that are called as in a named suite have its language."""
+    member = MEMBERS.get(collection)
+    return replace(settings.corpus, language=member.language) if member else settings.corpus
+
+
+def check_collection(settings: Settings, collection: str) -> None:
+    """Raise what making it would, where a collection or its judgements are not there and cannot be fetched."""
+    setting, path = _named(settings, collection)
+    if member := _to_be_fetched(settings, path):
+        check_fetchable(settings, member)
+    elif not find_sources(_existing(setting, path), setting).judgements:
+        raise _unjudged(setting, path)
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
-    """Fingerprint of the files that are read."""
-    path = run.settings.evaluate.collection_labels[collection]
-    return {"source": fingerprint_of_files(find_sources(_existing(_COLLECTIONS, path), _COLLECTIONS).files)}
+    """Fingerprint of the files that are read, which are fetched first where they are not there."""
+    setting, path = _named(run.settings, collection)
+
+    def fetch_it() -> None:
+        if member := _to_be_fetched(run.settings, path):
+            fetch(run.settings, member, Path(path))
+
+    ranks.by_rank_0(fetch_it)
+    return {"source": fingerprint_of_files(find_sources(_existing(setting, path), setting).files)}
+
+
+def _named(settings: Settings, collection: str) -> tuple[str, str]:
+    """The setting that names a collection, and its path."""
+    path = settings.evaluate.collection_labels[collection]
+    return f"evaluate.{'collections' if path in settings.evaluate.collections else 'suite'}", path
+
+
+def _to_be_fetched(settings: Settings, path: str) -> Member | None:
+    """The member of the named suite that is looked for at a path, and is not there."""
+    suite, lie = settings.evaluate.suite, settings.evaluate.suite_path
+    is_looked_for = suite in SUITES and path in paths_of(suite, lie) and not Path(path).exists()
+    return MEMBERS[Path(path).name] if is_looked_for else None
 
 
 def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
-    """Store a collection of evaluate.collections: RUN/collections/NAME.
+    """Store a collection of evaluate.collections or of the suite: RUN/collections/NAME.
 
     Raises as `build_corpus` does, and ValueError if the collection has no judged queries.
     """
-    corpus, path = run.settings.corpus, run.settings.evaluate.collection_labels[collection]
+    corpus, (setting, path) = _as_read(run.settings, collection), _named(run.settings, collection)
     if ranks.rank() != 0:
         folder.finish()
         return
     aside = SetAside()
-    raw = read_corpus(Path(path), corpus, aside, _COLLECTIONS)
+    raw = read_collection(Path(path), corpus, aside, setting, folder.name)
+    _store(folder, raw, aside, corpus.bad_record_limit)
+
+
+def read_collection(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str, name: str) -> RawCorpus:
+    """Read a collection to evaluate on, as its stage stores it. setting: what names the path. name: in messages.
+
+    Raises as `read_corpus` does, and ValueError if there are no judged queries.
+    """
+    raw = read_corpus(path, corpus, aside, setting)
     if not raw.qrels:
-        raise ValueError(f"{_COLLECTIONS}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
-    _store(folder, _lower_capitals(raw, folder.name) if corpus.lower_capitals else raw, aside, corpus.bad_record_limit)
+        raise _unjudged(setting, path)
+    return _lower_capitals(raw, name) if corpus.lower_capitals else raw
+
+
+def _unjudged(setting: str, path: Path | str) -> ValueError:
+    return ValueError(f"{setting}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
 
 
 def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limit: float) -> None:

@@ -134,15 +134,15 @@ def _from_sentence_transformers(folder: Path, size: int) -> EncoderSettings:
         raise ValueError(f"{described}: expected an object of prompts, found {type(prompts).__name__}")
     named = read_json(_Prompts, _json_of(_Prompts, prompts), f"{described}: prompts")
     length = read_json_object(longest) if longest.exists() else {}
-    limit = read_json(_Length, _json_of(_Length, length), str(longest)).max_seq_length
+    limit = read_json(_Length, _json_of(_Length, length), str(longest))
     passage = named.passage if named.document is None else named.document
-    limits = {} if limit is None else {"max_query_tokens": limit, "max_passage_tokens": limit}
+    limits = {"max_query_tokens": limit.of_queries, "max_passage_tokens": limit.of_passages}
     return EncoderSettings(
         query_prefix=named.query or "",
         passage_prefix=passage or "",
         lower_case=False,
         dims=[size],
-        **limits,
+        **{name: value for name, value in limits.items() if value is not None},
     )
 
 
@@ -157,9 +157,19 @@ class _Prompts:
 
 @dataclass(kw_only=True)
 class _Length:
-    """Of sentence_bert_config.json."""
+    """Of sentence_bert_config.json: what the tokenizer cuts at, and less where queries or passages have their own."""
 
     max_seq_length: TextTokens | None = None
+    query_length: TextTokens | None = None
+    document_length: TextTokens | None = None
+
+    @property
+    def of_queries(self) -> int | None:
+        return self.max_seq_length if self.query_length is None else self.query_length
+
+    @property
+    def of_passages(self) -> int | None:
+        return self.max_seq_length if self.document_length is None else self.document_length
 
 
 def _json_of(kind: type, values: dict[str, object]) -> str:

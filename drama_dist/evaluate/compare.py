@@ -20,8 +20,9 @@ from urllib.parse import unquote
 import numpy as np
 
 from drama_dist.corpus.collection import Collection, open_collection
-from drama_dist.evaluate.metrics import paired_p_value
+from drama_dist.evaluate.metrics import evenly_weighted, paired_p_value
 from drama_dist.evaluate.scoring import first_of_run, label, ndcg_path
+from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.records import Query
 from drama_dist.run.artefact import PROVENANCE, verify
 from drama_dist.run.files import write_text
@@ -121,16 +122,16 @@ def compare(
 
 def p_value(comparisons: Sequence[Comparison]) -> float:
     """p of the paired test over the queries of all collections, each collection weighing the same."""
-    a = np.concatenate([one.a_Q / len(one.queries) for one in comparisons])
-    b = np.concatenate([one.b_Q / len(one.queries) for one in comparisons])
-    return paired_p_value(a.tolist(), b.tolist(), _SEED)
+    a = evenly_weighted([one.a_Q.tolist() for one in comparisons])
+    b = evenly_weighted([one.b_Q.tolist() for one in comparisons])
+    return paired_p_value(a, b, _SEED)
 
 
 def as_text(comparisons: Sequence[Comparison], count: int, width: int) -> str:
     """The table, and the `count` largest wins and losses on each collection. width: of the terminal, in characters."""
     lines = list(dict.fromkeys(f"A: {one.a.run}, {one.a.label}" for one in comparisons))
     lines += dict.fromkeys(f"B: {one.b.run}, {one.b.label}" for one in comparisons)
-    lines += ["", *_table(comparisons), "", "nDCG@10; wins and losses of A; p of a two-sided paired randomisation test"]
+    lines += ["", _table(comparisons), "", "nDCG@10; wins and losses of A; p of a two-sided paired randomisation test"]
     lines += [note for one in comparisons for note in one.notes]
     return "\n".join([*lines, *(line for one in comparisons for line in _examples(one, count, width))])
 
@@ -229,7 +230,7 @@ def _ids(ids: Sequence[str]) -> str:
     return ", ".join(ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")
 
 
-def _table(comparisons: Sequence[Comparison]) -> list[str]:
+def _table(comparisons: Sequence[Comparison]) -> str:
     means = [(float(one.a_Q.mean()), float(one.b_Q.mean())) for one in comparisons]
     rows = [
         [one.a.collection, str(len(one.queries)), *_shown(a, b, p_value([one])), *map(str, one.counts)]
@@ -238,15 +239,11 @@ def _table(comparisons: Sequence[Comparison]) -> list[str]:
     if len(comparisons) > 1:
         a, b = (float(np.mean(side)) for side in zip(*means, strict=True))
         rows.append(["average", "", *_shown(a, b, p_value(comparisons)), "", "", ""])
-    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
-    return [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in [_HEADINGS, ["-" * width for width in widths], *rows]
-    ]
+    return table([_HEADINGS, *rows])
 
 
 def _shown(a: float, b: float, p: float) -> list[str]:
-    return [f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", f"{p:.4f}"]
+    return [f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}", shown_p(p)]
 
 
 def _examples(one: Comparison, count: int, width: int) -> list[str]:

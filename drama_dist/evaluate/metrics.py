@@ -6,7 +6,7 @@ given: equal scores are not reordered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytrec_eval
@@ -57,6 +57,14 @@ def _by_rank(query: str, hits: Sequence[Hit]) -> dict[str, float]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"query {query!r}: passage {twice!r} is among the hits twice")
     return scores
+
+
+def evenly_weighted(values: Iterable[Sequence[float]]) -> list[float]:
+    """Values of queries, for `paired_p_value` of the average over collections: each counts as much as any other.
+
+    values: of each collection's queries.
+    """
+    return [value / len(each) for each in values for value in each]
 
 
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float], seed: int, rounds: int = 10_000) -> float:

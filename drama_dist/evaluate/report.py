@@ -21,6 +21,7 @@ from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.samples import samples_by_source
 from drama_dist.evaluate.scoring import label, ndcg_path
+from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.records import read_json_lines
 from drama_dist.run.artefact import PROVENANCE, read_provenance, seconds_of, verify
 from drama_dist.run.files import write_text
@@ -48,7 +49,7 @@ def report(run: Run) -> None:
     if ranks.rank() == 0:
         path = write_report(run.folder, read_settings(run.folder / "settings.yaml"))
         for name, rows in _results(run.folder, run.settings).items():
-            heading = f"{name}\n" if run.settings.evaluate.collections else ""
+            heading = f"{name}\n" if run.settings.evaluate.collection_labels else ""
             if rows:
                 print(f"{heading}{results_table(rows)}", flush=True)
         say(f"report: {path}")
@@ -102,16 +103,7 @@ def write_report(run: Path, settings: Settings) -> Path:
 def results_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     """The result rows as an aligned table for the terminal, or as a Markdown table with the best in bold."""
     cells = [[f"**{cell}**" if best and markdown else cell for cell, best in line] for line in _table_cells(rows)]
-    lines = [list(_HEADINGS.values()), *cells]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    head, *rest = [
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    if markdown:
-        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rest])
-    return "\n".join("  ".join(line) for line in [head, ["-" * width for width in widths], *rest])
+    return table([list(_HEADINGS.values()), *cells], markdown)
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
@@ -178,7 +170,7 @@ def _comparison(other: str, ours: dict[str, float], theirs: dict[str, float], se
     return {
         "other": other,
         "difference": f"{sum(our - their for our, their in pairs) / len(pairs):+.3f}".replace("-", "\N{MINUS SIGN}"),
-        "p": "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "p": shown_p(p),
         "counts": f"{better} / {same} / {len(pairs) - better - same}",
     }
 

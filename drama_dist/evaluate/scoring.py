@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +32,17 @@ class SystemResult:
     def as_row(self) -> dict[str, Any]:
         """The result as a row of report.json: system, dim and the measures."""
         return {"system": self.system, "dim": self.dim, **self.metrics}
+
+
+def without_own(ranking: Ranking, collection: Collection, depth: int) -> Ranking:
+    """The first `depth` hits of each query but the passage that has its id, for queries that are passages."""
+    own = [collection.passages.find(query.id) for query in collection.queries]
+    own_Q1 = np.array([[-1 if position is None else position] for position in own])
+    is_own_Qk = (ranking.positions_Qk == own_Q1) & (own_Q1 >= 0)
+    order_Qk = np.argsort(is_own_Qk, axis=1, kind="stable")[:, :depth]
+    positions_Qk = np.where(is_own_Qk, -1, ranking.positions_Qk)
+    positions_Qk = np.take_along_axis(positions_Qk, order_Qk, 1)
+    return replace(ranking, positions_Qk=positions_Qk, scores_Qk=np.take_along_axis(ranking.scores_Qk, order_Qk, 1))
 
 
 def score(system: str, ranking: Ranking, collection: Collection, folder: Path) -> SystemResult:

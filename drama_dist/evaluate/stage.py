@@ -14,7 +14,7 @@ from typing import Any
 from drama_dist.corpus.collection import open_collection
 from drama_dist.distributed import ranks
 from drama_dist.encoder.cut_texts import counting
-from drama_dist.evaluate.scoring import score
+from drama_dist.evaluate.scoring import score, without_own
 from drama_dist.labels import mixed
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
@@ -24,14 +24,23 @@ from drama_dist.run.runner import Run
 from drama_dist.search.systems import rankings
 from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings
+from drama_dist.suites import MEMBERS
 
 
 def sections(settings: Settings, collection: str) -> dict[str, Any]:
-    """The settings that the comparison depends on: the weight of mixes only where there is one."""
+    """What the comparison depends on: the weight of mixes only where there is one, and whether queries are passages."""
     evaluation, encoder = settings.evaluate, recorded(settings.encoder)
     depends = {"evaluate.systems": evaluation.systems, "evaluate.depth": evaluation.depth, "encoder": encoder}
-    mixes = any(map(mixed, evaluation.systems))
-    return depends | ({"evaluate.mix_weight": evaluation.mix_weight} if mixes else {})
+    if any(map(mixed, evaluation.systems)):
+        depends["evaluate.mix_weight"] = evaluation.mix_weight
+    if _own_left_out(collection):
+        depends["passage with the query's id"] = "left out"
+    return depends
+
+
+def _own_left_out(collection: str) -> bool:
+    """Whether a passage with the query's id is the query itself, which is known of collections of named suites."""
+    return collection in MEMBERS and MEMBERS[collection].own_left_out
 
 
 def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
@@ -46,10 +55,11 @@ def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
     cut: dict[str, dict[str, int]] = {}
     if ranks.rank() == 0:
         queries = [query.text for query in stored.queries]
-        rows = []
+        rows, depth, own = [], settings.evaluate.depth, _own_left_out(collection)
         for label in settings.evaluate.labels if queries else ():
             with counting() as count:
-                for ranking in rankings(label, settings, encoded, queries, settings.evaluate.depth):
+                for ranking in rankings(label, settings, encoded, queries, depth + own):
+                    ranking = without_own(ranking, stored, depth) if own else ranking
                     rows.append(score(label, ranking, stored, folder.folder).as_row())
             cut[f"queries of {label}"] = asdict(count)
         write_text(folder.folder / "results.json", json.dumps(rows, indent=2) + "\n")

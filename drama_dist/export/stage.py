@@ -65,6 +65,8 @@ def write_sentence_transformers(encoder: Encoder, folder: Path) -> None:
     transformer = Transformer(
         str(folder),
         max_seq_length=max(contract.max_query_tokens, contract.max_passage_tokens),
+        query_length=contract.max_query_tokens,
+        document_length=contract.max_passage_tokens,
         model_kwargs={**untrusted, "use_safetensors": True},
         processor_kwargs={**untrusted},
         config_kwargs={**untrusted},
@@ -121,14 +123,7 @@ def _check_parity(encoder: Encoder, folder: Path, dtype: str) -> None:
         trust_remote_code=False,
         model_kwargs={"dtype": getattr(torch, dtype), "use_safetensors": True},
     )
-    limit = theirs.max_seq_length
-    pairs = []
-    for ours, encode, length in (
-        (encoder.encode_queries, theirs.encode_query, encoder.contract.max_query_tokens),
-        (encoder.encode_passages, theirs.encode_document, encoder.contract.max_passage_tokens),
-    ):
-        theirs.max_seq_length = length
-        pairs.append(np.abs(ours(_PROBES) - np.asarray(encode(_PROBES), dtype=np.float32)).max())
-    theirs.max_seq_length = limit
-    if max(pairs) > _TOLERANCE[dtype]:
-        raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {max(pairs):.2e}")
+    pairs = (encoder.encode_queries, theirs.encode_query), (encoder.encode_passages, theirs.encode_document)
+    most = max(np.abs(ours(_PROBES) - np.asarray(their(_PROBES), dtype=np.float32)).max() for ours, their in pairs)
+    if most > _TOLERANCE[dtype]:
+        raise RuntimeError(f"{folder}: sentence-transformers' vectors differ from ours by {most:.2e}")

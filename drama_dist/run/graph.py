@@ -22,6 +22,7 @@ from drama_dist.settings import EXACT, Settings, SettingsError
 
 CORPUS, TRAINING_TEXTS = OWN_COLLECTIONS  # the collections that a run searches, and that it trains on
 TRIPLETS = "triplets"
+SUITE = "suite"
 MASKS = "masks"
 _OF_MASKS = tuple(
     f"prune.{key}"
@@ -199,6 +200,7 @@ STAGES = (
         work="drama_dist.corpus.stage:build_collection",
         sections="drama_dist.corpus.stage:collection_sections",
         inputs="drama_dist.corpus.stage:collection_inputs",
+        check="drama_dist.corpus.stage:check_collection",
         processes="one",
     ),
     Stage(
@@ -310,6 +312,15 @@ STAGES = (
         needs=_of_evaluation,
     ),
     Stage(
+        name=SUITE,
+        verb="evaluate",
+        help="compare the systems over the collections of a suite",
+        work="drama_dist.evaluate.suite:compare",
+        sections=(),
+        needs=lambda settings: [f"evaluate/{label}" for label in settings.evaluate.suite_labels],
+        foldered=False,
+    ),
+    Stage(
         name="export",
         verb="export",
         help="write a folder that sentence-transformers loads",
@@ -388,6 +399,11 @@ def evaluations(settings: Settings) -> list[str]:
     return [f"evaluate/{collection}" for collection in (CORPUS, *settings.evaluate.collection_labels)]
 
 
+def _compared(settings: Settings) -> list[str]:
+    """What `drama evaluate` makes."""
+    return [*evaluations(settings), *([SUITE] if settings.evaluate.suite else [])]
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Artefacts' names as their stages stand in the table; names that no stage makes are left out."""
     known = {name: index for name in names for index, stage in enumerate(STAGES) if stage.parameters(name) is not None}
@@ -420,9 +436,9 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
         dense = [name for name in ("drama", "asymmetric") if name in encoded]
         searched = [artefact for name in (*dense, "bm25") for artefact in _encoding(settings, CORPUS, name)]
         served = [*searched, "export"] if dense else []
-        return [*_trained(settings), *evaluations(settings), *served, "report"]
+        return [*_trained(settings), *_compared(settings), *served, "report"]
     if verb == "evaluate":
-        return evaluations(settings)
+        return _compared(settings)
     if verb == "encode":
         return _encoding(settings, collection, system)
     if verb == "train" and system not in TRAINING:

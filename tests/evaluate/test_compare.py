@@ -79,7 +79,7 @@ def test_wins_losses_and_p_are_those_of_the_values(runs: tuple[Path, Path]) -> N
 def test_the_text_shows_the_table_and_the_first_passages_of_wins_and_losses(runs: tuple[Path, Path]) -> None:
     lines = as_text(compare(*runs), 1, 60).splitlines()
     assert lines[:2] == [f"A: {runs[0]}, drama-8", f"B: {runs[1]}, drama-8"]
-    assert lines[5].split() == ["corpus", "6", "0.7936", "0.7103", "+0.0833", "0.7500", "2", "1", "3"]
+    assert lines[5].split() == ["corpus", "6", "0.7936", "0.7103", "+0.0833", "0.750", "2", "1", "3"]
     assert lines[-11:] == [
         "corpus: largest wins",
         "+0.500 (A 1.000, B 0.500)  query q1",

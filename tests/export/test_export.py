@@ -39,11 +39,11 @@ def test_vectors_agree_without_remote_code(exported: tuple[Settings, Path]) -> N
     longer = [" ".join(["river"] * 70 + [end]) for end in ("bread", "salt")]  # what tells them apart comes after 64
     assert np.abs(np.subtract(*ours.encode_passages(longer))).max() > 1e-3
     assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
-    for our_encode, their_encode, length in (
-        (ours.encode_queries, theirs.encode_query, settings.encoder.max_query_tokens),
-        (ours.encode_passages, theirs.encode_document, settings.encode.max_passage_tokens),
+    assert (theirs[0].query_length, theirs[0].document_length) == (settings.encoder.max_query_tokens, 100)
+    for our_encode, their_encode in (
+        (ours.encode_queries, theirs.encode_query),
+        (ours.encode_passages, theirs.encode_document),
     ):
-        theirs.max_seq_length = length
         np.testing.assert_allclose(our_encode(TEXTS), their_encode(TEXTS), atol=1e-5)
         np.testing.assert_array_equal(our_encode(TEXTS[:1]), our_encode(TEXTS[1:2]))  # one at a time: rows round alike
     cut = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
@@ -57,6 +57,7 @@ def test_the_folder_loads_as_one_of_sentence_transformers_own(exported: tuple[Se
     (folder / "drama.json").unlink()
     foreign = drama_dist.load(folder)
     assert foreign.contract.query_prefix == "Query: "
+    assert (foreign.contract.max_query_tokens, foreign.contract.max_passage_tokens) == (32, 100)
     np.testing.assert_allclose(foreign.encode_queries(TEXTS[:2]), before, atol=1e-6)
 
 

@@ -1,0 +1,126 @@
+"""Suites: collections that are evaluated together, by name or as a folder.
+
+Covers which collections the paper's suites have, how each is read and scored, where it lies and where it comes from.
+Does not cover reading or fetching them (corpus/), nor the table of a suite (evaluate/suite.py).
+Sources: the paper (Ma et al., ACL 2025) for the figures; mteb 2.26 for tasks, data sets, splits, and whose queries may
+be passages themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from drama_dist.settings_file import SettingsError
+
+_ZIP = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
+_HUB = "https://huggingface.co/datasets/"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A collection of a named suite.
+
+    name: its folder's, and so its label. task, dataset, subset, split: of mteb, the data set on the hub. language: of
+    all its texts. archive: where it is to be had as a BEIR folder. own_left_out: a passage with the query's id is the
+    query itself, and no hit.
+    """
+
+    name: str
+    task: str
+    dataset: str
+    subset: str = "default"
+    split: str = "test"
+    language: str = "en"
+    archive: str | None = None
+    own_left_out: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Where to fetch it by hand."""
+        part = "" if self.subset == "default" else f" (subset {self.subset}, split {self.split})"
+        return self.archive or f"{_HUB}{self.dataset}{part}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite by name. paper: mean nDCG@10 of the paper's models."""
+
+    members: tuple[Member, ...]
+    paper: dict[str, float] = field(default_factory=dict)
+
+
+def _beir(name: str, task: str, dataset: str | None = None, own_left_out: bool = False) -> Member:
+    return Member(name, task, f"mteb/{dataset or name}", archive=_ZIP.format(name), own_left_out=own_left_out)
+
+
+def _in_languages(suite: str, task: str, languages: str, split: str) -> tuple[Member, ...]:
+    return tuple(
+        Member(f"{suite}-{code}", task, f"mteb/{task}", code, split, language=code) for code in languages.split()
+    )
+
+
+def _paper(base: float, large: float, whole: float) -> dict[str, float]:
+    return {"drama-base (0.1B)": base, "drama-large (0.3B)": large, "drama-1b": whole}
+
+
+SUITES = {
+    "beir": Suite(
+        (
+            _beir("trec-covid", "TRECCOVID"),
+            _beir("nfcorpus", "NFCorpus"),
+            _beir("nq", "NQ"),
+            _beir("hotpotqa", "HotpotQA"),
+            _beir("fiqa", "FiQA2018", own_left_out=True),
+            _beir("arguana", "ArguAna", own_left_out=True),
+            _beir("webis-touche2020", "Touche2020", "touche2020"),
+            _beir("quora", "QuoraRetrieval", own_left_out=True),
+            _beir("dbpedia-entity", "DBPedia", "dbpedia"),
+            _beir("scidocs", "SCIDOCS"),
+            _beir("fever", "FEVER", own_left_out=True),
+            _beir("climate-fever", "ClimateFEVER"),
+            _beir("scifact", "SciFact"),
+        ),
+        _paper(0.569, 0.580, 0.591),
+    ),
+    "miracl": Suite(
+        _in_languages("miracl", "MIRACLRetrieval", "ar bn de en es fa fi fr hi id ja ko ru sw te th yo zh", "dev"),
+        _paper(0.704, 0.714, 0.717),
+    ),
+    "mldr": Suite(
+        _in_languages("mldr", "MultiLongDocRetrieval", "ar de en es fr hi it ja ko pt ru th zh", "test"),
+        _paper(0.471, 0.488, 0.548),
+    ),
+}
+MEMBERS = {member.name: member for suite in SUITES.values() for member in suite.members}
+
+
+def paths_of(suite: str, suite_path: str) -> list[str]:
+    """The folders of a suite's collections: SUITE_PATH/SUITE/NAME of a named one, else what the folder has in it.
+
+    Those of a named one need not be there. Raises SettingsError where the suite is neither a name nor a folder, or the
+    folder has no folders.
+    """
+    if suite in SUITES:
+        return [str(Path(suite_path) / suite / member.name) for member in SUITES[suite].members]
+    folder = Path(suite)
+    if not folder.is_dir():
+        raise SettingsError(f"evaluate.suite={suite}: must be {', '.join(SUITES)}, or a folder of collections' folders")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise SettingsError(f"evaluate.suite={suite}: has no folders; expected one for each collection")
+    return [str(path) for path in folders]
+
+
+def missing_collections(suite: str, suite_path: str, reason: str) -> str:
+    """What to say where collections of a named suite are not there. reason: why they cannot be fetched."""
+    members = {path: MEMBERS[Path(path).name] for path in paths_of(suite, suite_path)}
+    missing = {path: member for path, member in members.items() if not Path(path).exists()}
+    lines = [f"  {path}: {member.origin}" for path, member in missing.items()]
+    there = f"; evaluate.suite={Path(suite_path) / suite} takes those that are" if len(missing) < len(members) else ""
+    return (
+        f"evaluate.suite={suite}: {len(missing)} of {len(members)} collections are not there, and cannot be fetched: "
+        f"{reason}. Put them there as BEIR folders (corpus.jsonl, queries.jsonl, qrels/test.tsv), or start where the "
+        f"hub can be reached, with mteb installed (pip install 'drama-dist[mteb]'): it fetches them{there}\n"
+        + "\n".join(lines)
+    )
