@@ -110,8 +110,11 @@ class EncoderSettings:
 
 @dataclass(config=CONFIG, kw_only=True)
 class PruneSettings:
-    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's, but see kv_heads."""
+    """The shape to prune the LLM to, and how to heal it; null keeps the LLM's, but see parameters and kv_heads."""
 
+    # At most so many weights beside the token embeddings: those of layers, hidden, heads and mlp that are null then
+    # shrink in the LLM's proportions, as little as that allows. null: no limit.
+    parameters: Annotated[int, Field(ge=1, lt=2**40)] | None = None
     layers: Size | None = 12
     hidden: Size | None = 768
     heads: Size | None = 12
@@ -137,6 +140,15 @@ class PruneSettings:
     heal_learning_rate: LearningRate = 5e-4
     heal_kl_weight: Fraction = 0.5  # the rest is the language-model loss
     heal_scored_share: SomeFraction = 1.0  # share of a step's tokens, drawn at random, whose prediction counts
+
+    @model_validator(mode="after")
+    def _the_budget_decides_something(self) -> Self:
+        if self.parameters is not None and None not in (self.layers, self.hidden, self.heads, self.mlp):
+            raise SettingsError(
+                f"prune.parameters={self.parameters}: nothing is left for it to decide; set those of prune.layers, "
+                "hidden, heads and mlp to null that it is to choose, or it to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _masks_choose_by_themselves(self) -> Self:

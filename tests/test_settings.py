@@ -263,6 +263,8 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("encoder.dims=[1024]", "encoder.dims=.*: 1024 components are more than prune.hidden=768 has"),
         ("encoder.max_query_tokens=2", "must be greater than or equal to 3"),
         ("prune.layers=999999999", "prune.layers='999999999': must be less than or equal to 16777216"),
+        ("prune.parameters=100", "prune.parameters=100: nothing is left for it to decide; set those of prune.layers"),
+        ("prune.parameters=0", "prune.parameters='0': must be greater than or equal to 1"),
         ("prune.heal_scored_share=0", "prune.heal_scored_share='0': must be greater than 0"),
         ("prune.heal_kl_weight=1.5", "must be less than or equal to 1"),
         ("prune.layer_choice=odd", "prune.layer_choice='odd': must be 'even', 'first' or 'influence'"),

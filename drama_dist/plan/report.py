@@ -25,7 +25,7 @@ from drama_dist.encoder.sources import locate, reachable
 from drama_dist.plan.cost import PARTS, StepCost, largest_share, passages_of_batch
 from drama_dist.plan.devices import Device, device
 from drama_dist.plan.traffic import DEEPSPEED, traffic_per_step
-from drama_dist.prune.extractor import Shape, as_config, requested_shape, shape_of
+from drama_dist.prune.shape import Shape, as_config, requested_shape, shape_of
 from drama_dist.settings import Settings, SettingsError, TrainSettings
 
 # Of the peak of products, with which a step's operations are done. On the CPU: benchmarks/results/step-cpu-bfloat16.md,
@@ -80,7 +80,8 @@ def pruned_shape(settings: Settings, vocabulary: int, head: int) -> Config:
     for name, size in kept.items():
         if size is None:
             raise SettingsError(
-                f"prune.{name}=null keeps the LLM's, which --vocabulary and --head do not tell; give it a number"
+                f"prune.{name}=null depends on the LLM's shape, which --vocabulary and --head do not tell; give it a "
+                "number"
             )
     groups = settings.prune.kv_heads or kept["heads"]
     llm = as_config(Shape(**kept, kv_heads=groups), LlamaConfig(vocab_size=vocabulary, head_dim=head))
@@ -88,12 +89,17 @@ def pruned_shape(settings: Settings, vocabulary: int, head: int) -> Config:
 
 
 def _pruned(settings: Settings, config: Config) -> Config:
-    return as_config(requested_shape(settings.prune, shape_of(config)), config)
+    return as_config(requested_shape(settings.prune, config), config)
 
 
 def report(cost: StepCost) -> Iterator[str]:
     """Lines: what is planned, memory, traffic, operations and time."""
     yield f"Computed for rank 0 of {cost.ranks} on {cost.device.name} ({cost.device.source})."
+    shape = shape_of(cost.config)
+    yield (
+        f"shape       {shape.layers} layers of {shape.hidden}, {shape.heads} heads over {shape.kv_heads} key-value "
+        f"heads, MLP {shape.mlp}"
+    )
     yield (
         f"parameters  {cost.parameters / 1e6:.1f} million: embeddings {cost.embedding_parameters / 1e6:.1f}, "
         f"layers {cost.layer_parameters / 1e6:.1f}"

@@ -8,29 +8,18 @@ Shapes: L layers, H hidden, A query heads in G groups, D head size, F MLP neuron
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from drama_dist.encoder.families import Config, LanguageModel, language_model_class
+from drama_dist.encoder.families import LanguageModel, language_model_class
 from drama_dist.prune.importance import Importance, norms_in_order
-from drama_dist.settings import PruneSettings, SettingsError
+from drama_dist.prune.shape import Shape, as_config, requested_shape, shape_of
+from drama_dist.settings import PruneSettings
 
 SELECTION = "selection.json"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many to keep of each part; heads, mlp and kv_heads are those of a layer."""
-
-    layers: int
-    hidden: int
-    heads: int
-    mlp: int
-    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -71,9 +60,7 @@ def select(importance: Importance, prune: PruneSettings) -> Selection:
 
     Raises SettingsError as `requested_shape` does.
     """
-    (count, heads), neurons = importance.heads_LA.shape, importance.mlp_LF.shape[1]
-    whole = Shape(count, len(importance.hidden_H), heads, neurons, importance.kv_heads)
-    shape = requested_shape(prune, whole)
+    whole, shape = shape_of(importance.config), requested_shape(prune, importance.config)
     principal = prune.hidden_choice == "rotation"
     hidden = torch.arange(shape.hidden) if principal else _top(importance.hidden_H, shape.hidden)
     layers = _layers(importance.layers_L, shape.layers, prune.layer_choice)
@@ -120,45 +107,6 @@ def shrink(model: LanguageModel, selection: Selection) -> LanguageModel:
     return small
 
 
-def shape_of(config: Config) -> Shape:
-    """That of a model with this configuration."""
-    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
-    return Shape(*sizes, config.num_key_value_heads)
-
-
-def as_config(shape: Shape, config: Config) -> Config:
-    """The configuration of a model of this shape, and else like another one; head sizes stay."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers, small.hidden_size, small.intermediate_size = shape.layers, shape.hidden, shape.mlp
-    small.num_attention_heads, small.num_key_value_heads = shape.heads, shape.kv_heads
-    if hasattr(config, "layer_types"):  # Qwen3's
-        small.layer_types = ["full_attention"] * shape.layers
-    return small
-
-
-def requested_shape(prune: PruneSettings, model: Shape) -> Shape:
-    """What the settings ask for, where null keeps the model's; but each head has a key-value head of its own then.
-
-    Raises SettingsError, naming the setting, if the requested shape is larger than the model's, or not a Llama's: a
-    head's size does not depend on either, but transformers refuses a Llama whose heads do not divide its hidden size.
-    """
-    sizes = {}
-    for name in ("layers", "hidden", "heads", "mlp"):
-        size, asked = getattr(model, name), getattr(prune, name)
-        sizes[name] = size if asked is None else asked
-        if sizes[name] > size:
-            raise SettingsError(f"prune.{name}={sizes[name]}: the model has only {size}")
-    shape = Shape(**sizes, kv_heads=sizes["heads"] if prune.kv_heads is None else prune.kv_heads)
-    if shape.kv_heads != shape.heads:
-        _check_groups(shape, model)
-    if shape.hidden % shape.heads:
-        raise SettingsError(
-            f"prune.hidden={shape.hidden}: must be a multiple of prune.heads={shape.heads}, or transformers loads no "
-            "such Llama; change one of them"
-        )
-    return shape
-
-
 def best_heads(scores_A: torch.Tensor, shape: Shape, groups: int) -> torch.Tensor:
     """The heads with the highest scores, ascending; where groups are kept, equally many of each of the best groups.
 
@@ -170,19 +118,6 @@ def best_heads(scores_A: torch.Tensor, shape: Shape, groups: int) -> torch.Tenso
     best_GE = scores_GS.argsort(dim=1, descending=True, stable=True)[:, :each]
     kept = _top(scores_GS.gather(1, best_GE).sum(1), shape.kv_heads)
     return (kept[:, None] * scores_GS.shape[1] + best_GE[kept]).flatten().sort().values
-
-
-def _check_groups(shape: Shape, model: Shape) -> None:
-    if shape.kv_heads > min(shape.heads, model.kv_heads):
-        raise SettingsError(
-            f"prune.kv_heads={shape.kv_heads}: the model has {model.kv_heads}, for prune.heads={shape.heads}; ask for "
-            "fewer, or set it to null, and each head has its own"
-        )
-    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > model.heads // model.kv_heads:
-        raise SettingsError(
-            f"prune.heads={shape.heads} with prune.kv_heads={shape.kv_heads}: each key-value head serves equally many "
-            f"heads, at most {model.heads // model.kv_heads} as in the model"
-        )
 
 
 def _layers(influence_L: torch.Tensor, count: int, choice: str) -> list[int]:

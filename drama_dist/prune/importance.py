@@ -27,7 +27,7 @@ class Importance:
     """Means over calibration tokens, float32.
 
     energy: mean square of each RMSNorm's input, (2L + 1) × H, in order of use; it gives the fraction of the norm that a
-    subset of hidden dimensions retains. kv_heads: the model's key-value heads in a layer.
+    subset of hidden dimensions retains. config: the model's.
     """
 
     hidden_H: torch.Tensor
@@ -35,7 +35,7 @@ class Importance:
     mlp_LF: torch.Tensor
     layers_L: torch.Tensor
     energy: torch.Tensor
-    kv_heads: int
+    config: Config
 
 
 @torch.no_grad()
@@ -117,5 +117,5 @@ def _collect(sums: dict[str, torch.Tensor], config: Config, tokens: int) -> Impo
         mlp_LF=stacked("mlp", layers),
         layers_L=stacked("layer", layers),
         energy=stacked("energy", 2 * layers + 1),
-        kv_heads=config.num_key_value_heads,
+        config=config,
     )

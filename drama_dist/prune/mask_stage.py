@@ -22,10 +22,11 @@ from drama_dist.distributed.loop import ResumableLoop, StepReport
 from drama_dist.distributed.precision import AUTO, agreed_dtype_name, dtype_of
 from drama_dist.encoder import attention
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.prune.extractor import SELECTION, requested_shape, shape_of, shrink
+from drama_dist.prune.extractor import SELECTION, shrink
 from drama_dist.prune.language_batches import LanguageBatches
 from drama_dist.prune.language_loss import schedule, share_of_this_rank, token_losses
 from drama_dist.prune.masks import LearnedMasks, Masks, folded, masked
+from drama_dist.prune.shape import requested_shape, shape_of
 from drama_dist.prune.source import calibration, load_source, rotated_if_asked
 from drama_dist.prune.source import check as check_prune
 from drama_dist.run import interrupts
@@ -58,7 +59,7 @@ def learn_masks(run: Run, folder: StageFolder) -> None:
     batches.measure(source)
     whole = shape_of(source.config)
     rate = prune.mask_learning_rate / prune.heal_learning_rate
-    masks = LearnedMasks(whole, requested_shape(prune, whole), settings.seed, rate)
+    masks = LearnedMasks(whole, requested_shape(prune, source.config), settings.seed, rate)
     module = nn.ModuleDict({"model": source, "masks": masks}).to(ranks.device()).train()
     engine = Engine(module, OptimiserSettings(dtype, 1, weight_decay=0.0, gradient_clipping=1.0))
     drawn: Masks = {}

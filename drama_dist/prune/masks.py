@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.prune.extractor import Selection, Shape, shape_of
+from drama_dist.prune.extractor import Selection
+from drama_dist.prune.shape import Shape, shape_of
 
 Masks = Mapping[str, torch.Tensor]  # of each group, R × N; 1 stays, 0 goes
 

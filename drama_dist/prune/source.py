@@ -26,8 +26,8 @@ from drama_dist.encoder.pretrained import (
 )
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
-from drama_dist.prune.extractor import requested_shape, shape_of
 from drama_dist.prune.rotation import principal_basis, rotated
+from drama_dist.prune.shape import requested_shape, shape_of
 from drama_dist.settings import Settings, SettingsError
 
 
@@ -39,8 +39,7 @@ def check(settings: Settings) -> None:
         config = check_llama(
             settings.llm, settings.trust_remote_code, needs_head(settings), with_superwords, fewer_tokens
         )
-    whole = shape_of(config)
-    shape = requested_shape(settings.prune, whole)
+    whole, shape = shape_of(config), requested_shape(settings.prune, config)
     if settings.prune.mask_steps and replace(shape, kv_heads=whole.kv_heads) == whole:
         raise SettingsError(
             f"prune.mask_steps={settings.prune.mask_steps}: {settings.llm} has the wanted shape already, so there "

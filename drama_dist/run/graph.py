@@ -27,6 +27,7 @@ MASKS = "masks"
 _OF_MASKS = tuple(
     f"prune.{key}"
     for key in [
+        "parameters",
         "layers",
         "hidden",
         "heads",

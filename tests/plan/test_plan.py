@@ -64,7 +64,7 @@ def test_what_pruning_keeps_is_the_llms(small_settings: Callable[..., Settings])
     assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == (48, 4, 6)
     assert shape.intermediate_size == 96
     with pytest.raises(
-        SettingsError, match=r"prune\.layers=null keeps the LLM's, which --vocabulary and --head do not"
+        SettingsError, match=r"prune\.layers=null depends on the LLM's shape, which --vocabulary and --head do not"
     ):
         pruned_shape(kept, 1000, 8)
     with pytest.raises(SettingsError, match=r"prune\.layers=5: the model has only 4"):

@@ -21,10 +21,11 @@ from drama_dist.distributed import precision
 from drama_dist.encoder.backbone import load
 from drama_dist.encoder.families import LanguageModel
 from drama_dist.prune import language_batches, language_loss
-from drama_dist.prune.extractor import Shape, shape_of, shrink
+from drama_dist.prune.extractor import shrink
 from drama_dist.prune.language_batches import LanguageBatches
 from drama_dist.prune.mask_stage import masked_model
 from drama_dist.prune.masks import LearnedMasks, folded, masked
+from drama_dist.prune.shape import Shape, shape_of
 from drama_dist.run import interrupts
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings, SettingsError, write_settings

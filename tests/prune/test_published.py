@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drama_dist.prune.extractor import Selection, requested_shape, shape_of, shrink
+from drama_dist.prune.extractor import Selection, shrink
+from drama_dist.prune.shape import requested_shape
 from drama_dist.settings import read_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,7 +49,7 @@ def test_the_pruned_llama_has_the_published_shape(name: str, published: dict[str
     settings = read_settings(CONFIGS / f"{name}.yaml", ["corpus.path=none"])
     with torch.device("meta"):
         source = LlamaForCausalLM(LlamaConfig(**LLAMA))
-        shape = requested_shape(settings.prune, shape_of(source.config))
+        shape = requested_shape(settings.prune, source.config)
         every = Selection(
             hidden=torch.arange(shape.hidden),
             layers=list(range(shape.layers)),
