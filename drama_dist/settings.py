@@ -122,7 +122,9 @@ class PruneSettings:
     kv_heads: Size | None = None  # key-value heads, of which each serves equally many; null: each head has its own
     # Which hidden dimensions are kept: importance, the LLM's own; rotation, its residual stream's principal components.
     hidden_choice: Literal["importance", "rotation"] = "importance"
-    layer_choice: Literal["even", "first", "influence"] = "even"
+    # Which layers are kept. influence: those that change their input most; residual: those after which a linear map
+    # from a training text's mean state, of calibration_tokens, to the teacher's vector of it leaves less than before
+    layer_choice: Literal["even", "first", "influence", "residual"] = "even"
     # Which tokens are kept: reachable, all that can come where the encoder folds capitals; used, those of them that the
     # corpus and general text have; whole, the LLM's. What is not kept comes in smaller pieces.
     vocabulary: Literal["whole", "reachable", "used"] = "reachable"

@@ -267,7 +267,7 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("prune.parameters=0", "prune.parameters='0': must be greater than or equal to 1"),
         ("prune.heal_scored_share=0", "prune.heal_scored_share='0': must be greater than 0"),
         ("prune.heal_kl_weight=1.5", "must be less than or equal to 1"),
-        ("prune.layer_choice=odd", "prune.layer_choice='odd': must be 'even', 'first' or 'influence'"),
+        ("prune.layer_choice=odd", "prune.layer_choice='odd': must be 'even', 'first', 'influence' or 'residual'"),
         ("evaluate.systems=[drama,colbert]", "evaluate.systems.1='colbert': must be drama, asymmetric, ridge"),
         ("evaluate.systems=[drama,drama]", "must differ from each other"),
         ("evaluate.systems=[]", "evaluate.systems=.*at least 1 item"),

@@ -54,16 +54,19 @@ class Selection:
         }
 
 
-def select(importance: Importance, prune: PruneSettings) -> Selection:
-    """Select the most important parts; layers evenly spaced, with the first and the last, the first ones, or by block
-    influence; of a rotated model the first hidden dimensions.
+def select(importance: Importance, prune: PruneSettings, residuals: torch.Tensor | None = None) -> Selection:
+    """Select the most important parts; layers evenly spaced, with the first and the last, the first ones, by block
+    influence, or by how much the residual falls; of a rotated model the first hidden dimensions.
 
-    Raises SettingsError as `requested_shape` does.
+    residuals: of the teacher's vectors before the first layer and after each (L + 1), where prune.layer_choice asks for
+    them. Raises SettingsError as `requested_shape` does.
     """
     whole, shape = shape_of(importance.config), requested_shape(prune, importance.config)
     principal = prune.hidden_choice == "rotation"
     hidden = torch.arange(shape.hidden) if principal else _top(importance.hidden_H, shape.hidden)
-    layers = _layers(importance.layers_L, shape.layers, prune.layer_choice)
+    assert (residuals is not None) == (prune.layer_choice == "residual")
+    scores_L = importance.layers_L if residuals is None else -residuals.diff()
+    layers = _layers(scores_L, shape.layers, prune.layer_choice)
     norms = [2 * layer + offset for layer in layers for offset in (0, 1)] + [len(importance.energy) - 1]
     energy = importance.energy[norms]
     return Selection(
@@ -120,12 +123,12 @@ def best_heads(scores_A: torch.Tensor, shape: Shape, groups: int) -> torch.Tenso
     return (kept[:, None] * scores_GS.shape[1] + best_GE[kept]).flatten().sort().values
 
 
-def _layers(influence_L: torch.Tensor, count: int, choice: str) -> list[int]:
-    if choice == "influence":
-        return _top(influence_L, count).tolist()
+def _layers(scores_L: torch.Tensor, count: int, choice: str) -> list[int]:
+    if choice in ("influence", "residual"):
+        return _top(scores_L, count).tolist()
     if choice == "first":
         return list(range(count))
-    return torch.linspace(0, len(influence_L) - 1, count).round().long().tolist()
+    return torch.linspace(0, len(scores_L) - 1, count).round().long().tolist()
 
 
 def _top(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -56,10 +56,14 @@ def measure_importance(model: LanguageModel, sequences: Sequence[Sequence[int]])
 
 
 @torch.no_grad()
-def run_over(model: LanguageModel, sequences: Sequence[Sequence[int]], what: str) -> None:
-    """Call the model, but for its head, on token id sequences, for hooks that watch it. what: beside the bar."""
+def run_over(model: LanguageModel, sequences: Sequence[Sequence[int]], what: str) -> list[int]:
+    """Call the model, but for its head, on token id sequences, for hooks that watch it. what: beside the bar.
+
+    Returns the positions of the sequences in the order in which the model read them.
+    """
     bar = progress_bar(len(sequences), what, "passages")
-    for chunk in token_budget_chunks([len(sequence) for sequence in sequences], _CHUNK_TOKENS):
+    chunks = token_budget_chunks([len(sequence) for sequence in sequences], _CHUNK_TOKENS)
+    for chunk in chunks:
         packed = pack([sequences[i] for i in chunk], model.device)
         model.model(
             input_ids=packed.token_ids_T.unsqueeze(0),
@@ -69,6 +73,7 @@ def run_over(model: LanguageModel, sequences: Sequence[Sequence[int]], what: str
         )
         bar.update(len(chunk))
     bar.close()
+    return [position for chunk in chunks for position in chunk]
 
 
 def norms_in_order(model: LanguageModel) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import PassageTable
@@ -26,8 +27,10 @@ from drama_dist.encoder.pretrained import (
 )
 from drama_dist.encoder.sources import reachable, resolve
 from drama_dist.encoder.texts import TextTokenizer
+from drama_dist.prune.residual import MOST_TEXTS, check_texts
 from drama_dist.prune.rotation import principal_basis, rotated
 from drama_dist.prune.shape import requested_shape, shape_of
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.settings import Settings, SettingsError
 
 
@@ -45,6 +48,8 @@ def check(settings: Settings) -> None:
             f"prune.mask_steps={settings.prune.mask_steps}: {settings.llm} has the wanted shape already, so there "
             "is no mask to learn; set prune.layers, hidden, heads or mlp, or the steps to 0"
         )
+    if settings.prune.layer_choice == "residual":
+        check_texts(settings.prune.calibration_passages)
     if not settings.train.regression_weight:
         check_dims(settings.encoder, shape.hidden, "settings")
 
@@ -77,10 +82,26 @@ def calibration(
     tokenizer: PreTrainedTokenizerBase, table: PassageTable, settings: Settings
 ) -> tuple[list[list[int]], list[str]]:
     """Token ids of passages sampled by the seed, and their languages."""
-    count = min(settings.prune.calibration_passages, len(table))
-    positions = sorted(random.Random(f"{settings.seed} calibration").sample(range(len(table)), count))
+    positions = sorted(_sampled(len(table), settings.prune.calibration_passages, settings))
     sequences = TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
     return sequences, table.languages_of(positions)
+
+
+def taught_calibration(
+    tokenizer: PreTrainedTokenizerBase, table: PassageTable, vectors: EmbeddingShards, settings: Settings
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Token ids of passages sampled by the seed, at most MOST_TEXTS, in random order, and the teacher's vectors of
+    them, float32 (n, K).
+
+    vectors: the teacher's of the whole table.
+    """
+    positions = _sampled(len(table), min(settings.prune.calibration_passages, MOST_TEXTS), settings)
+    sequences = TextTokenizer(tokenizer)(table.contents(positions), settings.prune.calibration_tokens)
+    return sequences, torch.from_numpy(vectors.rows(positions))
+
+
+def _sampled(size: int, most: int, settings: Settings) -> list[int]:
+    return random.Random(f"{settings.seed} calibration").sample(range(size), min(most, size))
 
 
 def rotated_if_asked(source: LanguageModel, sequences: list[list[int]], settings: Settings) -> LanguageModel:

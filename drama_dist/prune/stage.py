@@ -1,7 +1,8 @@
 """The prune stage: from a language model to a small bidirectional encoder.
 
 Measures importance, selects and extracts the small model, or takes that of learned masks; heals it, and leaves out
-tokens that it does not need. The artefact is an encoder folder with selection.json, the indices that were kept.
+tokens that it does not need. The artefact is an encoder folder with selection.json: the indices that were kept, and
+with prune.layer_choice=residual the residuals by which layers were chosen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from drama_dist.corpus.collection import open_collection
@@ -21,7 +23,7 @@ from drama_dist.distributed.precision import AUTO, dtype_name
 from drama_dist.encoder.backbone import Encoder, probe
 from drama_dist.encoder.contract import wire_tokenizer, with_dims_within
 from drama_dist.encoder.cut_texts import counting
-from drama_dist.encoder.families import Backbone
+from drama_dist.encoder.families import Backbone, LanguageModel
 from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.encoder.vocabulary import is_prunable, keep_embeddings, reachable_tokens, used_tokens, with_tokens
 from drama_dist.prune.extractor import SELECTION, select, shrink
@@ -29,13 +31,15 @@ from drama_dist.prune.healing import heal
 from drama_dist.prune.importance import measure_importance
 from drama_dist.prune.language_batches import LanguageBatches
 from drama_dist.prune.mask_stage import masked_model
-from drama_dist.prune.source import calibration, load_source, rotated_if_asked
+from drama_dist.prune.residual import residuals
+from drama_dist.prune.source import calibration, load_source, rotated_if_asked, taught_calibration
 from drama_dist.run import interrupts
 from drama_dist.run.files import write_text
 from drama_dist.run.folder import StageFolder
-from drama_dist.run.graph import CORPUS, MASKS
+from drama_dist.run.graph import CORPUS, MASKS, TRAINING_TEXTS
 from drama_dist.run.progress import progress_bar, say
 from drama_dist.run.runner import Run
+from drama_dist.search.shards import EmbeddingShards
 from drama_dist.settings import EncoderSettings
 
 
@@ -58,8 +62,11 @@ def prune(run: Run, folder: StageFolder) -> None:
         small, kept_parts = masked_model(run.path(MASKS))
     else:
         turned = rotated_if_asked(source, sequences, settings)
-        selection = select(measure_importance(turned, sequences), settings.prune)
+        importance, unexplained = measure_importance(turned, sequences), _unexplained(run, source, tokenizer)
+        selection = select(importance, settings.prune, unexplained)
         small, kept_parts = shrink(turned, selection), selection.as_record()
+        if unexplained is not None:
+            kept_parts["residuals"] = unexplained.tolist()
     batches = LanguageBatches(sequences, languages)
     if settings.prune.heal_steps:
         batches.measure(source)
@@ -78,6 +85,15 @@ def prune(run: Run, folder: StageFolder) -> None:
             _save(folder.folder, backbone, tokenizer, settings.encoder, kept_parts)
         facts = {"parameters": sum(weight.numel() for weight in backbone.parameters()), "tokens": len(tokenizer)}
         folder.finish(**facts, dtype=dtype_name(AUTO), cut={"passages": asdict(cut)})
+
+
+def _unexplained(run: Run, source: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    """Of the teacher's vectors of training texts, at every depth; None where layers are chosen otherwise."""
+    if run.settings.prune.layer_choice != "residual":
+        return None
+    table = open_collection(run.path(TRAINING_TEXTS)).passages
+    vectors = EmbeddingShards(run.path(f"encode/{TRAINING_TEXTS}/teacher"))
+    return residuals(source, *taught_calibration(tokenizer, table, vectors, run.settings))
 
 
 def _wanted_tokens(run: Run, tokenizer: PreTrainedTokenizerBase) -> set[int]:

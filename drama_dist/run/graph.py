@@ -86,6 +86,12 @@ class Stage:
         return None if match is None else {**match.groupdict(), **self.constants}
 
 
+def _of_pruning(settings: Settings) -> list[str]:
+    prune = settings.prune
+    taught = [TRAINING_TEXTS, f"encode/{TRAINING_TEXTS}/teacher"] if prune.layer_choice == "residual" else []
+    return [CORPUS, *([MASKS] if prune.mask_steps else []), *taught]
+
+
 def _of_training(settings: Settings, system: str) -> list[str]:
     train = settings.train
     regression = ["targets"] if train.regression_weight else []
@@ -221,7 +227,7 @@ STAGES = (
         help="cut the LLM down to a small encoder",
         work="drama_dist.prune.stage:prune",
         sections=("seed", "llm", "prune", "encoder"),
-        needs=lambda settings: [CORPUS, *([MASKS] if settings.prune.mask_steps else [])],
+        needs=_of_pruning,
         inputs="drama_dist.prune.stage:inputs",
         check="drama_dist.prune.source:check",
         processes="node",
