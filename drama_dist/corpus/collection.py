@@ -75,7 +75,7 @@ class PassageTable:
         return list(self._rows["language"])
 
     def languages_of(self, positions: Sequence[int]) -> list[str]:
-        """The language of each passage; of a large table not all are read."""
+        """The language of each passage; reads only these rows."""
         return list(self._rows.select_columns("language")[[int(position) for position in positions]]["language"])
 
     @cached_property

@@ -57,19 +57,19 @@ class StepReport:
 
 
 class Stateful(Protocol):
-    """What changes from step to step beside the engine; its state is the same on all ranks."""
+    """What changes from step to step beside the engine, the same on all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values, which every checkpoint keeps beside its step."""
+        """JSON values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take its values from all that a checkpoint keeps."""
+        """Go on from what `state_dict` gave."""
 
 
 class ResumableLoop:
     """The steps of one engine that are still to do; all ranks make every call. first_step: counted from 0.
 
-    beside: saved in every checkpoint with the engine, and resumed with it.
+    beside: its state is saved in every checkpoint with the engine's, and resumed.
     """
 
     def __init__(self, folder: StageFolder, engine: Engine, schedule: Schedule, beside: Stateful | None = None):
@@ -78,8 +78,8 @@ class ResumableLoop:
         state = engine.resume(self._checkpoints)
         self.first_step = int(state["step"])
         self._seconds_before = float(state.get("seconds", 0))
-        if beside:
-            beside.load_state_dict(state)
+        if beside and "beside" in state:
+            beside.load_state_dict(state["beside"])
         folder.forget_metrics_after(self.first_step)
 
     def run(self, label: str, do_step: Callable[[int, float], StepReport]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class ResumableLoop:
                     break
                 stopping = interrupts.wanted()
                 if stopping or step % schedule.checkpoint_every == 0:
-                    facts = self._beside.state_dict() if self._beside else {}
+                    facts: dict[str, Any] = {"beside": self._beside.state_dict()} if self._beside else {}
                     if schedule.keep_best:
                         facts["loss"] = mean(losses)
                     self._engine.save(self._checkpoints, step, seconds=monotonic() - began, **facts)

@@ -189,10 +189,10 @@ def _figures(
     if kept := _metrics(run / MASKS):
         note = "Expected share of each group's parts that stay; heads and MLP neurons are means over layers."
         drawn.append(("Learned masks", note, figures.share_curves("kept", _shares(kept, "kept"), "kept, %")))
-    for stage, title in ((MASKS, "Languages of masks"), ("prune", "Languages of healing")):
+    for stage, title in ((MASKS, "Languages read while masks are learnt"), ("prune", "Languages read in healing")):
         if lines := [line for line in _metrics(run / stage) if "language_shares" in line]:
-            note = "By which texts are drawn: the farther a language's loss is above the LLM's own, the more it grows."
-            curves = _shares(lines, "language_shares")
+            note = "Of the texts that are drawn. A share grows where the loss is still far above the LLM's own."
+            curves = {name or "not told": curve for name, curve in _shares(lines, "language_shares").items()}
             drawn.append((title, note, figures.share_curves(f"languages-{stage}", curves, "share, %")))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:

@@ -2,9 +2,9 @@
 
 Dynamic batch loading (Sheared LLaMA, Xia et al. 2024, arXiv 2310.06694, section 2.2 and algorithm 1): a language whose
 loss is still far above the LLM's own is drawn more often. They weight domains, by losses on held-out texts; here the
-losses are those of the steps since the last update, which are there already. Covers drawing, the update, the LLM's
-losses, and what checkpoints keep; not the steps themselves. Where all texts are of one language they are drawn evenly,
-and nothing is measured.
+losses are those of the steps since the last update, which cost nothing extra. So that every language is drawn, and
+measured, its share has a lower bound. Covers drawing, the update, the LLM's losses, and what checkpoints keep; not the
+steps themselves. Where one language has texts they are drawn evenly, and nothing is measured.
 Shapes: L languages, S scored tokens of a chunk.
 """
 
@@ -20,12 +20,12 @@ from torch.nn.functional import one_hot
 
 from drama_dist.distributed import ranks
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.prune.language_loss import CHECKPOINT_EVERY, Chunk, chunked, share_of_this_rank, token_losses
+from drama_dist.prune.language_loss import Chunk, chunked, share_of_this_rank, token_losses
 from drama_dist.run.progress import progress_bar
 
-_UPDATE_EVERY = CHECKPOINT_EVERY  # steps; 50 in their pruning
+_UPDATE_EVERY = 25  # steps, of which there are some hundreds; 50 of 3,200 in their pruning
+_LEAST = 0.2  # of a language's share of the texts
 _REFERENCE_TEXTS = 32  # of a language, at most
-_STATE = "languages"
 
 
 class LanguageBatches:
@@ -46,6 +46,7 @@ class LanguageBatches:
         self._several = len(self._texts) > 1
         total = sum(map(len, self._texts.values()))
         self.shares = {language: _rounded(len(indices) / total) for language, indices in self._texts.items()}
+        self._least = {language: _LEAST * share for language, share in self.shares.items()}
         self._reference: dict[str, float] = {}
         self._sums_L2 = torch.zeros(len(self._texts), 2, dtype=torch.float64)  # losses and tokens since the last update
         self._of_step_L2 = torch.zeros_like(self._sums_L2, device=ranks.device())  # of this rank alone
@@ -93,26 +94,23 @@ class LanguageBatches:
             self._of_step_L2 += weight * (is_of_SL.T @ counted_S2)
 
     def finish_step(self, step: int) -> dict[str, Any]:
-        """Update the shares after some steps, counted from 0. Returns what metrics.jsonl says: those that held."""
+        """Update the shares after some steps, counted from 0. Returns those it was drawn by, for metrics.jsonl."""
         if not self._several:
             return {}
         held = self.shares
         self._sum_over_ranks()
         if (step + 1) % _UPDATE_EVERY == 0:
-            self.shares = updated(self.shares, self._take_means(), self._reference)
+            self.shares = updated(self.shares, self._take_means(), self._reference, self._least)
         return {"language_shares": held}
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, which may fall between two updates; nothing where there is but one language."""
-        if not self._several:
-            return {}
-        return {_STATE: {"shares": self.shares, "reference": self._reference, "sums": self._sums_L2.tolist()}}
+        """For a checkpoint, which may fall between two updates; JSON values."""
+        return {"shares": self.shares, "reference": self._reference, "sums": self._sums_L2.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint has."""
-        if saved := state.get(_STATE):
-            self.shares, self._reference = saved["shares"], saved["reference"]
-            self._sums_L2 = torch.tensor(saved["sums"], dtype=torch.float64)
+        self.shares, self._reference = state["shares"], state["reference"]
+        self._sums_L2 = torch.tensor(state["sums"], dtype=torch.float64).reshape(self._sums_L2.shape)
 
     def _evenly(self, generator: random.Random, most: int) -> Iterator[int]:
         count = len(self._sequences)
@@ -142,20 +140,29 @@ class LanguageBatches:
 
 
 def updated(
-    shares: Mapping[str, float], losses: Mapping[str, float], reference: Mapping[str, float]
+    shares: Mapping[str, float],
+    losses: Mapping[str, float],
+    reference: Mapping[str, float],
+    least: Mapping[str, float],
 ) -> dict[str, float]:
     """The shares times exp(max(loss − reference, 0)), normalised (algorithm 1, its UpdateWeight).
 
-    A language without a loss, of which no token was scored, keeps its share.
+    A language without a loss, of which no token was scored, keeps its share. Then what is below `least` is raised to
+    it, and all are normalised again: the paper has no such bound, and shares could not come back from 0.
     """
     excess = {language: max(loss - reference[language], 0.0) for language, loss in losses.items()}
     most = max(excess.values())  # without it, exp could overflow
     grown = {language: shares[language] * math.exp(each - most) for language, each in excess.items()}
     kept = {language: share for language, share in shares.items() if language not in losses}
     scale = (1 - sum(kept.values())) / sum(grown.values())
-    return {language: kept[language] if language in kept else _rounded(grown[language] * scale) for language in shares}
+    raised = {
+        language: max(kept[language] if language in kept else grown[language] * scale, least[language])
+        for language in shares
+    }
+    total = sum(raised.values())
+    return {language: _rounded(share / total) for language, share in raised.items()}
 
 
 def _rounded(share: float) -> float:
-    """Four significant digits: the others depend on the order in which ranks' sums are added up."""
+    """Four significant digits: in float32, the others depend on the order in which ranks' sums are added up."""
     return float(f"{share:.4g}")

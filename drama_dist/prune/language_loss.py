@@ -21,7 +21,7 @@ from drama_dist.encoder.families import LanguageModel
 from drama_dist.encoder.packing import Packed, pack
 
 _WARMUP_SHARE = 0.1
-CHECKPOINT_EVERY = 25  # steps
+_CHECKPOINT_EVERY = 25
 _KEEP_CHECKPOINTS = 1
 _CHUNK_TOKENS = 1024  # T × V scores in float32: 200 MB for a vocabulary of 49k
 
@@ -65,7 +65,7 @@ def chunked(
 
 def schedule(steps: int, peak: float) -> Schedule:
     """Of training for so many steps, at this learning rate at most."""
-    return Schedule(steps, None, peak, _WARMUP_SHARE, CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False)
+    return Schedule(steps, None, peak, _WARMUP_SHARE, _CHECKPOINT_EVERY, _KEEP_CHECKPOINTS, keep_best=False)
 
 
 def share_of_this_rank(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, float]]:

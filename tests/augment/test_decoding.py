@@ -17,7 +17,7 @@ from drama_dist.augment.writers.decoding import Decoding, can_decode, decode, dr
 from drama_dist.augment.writers.writer import Sampling
 
 OPENING = [0, 17, 300, 42, 8, 99]
-PROMPTS = [[*OPENING, 5, 6], [*OPENING, 7], [*OPENING, 11, 12, 13, 14, 15]]
+PROMPTS = [[*OPENING, 11, 12, 13, 14, 15], [*OPENING, 5, 6], [*OPENING, 7]]
 
 
 @torch.no_grad()
@@ -43,7 +43,15 @@ def test_scores_are_those_of_each_text_by_itself(
         model(tokens[:1, :shared], past_key_values=cache)
     precise, errors = copy.deepcopy(model).double(), torch.zeros(2, dtype=torch.float64)
     batch, texts = Decoding(model, cache, mask[:, shared:], most=3), [list(ids) for ids in PROMPTS]
-    batch.read_prompts(tokens[:, shared:])
+    sizes = []
+    read = batch._states
+    monkeypatch.setattr(batch, "_states", lambda ids, *where: (sizes.append(tuple(ids.shape)), read(ids, *where))[1])
+    states = batch.read_prompts(tokens[:, shared:])
+    assert all(rows * columns <= at_once for rows, columns in sizes)
+    if dtype == torch.float32:
+        for row, ids in enumerate(PROMPTS):
+            expected = model(torch.tensor([ids])).logits[0, -1]
+            torch.testing.assert_close(model.lm_head(states[row]), expected, rtol=1e-4, atol=1e-5)
     going = [0, 1, 2]
     for step, newest in enumerate([[20, 21, 22], [30, 31, 32], [40, 42]]):
         if step == 2:

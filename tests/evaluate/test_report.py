@@ -76,7 +76,11 @@ def test_the_page_shows_the_languages_of_masks_and_healing(run: Settings) -> Non
             stage.log(step=step, loss=1.0, kept={"hidden": 0.9}, language_shares=shares)
         stage.finish()
     page = write_report(Path(run.run), run).read_text("utf-8")
-    assert page.count("<svg") == 9 and "Languages of masks" in page and "Languages of healing" in page
+    assert (
+        page.count("<svg") == 9
+        and "Languages read while masks are learnt" in page
+        and "Languages read in healing" in page
+    )
     assert page.count("$\\de$") == 2
 
 

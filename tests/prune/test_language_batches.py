@@ -36,7 +36,7 @@ def texts(count: int, seed: int = 1, shortest: int = 2) -> list[list[int]]:
 
 
 def drawn_evenly(sequences: list[list[int]], tokens: int, share: float, seed: str) -> list[tuple[list, list[int]]]:
-    """A step's chunks of at most some 64 tokens, as they were before languages had shares."""
+    """A step's chunks of some 64 tokens: texts of one language, without replacement."""
     generator = random.Random(seed)
     chunks: list[list[list[int]]] = [[]]
     taken = 0
@@ -56,7 +56,7 @@ def drawn_evenly(sequences: list[list[int]], tokens: int, share: float, seed: st
 
 
 @pytest.mark.parametrize("languages", [[""] * 90, ["en"] * 90, ["en"] * 60 + ["none"] * 30])
-def test_one_language_is_drawn_as_before(languages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_language_is_drawn_evenly(languages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_loss, "_CHUNK_TOKENS", 64)
     sequences = [ids[:1] if language == "none" else ids for ids, language in zip(texts(90), languages, strict=True)]
     batches = LanguageBatches(sequences, languages)
@@ -64,7 +64,7 @@ def test_one_language_is_drawn_as_before(languages: list[str], monkeypatch: pyte
         found = [(chunk.sequences, chunk.scored) for chunk in batches.chunks(300, 0.5, seed)]
         assert len(found) > 3 and found == drawn_evenly(sequences, 300, 0.5, seed)
     batches.measure(None)  # type: ignore[arg-type]  # which would fail if it asked a model
-    assert batches.finish_step(0) == batches.state_dict() == {}
+    assert batches.finish_step(0) == {}
     several = LanguageBatches(sequences, ["en", "de"] * 45)
     assert [(chunk.sequences, chunk.scored) for chunk in several.chunks(300, 0.5, "1 heal 0")] != found
 
@@ -96,10 +96,14 @@ def test_the_update_is_that_of_the_paper() -> None:
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     losses, reference = {"a": 3.0, "b": 2.9, "c": 1.0}, {"a": 2.5, "b": 2.0, "c": 1.5}
     grown = np.array([0.5, 0.3, 0.2]) * np.exp(np.maximum(np.array([3.0, 2.9, 1.0]) - [2.5, 2.0, 1.5], 0))
-    assert list(updated(shares, losses, reference).values()) == pytest.approx(grown / grown.sum(), rel=1e-3)
-    assert updated(shares, reference, reference) == shares
-    assert updated(shares, {"a": 5000.0, "b": 2.0, "c": 1.5}, reference) == {"a": 1.0, "b": 0.0, "c": 0.0}
-    without = updated(shares, {"a": 3.0, "c": 1.5}, reference)  # no token of b was scored
+    none = dict.fromkeys(shares, 0.0)
+    assert list(updated(shares, losses, reference, none).values()) == pytest.approx(grown / grown.sum(), rel=1e-3)
+    assert updated(shares, reference, reference, none) == shares
+    far = {"a": 5000.0, "b": 2.0, "c": 1.5}
+    assert updated(shares, far, reference, none) == {"a": 1.0, "b": 0.0, "c": 0.0}
+    bound = updated(shares, far, reference, {"a": 0.1, "b": 0.06, "c": 0.04})
+    assert list(bound.values()) == pytest.approx([1 / 1.1, 0.06 / 1.1, 0.04 / 1.1], rel=1e-3)
+    without = updated(shares, {"a": 3.0, "c": 1.5}, reference, none)  # no token of b was scored
     assert without["b"] == 0.3 and sum(without.values()) == pytest.approx(1, abs=2e-4)
     assert without["a"] / without["c"] == pytest.approx(2.5 * math.exp(0.5), rel=1e-3)
 
@@ -139,7 +143,7 @@ def test_losses_are_those_of_each_languages_tokens(
     batches.measure(plain)
     every = [(index % 2, sequences[index]) for index in range(20) if index // 2 % 3 == 0]  # 4 of 10, evenly
     whole = [Chunk([ids], list(range(len(ids) - 1)), [("en", "de")[number]]) for number, ids in every]
-    reference = batches.state_dict()["languages"]["reference"]
+    reference = batches.state_dict()["reference"]
     assert reference == pytest.approx(mean_losses(plain, whole), rel=1e-5)
     student = copy.deepcopy(plain)
     student.model.norm.weight.data.mul_(3)
@@ -149,9 +153,11 @@ def test_losses_are_those_of_each_languages_tokens(
             batches.count(chunk, token_losses(student, chunk), 1.0)
             batches.count(chunk, token_losses(student, chunk), 0.0)  # as a rank without a chunk of its own
         assert batches.finish_step(step) == {"language_shares": {"de": 0.5, "en": 0.5}}
-    expected = updated({"de": 0.5, "en": 0.5}, mean_losses(student, [*steps[0], *steps[1]]), reference)
+    expected = updated(
+        {"de": 0.5, "en": 0.5}, mean_losses(student, [*steps[0], *steps[1]]), reference, {"de": 0.1, "en": 0.1}
+    )
     assert batches.shares == pytest.approx(expected, rel=2e-3) and batches.shares["de"] != 0.5
-    assert not any(map(any, batches.state_dict()["languages"]["sums"]))  # the next update begins from nothing
+    assert not any(map(any, batches.state_dict()["sums"]))  # the next update begins from nothing
 
 
 @pytest.mark.parametrize("harmed", ["de", "en"])
