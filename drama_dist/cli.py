@@ -12,18 +12,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from drama_dist.run import interrupts
 from drama_dist.run.graph import CORPUS, STAGES, is_finished
 from drama_dist.run.shares import WHOLE, Share
 from drama_dist.run.submit import submit, submitted_verbs
+from drama_dist.setting_types import Precision
 from drama_dist.settings import Settings, read_settings
 
 VERBS = {
     "run": "all stages in order, skipping finished ones",
     **{stage.verb: stage.help for stage in STAGES if stage.name.split("/")[0] == stage.verb},
 }
+PRECISIONS = get_args(Precision)
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
@@ -152,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--system", metavar="NAME", default="drama", help="which system (default drama)")
     compare.add_argument("--with-system", metavar="NAME", help="B's system, where it is another one")
     compare.add_argument("--dim", type=_count, help="the number of components (default: the largest that both have)")
+    compare.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of vectors: one of evaluate.precisions (default float32)",
+    )
+    compare.add_argument("--with-precision", choices=PRECISIONS, help="that of B's vectors, where it is another one")
     compare.add_argument(
         "--queries", metavar="N", type=_count, default=5, help="how many wins and losses to show (default 5)"
     )
@@ -291,7 +300,8 @@ def _compare(options: argparse.Namespace) -> None:
     from drama_dist.evaluate.compare import as_text, compare, write_queries
 
     systems = (options.system, options.with_system or options.system)
-    comparisons = compare(options.run_a, options.run_b, options.collection, systems, options.dim)
+    precisions = (options.precision, options.with_precision or options.precision)
+    comparisons = compare(options.run_a, options.run_b, options.collection, systems, options.dim, precisions)
     if options.output:
         write_queries(comparisons, options.output)
     print(as_text(comparisons, options.queries, shutil.get_terminal_size((120, 24)).columns))

@@ -70,6 +70,7 @@ SomeFraction = Annotated[float, Field(gt=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]  # Adam moves a weight by about as much in a step
 Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]  # beyond these float32 cannot tell scores apart
 Dtype = Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the device is fast in it
+Precision = Literal["float32", "int8", "binary"]  # of passages' vectors when they are searched
 Distinct = Annotated[list[T], AfterValidator(_distinct)]
 SomeKeys = Annotated[Distinct[Text], Field(min_length=1)]
 CostOnly = Annotated[T, COST_ONLY]  # see `recorded`

@@ -30,6 +30,7 @@ from drama_dist.setting_types import (
     GibOrAuto,
     LearningRate,
     Name,
+    Precision,
     Rank,
     Size,
     SomeFraction,
@@ -291,6 +292,10 @@ class EvaluateSettings:
     suite: Name | None = None
     suite_path: Name = "suites"  # where those of beir, miracl and mldr are, or are fetched to: SUITE_PATH/beir/scifact
     depth: Rank = 100
+    # Of passages' vectors, made from the float32 that is encoded: int8 takes a quarter of the memory, binary (signs) a
+    # 32nd. Every system with vectors is ranked in each, at every dim; mixes in float32 alone.
+    precisions: Annotated[Distinct[Precision], Field(min_length=1)] = Field(default=["float32"])
+    rescore_multiplier: Count = 4  # of binary: so many times evaluate.depth are found by bits, and scored by the query
     mix_weight: Fraction = 0.5  # of the first system of a mix; the second has the rest
 
     @property
@@ -399,6 +404,12 @@ class Settings:
         if self.vector_size is not None and max(dims) > self.vector_size:
             raise SettingsError(
                 f"encoder.dims={dims}: {max(dims)} components are more than prune.hidden={self.prune.hidden} has"
+            )
+        odd = [dim for dim in dims if dim % 8]
+        if odd and "binary" in self.evaluate.precisions:
+            raise SettingsError(
+                f"encoder.dims={dims} with evaluate.precisions={self.evaluate.precisions}: binary vectors are whole "
+                f"bytes, and {odd[0]} is not a multiple of 8"
             )
         if self.train.hard_negatives > self.augment.negatives:
             raise SettingsError(

@@ -252,6 +252,9 @@ def test_several_problems_are_told_at_once(read: Read) -> None:
         ("train.dim_weights=[1,-1,1]", "train.dim_weights.1='-1': must be greater than or equal to 0"),
         ("train.batch_size=99999999", "train.batch_size='99999999': must be less than or equal to 1048576"),
         ("evaluate.depth=99999999", "evaluate.depth='99999999': must be less than or equal to 65536"),
+        ("evaluate.precisions=[float16]", "evaluate.precisions.0='float16': must be 'float32', 'int8' or 'binary'"),
+        ("evaluate.precisions=[]", "evaluate.precisions=.*at least 1 item"),
+        ("evaluate.rescore_multiplier=0", "evaluate.rescore_multiplier='0': must be greater than or equal to 1"),
         ("train.passage_share=0.5", "train.passage_share=0.5: InfoNCE and soft targets compare queries with all"),
         ("train.superwords=9", "train.superwords=9 with train.regression_weight=0: only the token vectors that"),
         ("train.passage_share=0", "train.passage_share='0': must be greater than 0"),
@@ -325,6 +328,17 @@ def test_targets_without_any_part_are_refused(read: Read) -> None:
     ):
         read("targets.teacher_share=0", "targets.lexical_components=0")
     assert read("targets.teacher_share=0").targets.uses_bm25
+
+
+def test_binary_vectors_want_dims_of_whole_bytes(read: Read) -> None:
+    binary = "evaluate.precisions=[float32,binary]"
+    message = (
+        r"encoder\.dims=\[256, 100\] with evaluate\.precisions=\['float32', 'binary'\]: .* and 100 is not a multiple"
+    )
+    with pytest.raises(SettingsError, match=message):
+        read("encoder.dims=[256,100]", binary)
+    assert read("encoder.dims=[256,100]", "evaluate.precisions=[float32,int8]").encoder.dims == [256, 100]
+    assert read("encoder.dims=[256,104]", binary).evaluate.precisions == ["float32", "binary"]
 
 
 def test_steps_or_minutes_say_when_training_ends(read: Read, tmp_path: Path) -> None:

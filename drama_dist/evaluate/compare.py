@@ -21,7 +21,7 @@ import numpy as np
 
 from drama_dist.corpus.collection import Collection, open_collection
 from drama_dist.evaluate.metrics import evenly_weighted, paired_p_value
-from drama_dist.evaluate.scoring import first_of_run, label, ndcg_path
+from drama_dist.evaluate.scoring import first_of_run, label, ndcg_path, precision_of
 from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.records import Query
 from drama_dist.run.artefact import PROVENANCE, verify
@@ -39,7 +39,7 @@ _Rows = list[dict[str, Any]]  # of results.json
 
 @dataclass(frozen=True)
 class Result:
-    """One system at one dim on a collection of a run. values: query id -> nDCG@10, of every judged query."""
+    """One system at one dim in one precision on a collection of a run. values: query id -> nDCG@10, of all queries."""
 
     run: Path
     label: str
@@ -93,13 +93,14 @@ def compare(
     collection: str | None = None,
     systems: tuple[str, str] = ("drama", "drama"),
     dim: int | None = None,
+    precisions: tuple[str, str] = ("float32", "float32"),
 ) -> list[Comparison]:
     """Compare a system of one run with a system of another, or of the same, on each collection that both have judged.
 
     collection: only this one. systems: of A and B, as tables of results call them. dim: of both, as far as they have
-    vectors; None: the largest that both have, or else the largest of each.
+    vectors; None: the largest that both have, or else the largest of each. precisions: of A's and of B's vectors.
     Raises FileNotFoundError where a run is not there or not evaluated, Damaged where what it has is not what was
-    written, and ValueError where it has no such collection, system or dim, or the judgements of the two differ.
+    written, and ValueError where it has no such collection, system, precision or dim, or the judgements differ.
     """
     rows_a, rows_b = _judged(run_a), _judged(run_b)
     for run, rows in ((run_a, rows_a), (run_b, rows_b)):
@@ -111,11 +112,11 @@ def compare(
         raise ValueError(f"the runs have results on no common collection: {on}")
     comparisons = []
     for name in common:
-        dims_a = _dims(run_a, name, systems[0], rows_a[name], dim)
-        dims_b = _dims(run_b, name, systems[1], rows_b[name], dim)
+        dims_a = _dims(run_a, name, systems[0], precisions[0], rows_a[name], dim)
+        dims_b = _dims(run_b, name, systems[1], precisions[1], rows_b[name], dim)
         shared = dims_a & dims_b
-        a = _result(run_a, name, label(systems[0], _largest(shared or dims_a)))
-        b = _result(run_b, name, label(systems[1], _largest(shared or dims_b)))
+        a = _result(run_a, name, label(systems[0], _largest(shared or dims_a), precisions[0]))
+        b = _result(run_b, name, label(systems[1], _largest(shared or dims_b), precisions[1]))
         comparisons.append(_paired(a, b))
     return comparisons
 
@@ -171,12 +172,16 @@ def _judged(run: Path) -> dict[str, _Rows]:
     return judged
 
 
-def _dims(run: Path, collection: str, system: str, rows: _Rows, dim: int | None) -> set[int | None]:
+def _dims(run: Path, collection: str, system: str, precision: str, rows: _Rows, dim: int | None) -> set[int | None]:
     """The dims of a system's results, {None} for one without vectors; only `dim` where it is given."""
-    dims = {row["dim"] for row in rows if row["system"] == system}
-    if not dims:
+    own = [row for row in rows if row["system"] == system]
+    if not own:
         systems = ", ".join(dict.fromkeys(row["system"] for row in rows))
         raise ValueError(f"system {system!r}: {run} has on {collection}: {systems}")
+    dims = {row["dim"] for row in own if row["dim"] is None or precision_of(row) == precision}
+    if not dims:
+        has = ", ".join(dict.fromkeys(map(precision_of, own)))
+        raise ValueError(f"precision {precision}: {run} has {system} on {collection} in {has}")
     if dim is None or dims == {None}:
         return dims
     if dim not in dims:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 _PASSAGES, _QUERIES = "#0b6e99", "#d98324"
 _INK = "#333a42"
+_LINES = {None: "-", "int8": "-.", "binary": ":"}  # of lines, by precision
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -54,14 +55,16 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
     def draw(axes: Axes) -> None:
         dims = sorted({row["dim"] for row in rows if row["dim"] is not None})
         x_of_dim = {dim: x for x, dim in enumerate(dims)}
-        for system in dict.fromkeys(row["system"] for row in rows):
+        for system, precision in dict.fromkeys((row["system"], row.get("precision")) for row in rows):
             colour = colours.get(system, _INK)
-            points = sorted((row["dim"], row["ndcg@10"]) for row in rows if row["system"] == system and row["dim"])
+            own = [row for row in rows if (row["system"], row.get("precision")) == (system, precision)]
+            points = sorted((row["dim"], row["ndcg@10"]) for row in own if row["dim"])
             if points:
-                across = [x_of_dim[dim] for dim, _ in points]
-                axes.plot(across, [value for _, value in points], "o-", color=colour, label=system, linewidth=2)
+                across, heights = [x_of_dim[dim] for dim, _ in points], [value for _, value in points]
+                style, name = _LINES[precision], f"{system} {precision}" if precision else system
+                axes.plot(across, heights, f"o{style}", color=colour, label=name, linewidth=2)
             else:
-                flat = next(row["ndcg@10"] for row in rows if row["system"] == system)
+                flat = own[0]["ndcg@10"]
                 axes.axhline(flat, color=colour, linestyle="--", label=system, linewidth=1.5)
         axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
         axes.set_xlim(-0.3, len(dims) - 0.7)

@@ -20,7 +20,7 @@ from drama_dist.distributed import ranks
 from drama_dist.evaluate import figures
 from drama_dist.evaluate.metrics import METRICS, paired_p_value
 from drama_dist.evaluate.samples import samples_by_source
-from drama_dist.evaluate.scoring import label, ndcg_path
+from drama_dist.evaluate.scoring import label_of, ndcg_path, precision_of
 from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.records import read_json_lines
 from drama_dist.run.artefact import PROVENANCE, read_provenance, seconds_of, verify
@@ -38,7 +38,7 @@ _READ = (
     "train-random-init",
     "evaluate",
 )  # artefacts of which the report shows more than their time
-_HEADINGS = {"system": "system", "dim": "dim", "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
+_MEASURES = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10"}
 
 
 def report(run: Run) -> None:
@@ -79,10 +79,10 @@ def write_report(run: Path, settings: Settings) -> Path:
         corpus=settings.corpus.path,
         llm=settings.llm,
         seed=settings.seed,
-        headings=[_HEADINGS[name] for name in _HEADINGS],
         collections=[
             {
                 "name": name,
+                "headings": _headings(rows),
                 "table": _table_cells(rows),
                 "comparisons": _comparisons(run / "evaluate" / name, rows, settings.seed),
             }
@@ -103,7 +103,7 @@ def write_report(run: Path, settings: Settings) -> Path:
 def results_table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     """The result rows as an aligned table for the terminal, or as a Markdown table with the best in bold."""
     cells = [[f"**{cell}**" if best and markdown else cell for cell, best in line] for line in _table_cells(rows)]
-    return table([list(_HEADINGS.values()), *cells], markdown)
+    return table([_headings(rows), *cells], markdown)
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
@@ -140,23 +140,37 @@ def _colours(settings: Settings) -> dict[str, str]:
     return {label: meaning_and_colour(label, settings)[1] for label in settings.evaluate.labels}
 
 
+def _headings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of `_table_cells`."""
+    return ["system", "dim", *(["precision"] if _has_precisions(rows) else []), *_MEASURES.values()]
+
+
+def _has_precisions(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(precision_of(row) != "float32" for row in rows)
+
+
 def _table_cells(rows: Sequence[dict[str, Any]]) -> list[list[tuple[str, bool]]]:
     """Each row as (text, is the best of its column); what rounds to the same is equally good."""
     shown = {name: [f"{row[name]:.3f}" for row in rows] for name in METRICS}
     best = {name: max(column, default="") for name, column in shown.items()}
+    told = [
+        [str(row["system"]), *(["–", "–"] if row["dim"] is None else [str(row["dim"]), precision_of(row)])]
+        for row in rows
+    ]
+    width = 3 if _has_precisions(rows) else 2
     return [
-        [(str(row["system"]), False), ("–" if row["dim"] is None else str(row["dim"]), False)]
+        [(cell, False) for cell in told[index][:width]]
         + [(shown[name][index], shown[name][index] == best[name]) for name in METRICS]
         for index, row in enumerate(rows)
     ]
 
 
 def _comparisons(evaluated: Path, rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
-    """nDCG@10 of drama at its largest dim against every other system at its largest, with p."""
-    largest: dict[str, int | None] = {}
+    """nDCG@10 of drama at its largest dim, in the first precision, against every other system so, with p."""
+    of_system: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        largest[row["system"]] = max(row["dim"] or 0, largest.get(row["system"]) or 0) or None
-    names = {system: label(system, dim) for system, dim in largest.items()}
+        of_system.setdefault(row["system"], []).append(row)
+    names = {system: label_of(max(own, key=lambda row: row["dim"] or 0)) for system, own in of_system.items()}
     values = {system: _json(ndcg_path(evaluated, name)) or {} for system, name in names.items()}
     ours = values.pop("drama", {})
     comparable = [system for system, theirs in values.items() if ours and theirs.keys() == ours.keys()]

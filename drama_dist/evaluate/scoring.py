@@ -19,19 +19,22 @@ from drama_dist.evaluate.metrics import mean_over_queries, per_query
 from drama_dist.records import Hit
 from drama_dist.run.files import write_text
 from drama_dist.search.systems import Ranking
+from drama_dist.setting_types import Precision
 
 
 @dataclass(frozen=True)
 class SystemResult:
-    """What one system reaches at one dim; dim is None for a system without vectors."""
+    """What one system reaches at one dim in one precision; dim is None for a system without vectors."""
 
     system: str
     dim: int | None
     metrics: dict[str, float]
+    precision: Precision = "float32"
 
     def as_row(self) -> dict[str, Any]:
-        """The result as a row of report.json: system, dim and the measures."""
-        return {"system": self.system, "dim": self.dim, **self.metrics}
+        """The result as a row of report.json: system, dim, precision where it is not float32, and the measures."""
+        precision = {} if self.precision == "float32" else {"precision": self.precision}
+        return {"system": self.system, "dim": self.dim, **precision, **self.metrics}
 
 
 def without_own(ranking: Ranking, collection: Collection, depth: int) -> Ranking:
@@ -59,16 +62,28 @@ def score(system: str, ranking: Ranking, collection: Collection, folder: Path) -
         query.id: [Hit(ids[int(p)], float(s)) for p, s in zip(positions, scores, strict=True) if p >= 0]
         for query, positions, scores in hits
     }
-    values, name = per_query(collection.qrels, run), label(system, ranking.dim)
+    values, name = per_query(collection.qrels, run), label(system, ranking.dim, ranking.precision)
     write_run(folder / f"{name}.trec", run, name)
     ndcg = {query: value["ndcg@10"] for query, value in values.items()}
     write_text(ndcg_path(folder, name), json.dumps(ndcg) + "\n")
-    return SystemResult(system, ranking.dim, mean_over_queries(values))
+    return SystemResult(system, ranking.dim, mean_over_queries(values), ranking.precision)
 
 
-def label(system: str, dim: int | None) -> str:
-    """How files name a result: SYSTEM-DIM, or SYSTEM where it has no vectors."""
-    return system if dim is None else f"{system}-{dim}"
+def label(system: str, dim: int | None, precision: str = "float32") -> str:
+    """How files name a result: SYSTEM-DIM, SYSTEM-DIM-PRECISION, or SYSTEM where it has no vectors."""
+    if dim is None:
+        return system
+    return f"{system}-{dim}" if precision == "float32" else f"{system}-{dim}-{precision}"
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """The label of a row of results.json."""
+    return label(row["system"], row["dim"], precision_of(row))
+
+
+def precision_of(row: Mapping[str, Any]) -> str:
+    """The precision of a row of results.json, which says nothing of float32."""
+    return str(row.get("precision", "float32"))
 
 
 def ndcg_path(folder: Path, name: str) -> Path:

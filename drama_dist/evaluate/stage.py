@@ -28,11 +28,17 @@ from drama_dist.suites import MEMBERS
 
 
 def sections(settings: Settings, collection: str) -> dict[str, Any]:
-    """What the comparison depends on: the weight of mixes only where there is one, and whether queries are passages."""
+    """What the comparison depends on: the weight of mixes only where there is one, precisions only where they are not
+    float32 alone, and whether queries are passages.
+    """
     evaluation, encoder = settings.evaluate, recorded(settings.encoder)
     depends = {"evaluate.systems": evaluation.systems, "evaluate.depth": evaluation.depth, "encoder": encoder}
     if any(map(mixed, evaluation.systems)):
         depends["evaluate.mix_weight"] = evaluation.mix_weight
+    if evaluation.precisions != ["float32"]:
+        depends["evaluate.precisions"] = evaluation.precisions
+    if "binary" in evaluation.precisions:
+        depends["evaluate.rescore_multiplier"] = evaluation.rescore_multiplier
     if _own_left_out(collection):
         depends["passage with the query's id"] = "left out"
     return depends

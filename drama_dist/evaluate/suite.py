@@ -15,7 +15,7 @@ import numpy as np
 
 from drama_dist.distributed import ranks
 from drama_dist.evaluate.metrics import evenly_weighted, paired_p_value
-from drama_dist.evaluate.scoring import label, ndcg_path
+from drama_dist.evaluate.scoring import label_of, ndcg_path
 from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.run.files import write_text
 from drama_dist.run.progress import say
@@ -44,14 +44,15 @@ def compare(run: Run) -> None:
 def figures_of(suite: str, evaluated: Mapping[str, Path], seed: int) -> dict[str, Any]:
     """nDCG@10 and p-values on each collection, and on average over the collections.
 
-    evaluated: the collections, and the folders of their evaluations. A result is a system at a dim; each is compared
-    with the baseline: drama at its largest dim, or the first system where drama is not evaluated. p of a collection is
-    paired_p_value's; p of the average is the same test with every difference divided by the number of queries of its
-    collection, so that its statistic is the difference of averages, in which each collection counts equally.
+    evaluated: the collections, and the folders of their evaluations. A result is a system at a dim in a precision; each
+    is compared with the baseline: drama at its largest dim in the first precision, or the first system where drama is
+    not evaluated. p of a collection is paired_p_value's; p of the average is the same test with every difference
+    divided by the number of queries of its collection, so that its statistic is the difference of averages, in which
+    each collection counts equally.
     """
     rows = _results(next(iter(evaluated.values())))
     first = next((row for row in rows if row["system"] == "drama"), rows[0])
-    results, baseline = [label(row["system"], row["dim"]) for row in rows], label(first["system"], first["dim"])
+    results, baseline = [label_of(row) for row in rows], label_of(first)
     values = {name: {result: _ndcg(folder, result) for result in results} for name, folder in evaluated.items()}
     collections = [_row(name, of, baseline, seed) for name, of in values.items()]
     weighted = {result: evenly_weighted([*of[result].values()] for of in values.values()) for result in results}

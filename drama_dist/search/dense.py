@@ -2,14 +2,15 @@
 
 Exact search reads the shards a block at a time, so that memory does not grow with the corpus. An index that a factory
 string describes (https://github.com/facebookresearch/faiss/wiki/The-index-factory) is compressed or approximate, or
-both, and is held in memory. Does not encode (shards.py), and knows positions, not passage ids.
+both, and is held in memory. Does not encode (shards.py), and knows positions, not passage ids. Vectors in int8 and in
+bits, which evaluation compares with these, are in quantised.py.
 Shapes: N passages, Q queries, K components, k hits, n passages of a block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,13 +43,13 @@ def search_exact(
     Many queries are multiplied as matrices, where the last bit of a score may depend on its place in them, also that of
     equal vectors. Raises ValueError where the queries have another number of components, or dim is larger than K.
     """
-    _check_queries(queries_QK, shards.dim if dim is None else dim)
+    check_queries(queries_QK, shards.dim if dim is None else dim)
     k = max(0, min(k, len(shards)))
     queries_QK = np.ascontiguousarray(queries_QK, dtype=np.float32)
     scores_Qk = np.full((len(queries_QK), k), -np.inf, dtype=np.float32)
     positions_Qk = np.full((len(queries_QK), k), -1, dtype=np.int64)
     if scores_Qk.size:
-        for first, block_nK in shards.blocks(_block_rows(shards.dim)):
+        for first, block_nK in shards.blocks(block_rows(shards.dim)):
             block_nK = block_nK if dim is None else matryoshka_cut_array(block_nK, dim)
             for start in range(0, len(queries_QK), _QUERIES_AT_ONCE):
                 rows = slice(start, start + _QUERIES_AT_ONCE)
@@ -62,16 +63,31 @@ def _search_block(
     queries_QK: np.ndarray, block_nK: np.ndarray, k: int, least_Q: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of a block for each query: k or all, and some more. In order, ties by position, above `least_Q`."""
-    wide = min(k + 1, len(block_nK))
+
+    def find(wide: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, positions = faiss.knn(queries_QK, block_nK, wide, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores, positions
+
+    return best_of(find, k, len(block_nK), least_Q)
+
+
+def best_of(
+    find: Callable[[int], tuple[np.ndarray, np.ndarray]], k: int, count: int, least_Q: np.ndarray | float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of `count` passages for each query, and some more, in order, ties by position.
+
+    find: so many hits by faiss, which keeps any of the passages that tie for the last rank: where they do, it is asked
+    for more. Where a query's last score is not above `least_Q`, its ties do not matter.
+    """
+    wide = min(k + 1, count)
     while True:
-        scores, positions = _in_order(*faiss.knn(queries_QK, block_nK, wide, metric=faiss.METRIC_INNER_PRODUCT))
-        # faiss keeps any of the passages that tie for the last rank: where they do, look at more of them.
-        if wide == len(block_nK) or not ((scores[:, k - 1] == scores[:, -1]) & (scores[:, -1] > least_Q)).any():
+        scores, positions = in_order(*find(wide))
+        if wide == count or not ((scores[:, k - 1] == scores[:, -1]) & (scores[:, -1] > least_Q)).any():
             return scores, positions
-        wide = min(2 * wide, len(block_nK))
+        wide = min(2 * wide, count)
 
 
-def _in_order(scores_Qk: np.ndarray, positions_Qk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def in_order(scores_Qk: np.ndarray, positions_Qk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Best first, ties by position; what faiss left empty (position -1) last, with a score of minus infinity."""
     scores_Qk[positions_Qk < 0] = -np.inf
     order_Qk = np.lexsort((positions_Qk, -scores_Qk), axis=1)
@@ -109,11 +125,11 @@ class FactoryIndex:
         Returns as `search_exact` does; position -1 and score 0 where the index finds fewer than k. Scores of compressed
         vectors are approximate. Raises ValueError where the queries have another number of components.
         """
-        _check_queries(queries_QK, self.dim)
+        check_queries(queries_QK, self.dim)
         k = max(0, min(k, len(self)))
         if not len(queries_QK) or not k:
             return np.empty((len(queries_QK), k), np.float32), np.empty((len(queries_QK), k), np.int64)
-        scores_Qk, positions_Qk = _in_order(*self._index.search(np.ascontiguousarray(queries_QK, np.float32), k))
+        scores_Qk, positions_Qk = in_order(*self._index.search(np.ascontiguousarray(queries_QK, np.float32), k))
         scores_Qk[positions_Qk < 0] = 0
         return scores_Qk, positions_Qk
 
@@ -139,7 +155,7 @@ def build_index(shards: EmbeddingShards, factory: str, folder: Path, parameters:
         if not index.is_trained:
             index.train(shards.sample(_training_rows(index), seed=0))
         bar = progress_bar(len(shards), f"index {factory}", "passages")
-        for _, block_nK in shards.blocks(_block_rows(shards.dim)):
+        for _, block_nK in shards.blocks(block_rows(shards.dim)):
             index.add(block_nK)
             bar.update(len(block_nK))
         bar.close()
@@ -224,10 +240,12 @@ def _reason(error: RuntimeError | MemoryError) -> str:
     return re.sub(r"^.*\.(?:cpp|h):\d+: (?:Error: '.*' failed: )?", "", str(error), flags=re.DOTALL).strip()
 
 
-def _block_rows(dim: int) -> int:
+def block_rows(dim: int) -> int:
+    """How many vectors are read and compared at once."""
     return max(1, _BLOCK_BYTES // (4 * dim * _BLOCK_UNIT)) * _BLOCK_UNIT
 
 
-def _check_queries(queries_QK: np.ndarray, dim: int) -> None:
+def check_queries(queries_QK: np.ndarray, dim: int) -> None:
+    """Raise ValueError where the queries do not have `dim` components."""
     if queries_QK.ndim != 2 or queries_QK.shape[1] != dim:
         raise ValueError(f"queries of shape {queries_QK.shape}: the passages have {dim} components")

@@ -31,15 +31,15 @@ from drama_dist.labels import OTHER_MODEL, is_endpoint, mixed
 from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING, TRAINING_TEXTS
 from drama_dist.run.progress import progress_bar
-from drama_dist.search.dense import search_exact
 from drama_dist.search.endpoint_teacher import EndpointTeacher
 from drama_dist.search.fusion import convex_mix
 from drama_dist.search.lexical import LexicalIndex, build_lexical_index
 from drama_dist.search.local_teacher import LocalTeacher
+from drama_dist.search.quantised import search_in
 from drama_dist.search.shards import EmbeddingShards, StoredVectors, TextEncoder, texts_cut, write_shard, write_shards
 from drama_dist.search.target_space import TargetSpace
 from drama_dist.search.teacher import MixedTeacher, Teacher
-from drama_dist.setting_types import recorded
+from drama_dist.setting_types import Precision, recorded
 from drama_dist.settings import EncodeSettings, Settings, SettingsError
 
 MIX_DEPTH = 1000  # hits of each system that a mix looks at
@@ -50,13 +50,14 @@ class Ranking:
     """Hits of every query: scores Q × k float32 and positions Q × k int64, best first, padded with -1.
 
     dim: number of vector components compared; None for a system without vectors. missed: the score of a passage that
-    is no hit where a query has fewer than k; None where it is not known.
+    is no hit where a query has fewer than k; None where it is not known. precision: of the passages' vectors.
     """
 
     dim: int | None
     scores_Qk: np.ndarray
     positions_Qk: np.ndarray
     missed: float | None = None
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,18 @@ class System(ABC):
         """
 
     @abstractmethod
-    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        """Rank an encoded collection for queries, at every dim to compare, largest first."""
+    def rank(
+        self,
+        settings: Settings,
+        encoded: Path,
+        queries: Sequence[str],
+        depth: int,
+        precisions: Sequence[Precision] = ("float32",),
+    ) -> Iterator[Ranking]:
+        """Rank an encoded collection for queries, at every dim to compare, largest first, in each of the precisions.
+
+        A system without vectors has one ranking.
+        """
 
 
 class DenseSystem(System):
@@ -120,11 +131,21 @@ class DenseSystem(System):
             cut = {"passages": texts_cut(folder.folder)}
             folder.finish(passages=len(shards), dim=shards.dim, dtype=self.dtype(settings), cut=cut)
 
-    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
-        shards = EmbeddingShards(encoded)
+    def rank(
+        self,
+        settings: Settings,
+        encoded: Path,
+        queries: Sequence[str],
+        depth: int,
+        precisions: Sequence[Precision] = ("float32",),
+    ) -> Iterator[Ranking]:
+        shards, multiplier = EmbeddingShards(encoded), settings.evaluate.rescore_multiplier
         queries_QK = self.load(settings).encode_queries(queries)
         for dim in sorted(self.dims(settings, shards.dim), reverse=True):
-            yield Ranking(dim, *search_exact(shards, matryoshka_cut_array(queries_QK, dim), depth, dim))
+            cut_QK = matryoshka_cut_array(queries_QK, dim)
+            for precision in precisions:
+                found = search_in(precision, shards, cut_QK, depth, multiplier)
+                yield Ranking(dim, *found, precision=precision)
 
 
 class TrainedSystem(DenseSystem):
@@ -257,7 +278,14 @@ class LexicalSystem(System):
             build_lexical_index(collection.passages.texts(), collection.language, folder.folder)
         folder.finish(passages=len(collection.passages))
 
-    def rank(self, settings: Settings, encoded: Path, queries: Sequence[str], depth: int) -> Iterator[Ranking]:
+    def rank(
+        self,
+        settings: Settings,
+        encoded: Path,
+        queries: Sequence[str],
+        depth: int,
+        precisions: Sequence[Precision] = ("float32",),
+    ) -> Iterator[Ranking]:
         yield Ranking(None, *LexicalIndex(encoded).search(queries, depth), missed=0.0)
 
 
@@ -292,12 +320,13 @@ def rankings(
 ) -> Iterator[Ranking]:
     """Rank an encoded collection by the system or mix with this label. encoded: where a system's encoding lies.
 
-    A mix takes its systems at their largest dims, and the scores of the MIX_DEPTH best of each. Raises SettingsError as
-    `system_called` does.
+    A mix takes its systems at their largest dims, in float32, and the scores of the MIX_DEPTH best of each. Raises
+    SettingsError as `system_called` does.
     """
     parts = _parts(label, settings)
     if not parts:
-        yield from system_called(label, settings).rank(settings, encoded(label), queries, depth)
+        precisions = settings.evaluate.precisions
+        yield from system_called(label, settings).rank(settings, encoded(label), queries, depth, precisions)
         return
     first, second = (
         next(SYSTEMS[part].rank(settings, encoded(part), queries, max(depth, MIX_DEPTH))) for part in parts

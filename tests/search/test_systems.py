@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from drama_dist import settings as settings_module
+from drama_dist.encoder.pooling import matryoshka_cut_array
 from drama_dist.run.progress import Progress
 from drama_dist.run.runner import Run, make
-from drama_dist.search.shards import TextEncoder
+from drama_dist.search.quantised import search_in
+from drama_dist.search.shards import EmbeddingShards, TextEncoder
 from drama_dist.search.systems import SYSTEMS, OtherModel, TrainedSystem, rankings, system_called
 from drama_dist.settings import Settings, SettingsError
 
@@ -55,6 +57,28 @@ def test_each_dim_equals_a_ranking_by_the_cut_vectors(
         np.testing.assert_allclose(ranking.scores_Qk, np.take_along_axis(cut_q @ cut_p.T, order, 1), atol=1e-6)
 
 
+def test_each_dim_is_ranked_in_each_precision_from_one_encoding(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, passages = (np.tile(vectors(rows), 2) / np.float32(np.sqrt(2)) for rows in (2, 30))
+    np.save(tmp_path / "shard-00000.npy", passages)
+    encoder: TextEncoder = Vectors(queries)
+    monkeypatch.setattr(TrainedSystem, "load", lambda self, settings: encoder)
+    settings = small_settings(
+        "encoder.dims=[8,16]", "evaluate.precisions=[float32,binary,int8]", "evaluate.rescore_multiplier=3"
+    )
+    ranked = list(rankings("drama", settings, lambda system: tmp_path, ["a", "b"], 4))
+    shards, precisions = EmbeddingShards(tmp_path), settings.evaluate.precisions
+    assert [(ranking.dim, ranking.precision) for ranking in ranked] == [(d, p) for d in (16, 8) for p in precisions]
+    for ranking in ranked:
+        cut = matryoshka_cut_array(queries, ranking.dim)
+        scores, positions = search_in(ranking.precision, shards, cut, 4, 3)
+        np.testing.assert_array_equal(ranking.scores_Qk, scores)
+        np.testing.assert_array_equal(ranking.positions_Qk, positions)
+    (plain, _) = SYSTEMS["drama"].rank(settings, tmp_path, ["a", "b"], 4)
+    assert plain.precision == "float32"
+
+
 def test_bm25_has_no_dim_and_finds_words(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings()
     folder = make(settings, "encode", system="bm25")
@@ -93,7 +117,9 @@ def test_vectors_do_not_depend_on_what_does_not_make_them(small_settings: Callab
 
 
 def test_a_mix_ranks_by_the_scores_of_both_and_encodes_nothing(small_settings: Callable[..., Settings]) -> None:
-    settings = small_settings("evaluate.systems=[llm-unpruned+bm25,drama]", "evaluate.mix_weight=0.3")
+    settings = small_settings(
+        "evaluate.systems=[llm-unpruned+bm25,drama]", "evaluate.mix_weight=0.3", "evaluate.precisions=[int8,binary]"
+    )
     assert list(settings.evaluate.encoded_labels) == ["llm-unpruned", "bm25", "drama"]
     run = Run(settings)
     names = ["encode/corpus/llm-unpruned", "encode/corpus/bm25"]
@@ -104,9 +130,9 @@ def test_a_mix_ranks_by_the_scores_of_both_and_encodes_nothing(small_settings: C
         return run.path(f"encode/corpus/{system}")
 
     (mix,) = rankings("llm-unpruned+bm25", settings, encoded, texts, 7)
-    (dense,) = rankings("llm-unpruned", settings, encoded, texts, 64)
+    (dense,) = SYSTEMS["llm-unpruned"].rank(settings, encoded("llm-unpruned"), texts, 64)
     (lexical,) = rankings("bm25", settings, encoded, texts, 64)
-    assert mix.dim == dense.dim == 48 and mix.positions_Qk.shape == (2, 7)
+    assert mix.precision == "float32" and mix.dim == dense.dim == 48 and mix.positions_Qk.shape == (2, 7)
     for row in range(2):
         total = np.zeros(64)
         for ranking, weight in ((dense, 0.3), (lexical, 0.7)):
