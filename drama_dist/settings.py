@@ -327,7 +327,10 @@ class EvaluateSettings:
 
     @property
     def _suite_paths(self) -> list[str]:
-        return paths_of(self.suite, self.suite_path) if self.suite else []
+        """As evaluate.collections has them, where it names the same folders."""
+        named = {Path(path).absolute(): path for path in self.collections}
+        paths = paths_of(self.suite, self.suite_path) if self.suite else []
+        return [named.get(Path(path).absolute(), path) for path in paths]
 
 
 @dataclass(config=CONFIG, kw_only=True)

@@ -22,8 +22,8 @@ class Member:
     """A collection of a named suite.
 
     name: its folder's, and so its label. task, dataset, subset, split: of mteb, the data set on the hub. language: of
-    all its texts. archive: where it is to be had as a BEIR folder. own_left_out: a passage with the query's id is the
-    query itself, and no hit.
+    all its texts. archive: where to find it as a BEIR folder. own_left_out: a passage with the query's id is no
+    hit, as in mteb.
     """
 
     name: str
@@ -93,6 +93,13 @@ SUITES = {
     ),
 }
 MEMBERS = {member.name: member for suite in SUITES.values() for member in suite.members}
+
+
+def member_of(path: Path | str) -> Member | None:
+    """The member of a named suite that a folder is, by its last two parts, as in beir/scifact."""
+    folder = Path(path).absolute()
+    suite = SUITES.get(folder.parent.name)
+    return next((member for member in suite.members if member.name == folder.name), None) if suite else None
 
 
 def paths_of(suite: str, suite_path: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -31,21 +32,30 @@ def check_fetchable(settings: Settings, member: Member) -> None:
 def fetch(settings: Settings, member: Member, folder: Path) -> None:
     """Fetch a collection; the folder is there when it is whole. Raises SettingsError as `check_fetchable` does."""
     say(f"{folder}: fetching {member.dataset} by mteb's task {member.task}")
-    partial = folder.with_name(f".{folder.name}.partial")  # hidden: no collection of a folder
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         split = _load(member)
     except Exception as error:  # which types the network library raises changes between versions
         raise _missing(settings, f"{member.dataset}: {reason(error)}") from error
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Another run may fetch the same. Hidden: a folder of collections does not count it among them.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial.chmod(0o755)
     write_records(partial / "corpus.jsonl", _rows(split["corpus"], member.language))
     write_records(partial / "queries.jsonl", _rows(split["queries"], member.language))
+    # In an order of their own: mteb's changes from one process to the next, and with it the fingerprint would.
+    judged = {str(query): grades for query, grades in split["relevant_docs"].items()}
+    ids = [id for row in split["queries"] if (id := str(row["id"])) in judged]
     grades = {
-        str(query): {str(passage): int(grade) for passage, grade in judged.items()}
-        for query, judged in split["relevant_docs"].items()
+        query: {passage: int(grade) for passage, grade in sorted((str(id), each) for id, each in judged[query].items())}
+        for query in ids
     }
     write_qrels(partial / "qrels" / "test.tsv", grades)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not folder.is_dir():  # else another run was first
+            raise
 
 
 def _missing(settings: Settings, problem: str) -> SettingsError:

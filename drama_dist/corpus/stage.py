@@ -33,7 +33,7 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
 from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
-from drama_dist.suites import MEMBERS, SUITES, Member, paths_of
+from drama_dist.suites import SUITES, Member, member_of, paths_of
 
 _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")
 _OF_WINDOWS = ("window_words", "window_step", "general_share")
@@ -146,14 +146,23 @@ def _with_triplets(texts: Iterable[Passage], triplets: PassageTable) -> Iterator
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
     """The settings for reading another collection: like the training corpus, but complete and with its own queries."""
-    corpus = as_dict(_as_read(settings, collection))
-    return {"corpus": {name: value for name, value in corpus.items() if name in _HOW_TO_READ}}
+    return {"corpus": how_to_read(_as_read(settings, collection))}
+
+
+def how_to_read(corpus: CorpusSettings) -> dict[str, Any]:
+    """The settings that what is read from a collection depends on."""
+    return {name: value for name, value in as_dict(corpus).items() if name in _HOW_TO_READ}
 
 
 def _as_read(settings: Settings, collection: str) -> CorpusSettings:
-    """How a collection is read: those that are called as in a named suite have its language."""
-    member = MEMBERS.get(collection)
-    return replace(settings.corpus, language=member.language) if member else settings.corpus
+    """How a collection is read: a member of a named suite in its language, and by the names of BEIR's columns."""
+    corpus, path = settings.corpus, settings.evaluate.collection_labels[collection]
+    if member := member_of(path):
+        plain = CorpusSettings(path=path, language=member.language)
+        return replace(
+            corpus, **{name: value for name, value in how_to_read(plain).items() if name != "lower_capitals"}
+        )
+    return corpus
 
 
 def check_collection(settings: Settings, collection: str) -> None:
@@ -185,9 +194,11 @@ def _named(settings: Settings, collection: str) -> tuple[str, str]:
 
 def _to_be_fetched(settings: Settings, path: str) -> Member | None:
     """The member of the named suite that is looked for at a path, and is not there."""
-    suite, lie = settings.evaluate.suite, settings.evaluate.suite_path
-    is_looked_for = suite in SUITES and path in paths_of(suite, lie) and not Path(path).exists()
-    return MEMBERS[Path(path).name] if is_looked_for else None
+    suite, root = settings.evaluate.suite, settings.evaluate.suite_path
+    if suite not in SUITES or Path(path).exists():
+        return None
+    looked_for = {Path(each).absolute() for each in paths_of(suite, root)}
+    return member_of(path) if Path(path).absolute() in looked_for else None
 
 
 def build_collection(run: Run, folder: StageFolder, collection: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Result:
 
     def _described(self, query: str, passage: str) -> str:
         table, judged = self.stored.passages, self.stored.qrels[query]
-        found = table[table.position(unquote(passage) if table.find(passage) is None else passage)]
+        found = table[table.position(_without_field(passage) if table.find(passage) is None else passage)]
         judgement = "not judged" if found.id not in judged else "relevant" if judged[found.id] > 0 else "not relevant"
         return f"{found.id} ({judgement}): {found.title or found.text}"
 
@@ -110,14 +111,23 @@ def compare(
     if not common:
         on = f"{run_a} on {', '.join(rows_a)}, {run_b} on {', '.join(rows_b)}"
         raise ValueError(f"the runs have results on no common collection: {on}")
-    comparisons = []
+    comparisons: list[Comparison] = []
+    left_out: list[str] = []
     for name in common:
         dims_a = _dims(run_a, name, systems[0], precisions[0], rows_a[name], dim)
         dims_b = _dims(run_b, name, systems[1], precisions[1], rows_b[name], dim)
         shared = dims_a & dims_b
         a = _result(run_a, name, label(systems[0], _largest(shared or dims_a), precisions[0]))
         b = _result(run_b, name, label(systems[1], _largest(shared or dims_b), precisions[1]))
-        comparisons.append(_paired(a, b))
+        try:
+            comparisons.append(_paired(a, b))
+        except ValueError as error:  # as of the corpus, where two runs of different ones share a suite
+            if len(common) == 1:
+                raise
+            left_out.append(f"left out: {error}")
+    if not comparisons:
+        raise ValueError("; ".join(left_out))
+    comparisons[-1].notes.extend(left_out)
     return comparisons
 
 
@@ -139,6 +149,7 @@ def as_text(comparisons: Sequence[Comparison], count: int, width: int) -> str:
 
 def write_queries(comparisons: Sequence[Comparison], path: Path) -> None:
     """Write every query with its text, both values and their difference, as .tsv with a header or as .json, a list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"collection": one.a.collection, "id": query.id, "text": query.text, "a": a, "b": b, "difference": a - b}
         for one in comparisons
@@ -212,6 +223,8 @@ def _paired(a: Result, b: Result) -> Comparison:
     queries = [query for query in a.stored.queries if query.id in theirs]
     if not queries:
         raise ValueError(f"{where}: no query in common")
+    if all(query.text != theirs[query.id].text for query in queries):
+        raise ValueError(f"{where}: not the same collection, all common queries have other texts: {_ids([*theirs])}")
     differ = [query.id for query in queries if _relevant(a, query) != _relevant(b, query)]
     if differ:
         count = f"{len(differ)} of {len(queries)} common queries"
@@ -222,6 +235,9 @@ def _paired(a: Result, b: Result) -> Comparison:
         "with another text in B": [query.id for query in queries if query.text != theirs[query.id].text],
     }
     notes = [f"{a.collection}: queries {kind}: {len(ids)} ({_ids(ids)})" for kind, ids in kinds.items() if ids]
+    sizes = [len(side.stored.passages) for side in (a, b)]
+    if sizes[0] != sizes[1]:
+        notes.append(f"{a.collection}: passages: {sizes[0]} in A, {sizes[1]} in B")
     a_Q, b_Q = (np.array([side.values[query.id] for query in queries]) for side in (a, b))
     return Comparison(a, b, queries, a_Q, b_Q, notes)
 
@@ -277,6 +293,16 @@ def _cut(text: str, room: int) -> str:
     # not at spaces: Chinese has none
     text = _one_line(text)
     return text if len(text) <= room else f"{text[: room - 4].rstrip()} ..."
+
+
+def _without_field(id: str) -> str:
+    """An id as it was before scoring.py encoded its white space."""
+
+    def decoded(found: re.Match[str]) -> str:
+        text = unquote(found[0])
+        return text if text.isspace() else found[0]
+
+    return re.sub(r"(?:%[0-9A-F]{2})+", decoded, id)
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,8 @@ mteb's own tasks, whose texts come from the hub.
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ except ModuleNotFoundError as error:
 from drama_dist.corpus.collection import Collection, PassageTable
 from drama_dist.corpus.layout import find_sources
 from drama_dist.corpus.read import SetAside
-from drama_dist.corpus.stage import read_collection
+from drama_dist.corpus.stage import how_to_read, read_collection
 from drama_dist.run.folder import fingerprint, fingerprint_of_files
 from drama_dist.settings import CorpusSettings
-from drama_dist.suites import MEMBERS
+from drama_dist.suites import member_of
 
 _SUBSET, _SPLIT = "default", "test"
 _LANGUAGES = ["mul-Zyyy"]  # mteb's codes of several languages and scripts; only its tables of results read them
@@ -81,8 +83,9 @@ def task_of_folder(folder: Path | str, corpus: CorpusSettings | None = None) -> 
     """A task of a folder with passages, queries and judgements: a BEIR folder, or what else corpus.path may be.
 
     corpus: how it is read, as in `drama evaluate`, which takes the run's settings; None: the defaults. The name is the
-    folder's, with digits of a fingerprint of its files: mteb keeps results under the names of task and model. Raises
-    ValueError and FileNotFoundError as `read_collection` does, and ValueError where too many records are unusable.
+    folder's, with digits of a fingerprint of its files and of how they are read: mteb keeps results under the names of
+    task and model. Raises ValueError and FileNotFoundError as `read_collection` does, and ValueError where too many
+    records are unusable.
     """
     folder = Path(folder).expanduser()
     corpus = corpus or CorpusSettings(path=str(folder))
@@ -90,10 +93,11 @@ def task_of_folder(folder: Path | str, corpus: CorpusSettings | None = None) -> 
     raw = read_collection(folder, corpus, aside, "folder", folder.name)
     aside.refuse_beyond(corpus.bad_record_limit, folder)
     collection = Collection(PassageTable.in_memory(raw.passages), raw.queries, raw.qrels)
-    revision = fingerprint_of_files(find_sources(folder, "folder").files)
-    name = folder.resolve().name
+    read = [fingerprint_of_files(find_sources(folder, "folder").files), how_to_read(corpus)]
+    revision = sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+    name, member = folder.resolve().name, member_of(folder)
     task = task_of_collection(collection, f"{name}-{revision[:_SHOWN]}", folder, revision)
-    task.ignore_identical_ids = name in MEMBERS and MEMBERS[name].own_left_out
+    task.ignore_identical_ids = member is not None and member.own_left_out
     return task
 
 

@@ -24,7 +24,7 @@ from drama_dist.run.runner import Run
 from drama_dist.search.systems import rankings
 from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings
-from drama_dist.suites import MEMBERS
+from drama_dist.suites import member_of
 
 
 def sections(settings: Settings, collection: str) -> dict[str, Any]:
@@ -39,14 +39,16 @@ def sections(settings: Settings, collection: str) -> dict[str, Any]:
         depends["evaluate.precisions"] = evaluation.precisions
     if "binary" in evaluation.precisions:
         depends["evaluate.rescore_multiplier"] = evaluation.rescore_multiplier
-    if _own_left_out(collection):
-        depends["passage with the query's id"] = "left out"
+    if _own_left_out(settings, collection):
+        depends["own_passage"] = "left out"
     return depends
 
 
-def _own_left_out(collection: str) -> bool:
-    """Whether a passage with the query's id is the query itself, which is known of collections of named suites."""
-    return collection in MEMBERS and MEMBERS[collection].own_left_out
+def _own_left_out(settings: Settings, collection: str) -> bool:
+    """Whether a passage with the query's id is no hit, as it is in some collections of named suites."""
+    path = settings.evaluate.collection_labels.get(collection)  # None: the run's own corpus
+    member = member_of(path) if path else None
+    return member is not None and member.own_left_out
 
 
 def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
@@ -61,7 +63,9 @@ def evaluate(run: Run, folder: StageFolder, collection: str) -> None:
     cut: dict[str, dict[str, int]] = {}
     if ranks.rank() == 0:
         queries = [query.text for query in stored.queries]
-        rows, depth, own = [], settings.evaluate.depth, _own_left_out(collection)
+        rows, depth, own = [], settings.evaluate.depth, _own_left_out(settings, collection)
+        if own:
+            say(f"{folder.name}: a passage with the query's id is no hit, as in mteb")
         for label in settings.evaluate.labels if queries else ():
             with counting() as count:
                 for ranking in rankings(label, settings, encoded, queries, depth + own):

@@ -95,6 +95,15 @@ def test_the_text_shows_the_table_and_the_first_passages_of_wins_and_losses(runs
     ]
 
 
+def test_another_collection_with_the_same_ids_is_refused_and_left_out_of_the_average(runs: tuple[Path, Path]) -> None:
+    for run, texts in zip(runs, ("once", "other"), strict=True):
+        add_collection(run, {("drama", 8): {"x": ("p1",)}}, "same-ids", {"x": texts}, {"x": {"p1": 1}})
+    with pytest.raises(ValueError, match="all common queries have other texts: x"):
+        compare(*runs, collection="same-ids")
+    (one,) = compare(*runs)
+    assert one.a.collection == "corpus" and "left out: same-ids of " in as_text([one], 1, 80)
+
+
 def test_a_run_is_all_ties_with_itself(runs: tuple[Path, Path]) -> None:
     (one,) = compare(runs[0], runs[0])
     assert one.counts == (0, 0, 6) and p_value([one]) == 1

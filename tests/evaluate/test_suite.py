@@ -26,6 +26,7 @@ from drama_dist.cli import main
 from drama_dist.corpus import fetch
 from drama_dist.corpus.stage import collection_sections
 from drama_dist.distributed import ranks
+from drama_dist.evaluate.stage import sections
 from drama_dist.evaluate.suite import figures_of, suite_table
 from drama_dist.run.graph import artefacts_of, order_of
 from drama_dist.run.runner import make
@@ -230,11 +231,27 @@ def test_a_suite_stands_beside_collections_and_before_the_report(
 
 
 def test_members_are_read_in_their_language_whatever_the_corpus_is_in(small_settings: Callable[..., Settings]) -> None:
-    settings = small_settings("corpus.language=sw")
-    languages = {
-        name: collection_sections(settings, name)["corpus"]["language"] for name in ("miracl-ar", "nq", "mine")
+    paths = ["miracl/miracl-ar", "beir/nq", "other/nq", "mine"]
+    settings = small_settings("corpus.language=sw", "corpus.text_keys=[body]", f"evaluate.collections={paths}")
+    read = {
+        path: collection_sections(settings, label)["corpus"]
+        for label, path in settings.evaluate.collection_labels.items()
     }
-    assert languages == {"miracl-ar": "ar", "nq": "en", "mine": "sw"}
+    assert [read[path]["language"] for path in paths] == ["ar", "en", "sw", "sw"]
+    assert [read[path]["text_keys"] == ["body"] for path in paths] == [False, False, True, True]
+
+
+def test_a_member_under_another_label_is_one_still_and_a_folder_named_twice_is_one(
+    small_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    own = small_settings(
+        "evaluate.collections=[mine/arguana]", "evaluate.suite=beir", f"evaluate.suite_path={tmp_path}"
+    )
+    label = next(label for label, path in own.evaluate.collection_labels.items() if path == f"{tmp_path}/beir/arguana")
+    assert label != "arguana" and sections(own, label)["own_passage"] == "left out"
+    assert "own_passage" not in sections(own, "arguana")
+    twice = small_settings("evaluate.collections=[./suites/beir/arguana]", "evaluate.suite=beir")
+    assert len(twice.evaluate.collection_labels) == len(twice.evaluate.suite_labels) == 13
 
 
 def test_by_mteb_members_are_fetched_scored_as_their_suite_does_and_stand_beside_the_papers_figures(
