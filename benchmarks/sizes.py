@@ -102,7 +102,9 @@ def main() -> None:
     for name, runs in sizes.items():
         encoder = load(runs[0] / "export", dtype=options.dtype)
         sides[name] = lambda encoder=encoder: encoder.encode_passages(texts)
-    peer = SentenceTransformer(str(teacher), model_kwargs={"dtype": options.dtype}, device=options.device)
+    peer = SentenceTransformer(
+        str(teacher), model_kwargs={"dtype": options.dtype}, device=options.device, trust_remote_code=False
+    )
     for size in BATCHES:
         sides[f"teacher {size}"] = lambda size=size: peer.encode(texts, batch_size=size, show_progress_bar=False)
     measured = in_turns(sides, options.rounds, options.device)
