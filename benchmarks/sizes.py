@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from measure import RESULTS, Measured, arguments, as_row, circumstances, in_turns, rate_of, use, write_results
 from sentence_transformers import SentenceTransformer
 from texts import corpus
@@ -74,6 +75,11 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     of_megabytes, of_speed = figure.subplots(1, 2, sharey=True)
     of_megabytes.set(xlabel="weights, MB", ylabel="nDCG@10, mean of corpora")
     of_speed.set(xlabel="passages a second", xscale="log")
+    of_speed.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    of_speed.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    of_speed.xaxis.set_minor_locator(NullLocator())
+    for axes in (of_megabytes, of_speed):
+        axes.margins(0.15, 0.1)
     for row in rows:
         value = float(np.mean(row["ndcg@10"]))
         if row["measured"] is None:
