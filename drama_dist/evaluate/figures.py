@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,24 @@ def quality_by_dim(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapping[str, str]) -> str:
     """Training loss over steps, one curve per model or dim: every step faint, the running mean strong."""
+    return _svg(f"loss-{'-'.join(curves)}".replace(" ", "-"), _over_steps(curves, colours, "loss"))
+
+
+def perplexity_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Perplexity over steps on a logarithmic axis, drawn as losses are."""
+    draw_lines = _over_steps(curves, {}, "perplexity")
+
+    def draw(axes: Axes) -> None:
+        draw_lines(axes)
+        axes.set_yscale("log")
+
+    return _svg("perplexity", draw)
+
+
+def _over_steps(
+    curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapping[str, str], label: str
+) -> Callable[[Axes], None]:
+    """label: of the axis of values."""
 
     def draw(axes: Axes) -> None:
         for index, (name, curve) in enumerate(curves.items()):
@@ -86,10 +104,10 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], colours: Mapp
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=colour, linewidth=2, label=name)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set_ylabel(label)
         axes.legend()
 
-    return _svg(f"loss-{'-'.join(curves)}".replace(" ", "-"), draw)
+    return draw
 
 
 def share_curves(name: str, curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> str:

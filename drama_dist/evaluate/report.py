@@ -208,6 +208,9 @@ def _figures(
             note = "Of the texts that are drawn. A share grows where the loss is still far above the LLM's own."
             curves = {name or "not told": curve for name, curve in _shares(lines, "language_shares").items()}
             drawn.append((title, note, figures.share_curves(f"languages-{stage}", curves, "share, %")))
+    if healed := [line for line in _metrics(run / "prune") if "perplexity" in line]:
+        note = "Of the tokens that each step scores, with a language model's attention."
+        drawn.append(("Perplexity in healing", note, figures.perplexity_curves(_perplexities(healed))))
     steps = [line for line in _metrics(run / "train") if "margins" in line]
     if steps:
         note = "Every Matryoshka dim has a loss of its own; the training loss is their weighted sum."
@@ -237,6 +240,11 @@ def _loss(steps: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def _shares(steps: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
     return {name: [(line["step"], line[key][name]) for line in steps] for name in steps[0][key]}
+
+
+def _perplexities(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    names = {"perplexity": "healed", "source_perplexity": "the LLM that it was cut from"}
+    return {name: [(line["step"], line[key]) for line in steps] for key, name in names.items()}
 
 
 def _loss_by_dim(steps: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

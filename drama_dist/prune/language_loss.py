@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from drama_dist.distributed import ranks
 from drama_dist.distributed.loop import Schedule
 from drama_dist.encoder.families import LanguageModel
-from drama_dist.encoder.packing import Packed, pack
+from drama_dist.encoder.packing import pack
 
 _WARMUP_SHARE = 0.1
 _CHECKPOINT_EVERY = 25
@@ -75,24 +75,23 @@ def share_of_this_rank(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, float]]
         yield (chunks[index], 1.0) if index < len(chunks) else (chunks[0], 0.0)
 
 
-def token_scores(model: LanguageModel, packed: Packed, positions_S: torch.Tensor) -> torch.Tensor:
-    """S × V float32: the model's scores of the tokens behind these positions."""
+def token_log_probabilities(model: LanguageModel, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model makes of the scored tokens: log p of every token there (S × V float32), and the tokens (S)."""
+    packed = pack(chunk.sequences, model.device)
     output = model.model(
         input_ids=packed.token_ids_T.unsqueeze(0),
         position_ids=packed.position_ids_T.unsqueeze(0),
         use_cache=False,
         packed=packed,
     )
+    positions_S = torch.tensor(chunk.scored, device=model.device)
     scores_SV: torch.Tensor = model.lm_head(output.last_hidden_state[0][positions_S]).float()
-    return scores_SV
+    return scores_SV.log_softmax(1), packed.token_ids_T[positions_S + 1]
 
 
 def token_losses(model: LanguageModel, chunk: Chunk) -> torch.Tensor:
     """S float32: the cross-entropy of each scored token."""
-    packed = pack(chunk.sequences, model.device)
-    positions_S = torch.tensor(chunk.scored, device=model.device)
-    scores_SV = token_scores(model, packed, positions_S)
-    return cross_entropy(scores_SV, packed.token_ids_T[positions_S + 1], reduction="none")
+    return nll_loss(*token_log_probabilities(model, chunk), reduction="none")
 
 
 def _chunk(texts: list[tuple[list[int], str]], scored_share: float, generator: random.Random) -> Chunk:

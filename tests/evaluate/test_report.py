@@ -84,6 +84,16 @@ def test_the_page_shows_the_languages_of_masks_and_healing(run: Settings) -> Non
     assert page.count("$\\de$") == 2
 
 
+def test_the_page_shows_the_perplexity_in_healing(run: Settings) -> None:
+    before = write_report(Path(run.run), run).read_text("utf-8")
+    stage = open_stage(run.run, "prune", {}, {})
+    for step in range(1, 4):
+        stage.log(step=step, loss=1.0, perplexity=600.0 / step, source_perplexity=20.0)
+    stage.finish()
+    page = write_report(Path(run.run), run).read_text("utf-8")
+    assert "Perplexity in healing" in page and "Perplexity in healing" not in before
+
+
 def test_a_run_that_was_not_evaluated_says_what_to_do(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings()
     with pytest.raises(FileNotFoundError, match="run `drama evaluate` for this run first"):

@@ -33,9 +33,10 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
     with torch.no_grad():
         student.model.norm.weight.mul_(30)
         chunk = Chunk(SEQUENCES, [1, 5, 11, 13], [""] * 3)
-        loss, _ = healing._chunk_loss(student, source, chunk, kl_weight)
+        loss, *losses = healing._chunk_loss(student, source, chunk, kl_weight)
         source.config._attn_implementation = student.config._attn_implementation = "eager"
         expected = torch.zeros(())
+        entropies = torch.zeros(2, dtype=torch.float64)
         for ids, scored in zip(SEQUENCES, ([1], [0, 6], [0]), strict=True):
             taught = source(torch.tensor([ids])).logits[0, scored].double().log_softmax(-1)
             scores = student(torch.tensor([ids])).logits[0, scored].double()
@@ -43,7 +44,9 @@ def test_the_loss_is_that_of_each_sequence_by_itself(llm: Path, kl_weight: float
             targets = torch.tensor(ids)[torch.tensor(scored) + 1]
             language_model = cross_entropy(scores, targets, reduction="sum")
             expected = expected + kl_weight * divergence + (1 - kl_weight) * language_model
+            entropies += torch.stack([language_model, cross_entropy(taught, targets, reduction="sum")])
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert [float(each.sum()) for each in losses] == pytest.approx(entropies.tolist(), rel=1e-4)
 
 
 def test_scored_positions_have_a_next_token_and_are_as_many_as_asked() -> None:
@@ -62,8 +65,9 @@ def test_the_stage_gives_a_bidirectional_encoder_and_lowers_the_loss(
 ) -> None:
     settings = small_settings("prune.heal_steps=12", "prune.heal_learning_rate=0.005")
     folder = make(settings, "prune")
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert len(losses) == 12 and losses[-1] < losses[0] - 0.3
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 12 and lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    assert lines[-1]["perplexity"] < lines[0]["perplexity"] and all(line["source_perplexity"] > 1 for line in lines)
     encoder = load(folder)
     assert encoder.hidden_size == 32 and not encoder.backbone.config.is_causal
     assert encoder.contract == settings.encoder
