@@ -1,9 +1,11 @@
 """Token vectors in closed form: a vector for each token, so that the sum over a text's tokens points to its target.
 
-Covers the regression. Counts of tokens, weighted by inverse document frequency and scaled to length 1, are mapped to
-the targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
+Covers the regression. Counts of tokens, weighted by inverse document frequency and scaled by their length, are mapped
+to the targets by ridge regression (Hoerl and Kennard 1970), twice: first through the LLM's token embeddings, which says
 something about every token; then what is left, token by token, for which only frequent tokens have enough texts.
-Superwords (encoder/superwords.py) are counted beside the tokens that they stand for.
+Superwords (encoder/superwords.py) are counted beside the tokens that they stand for. Where a tokenizer has no more than
+letters and bytes of a script, as many do of Arabic and Hindi, superwords are the words, and what they have beyond their
+tokens is most of what they mean: hence LONGEST, and a penalty that falls with the number of tokens.
 Special tokens at the ends of a text have no vector. The order of tokens does not matter here. How a backbone comes to
 give these sums is in token_start.py.
 Shapes: n texts, V tokens, S superwords, K hidden components, J components of the targets.
@@ -18,11 +20,12 @@ from scipy.sparse import csr_matrix, diags_array, hstack, vstack
 
 from drama_dist.run.progress import progress_bar
 
-# How these four were chosen: benchmarks/results/recipe.md.
+# How these five were chosen: benchmarks/results/recipe.md, the last two also by languages.md.
 PASSAGE_WEIGHT = 10.0  # of a passage's squared error, where a query's is 1: passages are known already
 EMBEDDING_PENALTY = 50.0  # on the map from embeddings
 TOKEN_PENALTY = 1.0  # on the vectors of tokens: as much as a text that has this token alone, with target 0
-SUPERWORD_PENALTY = 4.0  # on what superwords have beyond their tokens
+SUPERWORD_PENALTY = 8.0  # on what a superword has beyond its tokens; divided by their number
+LONGEST = 1.25  # times the length with superwords in place of their tokens is the most that a text is divided by
 _ITERATIONS = 40  # of conjugate gradients; 30 end 1.01e-4 from the exact solution in the test of superwords
 
 
@@ -50,13 +53,14 @@ def token_vectors(
     """
     kinds = [(counts[targets.any(1)], targets[targets.any(1)]) for counts, targets in (queries, passages)]
     vocabulary, within = len(embeddings_VK), _within_superwords(parts, len(embeddings_VK))
-    counts = [_with_parts(shortened, vocabulary, within) for shortened, _ in kinds]
+    shortened = [each for each, _ in kinds]
+    counts = [_with_parts(each, vocabulary, within) for each in shortened]
     frequencies = sum(np.asarray((each > 0).sum(0)).ravel() for each in counts)
     texts = sum(each.shape[0] for each in counts)
     idf = np.log(1 + texts / (1 + frequencies)).astype(np.float32)
     factors = np.sqrt([1, PASSAGE_WEIGHT], dtype=np.float32)
-    weighted = [factor * _weighted(each, idf, vocabulary) for factor, each in zip(factors, counts, strict=True)]
-    weights = csr_matrix(vstack(weighted))
+    scaled = [_scaled(*both, idf, vocabulary) for both in zip(counts, shortened, strict=True)]
+    weights = csr_matrix(vstack([factor * each for factor, each in zip(factors, scaled, strict=True)]))
     targets_nJ = np.vstack([factor * targets for factor, (_, targets) in zip(factors, kinds, strict=True)])
 
     of_tokens_nV = weights[:, :vocabulary]
@@ -65,7 +69,8 @@ def token_vectors(
     products_KK = pooled_nK.T @ pooled_nK + EMBEDDING_PENALTY * np.eye(pooled_nK.shape[1])
     map_KJ = np.linalg.solve(products_KK, pooled_nK.T @ targets_nJ)
     rest_nJ = (targets_nJ - pooled_nK @ map_KJ).astype(np.float32)
-    penalties = np.repeat(np.array([TOKEN_PENALTY, SUPERWORD_PENALTY], dtype=np.float32), [vocabulary, len(parts)])
+    of_superwords = [SUPERWORD_PENALTY / len(tokens) for tokens in parts]
+    penalties = np.array([TOKEN_PENALTY] * vocabulary + of_superwords, dtype=np.float32)
     vectors = ridge_solution(weights, rest_nJ, penalties)
     vectors[:vocabulary] += features_VK @ map_KJ.astype(np.float32)
     vectors *= idf[:, None]
@@ -113,12 +118,19 @@ def _with_parts(counts: csr_matrix, vocabulary: int, within_SV: csr_matrix) -> c
     return csr_matrix(hstack([counts[:, :vocabulary] + superwords @ within_SV, superwords]))
 
 
-def _weighted(counts: csr_matrix, idf: np.ndarray, vocabulary: int) -> csr_matrix:
-    """Rows in which the first part, of tokens, is of length 1, or of zeros."""
-    weighted = csr_matrix(counts @ diags_array(idf))
-    tokens_nV = weighted[:, :vocabulary]
-    lengths_n = np.sqrt(np.asarray(tokens_nV.multiply(tokens_nV).sum(1)).ravel())
+def _scaled(counts: csr_matrix, shortened: csr_matrix, idf: np.ndarray, vocabulary: int) -> csr_matrix:
+    """Weighted counts, each row divided by the length of its tokens, or by LONGEST times that of `shortened`: by the
+    smaller of the two.
+
+    shortened: the counts without the tokens that superwords stand for.
+    """
+    weighted, read = (csr_matrix(each @ diags_array(idf)) for each in (counts, shortened))
+    lengths_n = np.minimum(_lengths(weighted[:, :vocabulary]), LONGEST * _lengths(read))
     return csr_matrix(diags_array(np.divide(1, lengths_n, where=lengths_n > 0, out=lengths_n)) @ weighted)
+
+
+def _lengths(rows: csr_matrix) -> np.ndarray:
+    return np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
 
 
 def _features(embeddings_VK: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from drama_dist.encoder.pooling import mean_pool
 from drama_dist.train.token_start import put_token_vectors
 from drama_dist.train.token_vectors import (
     EMBEDDING_PENALTY,
+    LONGEST,
     PASSAGE_WEIGHT,
     SUPERWORD_PENALTY,
     TOKEN_PENALTY,
@@ -95,7 +96,7 @@ def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
 
 def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it() -> None:
     """A superword beside its tokens is a column more in the regression, with an idf of its own."""
-    parts, of_texts = [[5, 6], [7, 7, 8]], units(120)
+    parts, of_texts = [[5, 6], [7, 7, 8, *[9] * 12]], units(120)
     sequences = [[0, *CHANCE.integers(2, V + 2, 6).tolist(), 1] for _ in range(120)]
     counts, embeddings = token_counts(sequences, V + 2, before=1), CHANCE.standard_normal((V, K)).astype(np.float32)
     halves = (counts[:60], of_texts[:60]), (counts[60:], of_texts[60:])
@@ -108,7 +109,10 @@ def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it(
             plain[:, token] += superwords[:, column]
     x = np.hstack([plain, superwords])
     idf = np.log(1 + 120 / (1 + (x > 0).sum(0)))
-    x = x * idf / np.linalg.norm(plain * idf[:V], axis=1, keepdims=True)
+    of_tokens = np.linalg.norm(plain * idf[:V], axis=1, keepdims=True)
+    shortened = LONGEST * np.linalg.norm(counts.toarray() * idf, axis=1, keepdims=True)
+    assert (of_tokens < shortened).any() and (shortened < of_tokens).any()
+    x = x * idf / np.minimum(of_tokens, shortened)
     weights = np.sqrt(np.repeat([1, PASSAGE_WEIGHT], 60))[:, None]
     x, y = weights * x, weights * of_texts
     centred = embeddings - embeddings[(plain > 0).any(0)].mean(0)
@@ -116,7 +120,7 @@ def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it(
     features = np.hstack([features, np.ones((V, 1))])
     pooled = x[:, :V] @ features
     first = np.linalg.solve(pooled.T @ pooled + EMBEDDING_PENALTY * np.eye(K + 1), pooled.T @ y)
-    penalties = np.diag([TOKEN_PENALTY] * V + [SUPERWORD_PENALTY] * 2)
+    penalties = np.diag([TOKEN_PENALTY] * V + [SUPERWORD_PENALTY / 2, SUPERWORD_PENALTY / 15])
     second = np.linalg.solve(x.T @ x + penalties, x.T @ (y - pooled @ first))
     of_tokens = idf[:V, None] * (features @ first + second[:V])
     sums = np.stack([of_tokens[tokens].sum(0) for tokens in parts])
