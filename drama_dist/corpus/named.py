@@ -24,23 +24,23 @@ def folder_of(path: str) -> Path:
     return cache_folder() / "collections" / library / name.replace("/", "--")
 
 
+def is_missing(path: str) -> bool:
+    """Whether this is a name, of which nothing has been fetched."""
+    return is_named(path) and not folder_of(path).exists()
+
+
 def check_named(setting: str, name: str, judged: bool) -> None:
-    """Raise SettingsError where a collection by name is not there, and cannot be fetched as it is named.
+    """Raise SettingsError where a collection by name, which is missing, cannot be fetched as it is named.
 
     judged: it has to have queries and judgements. Of ir_datasets this does not tell whether its sources can be reached.
     """
-    if not folder_of(name).is_dir():
-        tables = _found(setting, name)
-        if judged and not tables.judgements:
-            raise SettingsError(f"{setting}={name}: has no queries with judgements, so nothing can be evaluated on it")
+    if not _found(setting, name).judgements and judged:
+        raise SettingsError(f"{setting}={name}: has no queries with judgements, so nothing can be evaluated on it")
 
 
 def fetch_named(setting: str, name: str) -> None:
-    """Fetch a collection, if it is not there. Raises SettingsError as `check_named` does, and where it breaks off."""
-    folder = folder_of(name)
-    if folder.is_dir():
-        return
-    tables = _found(setting, name)
+    """Fetch a collection that is missing. Raises SettingsError as `check_named` does, and where it breaks off."""
+    folder, tables = folder_of(name), _found(setting, name)
     say(f"{folder}: fetching {tables.origin}")
     try:
         write_once(folder, tables)

@@ -21,7 +21,7 @@ from drama_dist.corpus.collection import PassageTable, open_collection, write_co
 from drama_dist.corpus.fetch import check_fetchable, fetch
 from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
-from drama_dist.corpus.named import check_named, fetch_named, folder_of
+from drama_dist.corpus.named import check_named, fetch_named, folder_of, is_missing
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, lower_if_capitals, sentences
@@ -54,13 +54,16 @@ class _Source:
     def inputs(self) -> dict[str, str]:
         if self.path == PACKAGES_CORPUS:
             return package_versions(self.packages)
-        if is_named(self.path):
-            ranks.by_rank_0(lambda: fetch_named(self.setting, self.path))
+        ranks.by_rank_0(self._fetch)
         path = _existing(self.setting, self.path)
         return {"source": fingerprint_of_files(find_sources(path, self.setting).files)}
 
+    def _fetch(self) -> None:
+        if is_missing(self.path):
+            fetch_named(self.setting, self.path)
+
     def check(self) -> None:
-        if is_named(self.path):
+        if is_missing(self.path):
             check_named(self.setting, self.path, judged=False)
         elif self.path != PACKAGES_CORPUS:
             find_sources(_existing(self.setting, self.path), self.setting)
@@ -188,12 +191,12 @@ def _as_read(settings: Settings, collection: str) -> CorpusSettings:
 def check_collection(settings: Settings, collection: str) -> None:
     """Raise what making it would, where a collection or its judgements are not there and cannot be fetched."""
     setting, path = _named(settings, collection)
-    if is_named(path):
+    if is_missing(path):
         check_named(setting, path, judged=True)
     elif member := _to_be_fetched(settings, path):
         check_fetchable(settings, member)
     elif not find_sources(_existing(setting, path), setting).judgements:
-        raise _unjudged(setting, path)
+        raise _unjudged(setting, folder_of(path))
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
@@ -201,7 +204,7 @@ def collection_inputs(run: Run, collection: str) -> dict[str, str]:
     setting, path = _named(run.settings, collection)
 
     def fetch_it() -> None:
-        if is_named(path):
+        if is_missing(path):
             fetch_named(setting, path)
         elif member := _to_be_fetched(run.settings, path):
             fetch(run.settings, member, Path(path))
@@ -250,7 +253,7 @@ def read_collection(path: Path, corpus: CorpusSettings, aside: SetAside, setting
     return _lower_capitals(raw, name) if corpus.lower_capitals else raw
 
 
-def _unjudged(setting: str, path: Path | str) -> ValueError:
+def _unjudged(setting: str, path: Path) -> ValueError:
     return ValueError(f"{setting}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
 
 
