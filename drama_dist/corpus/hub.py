@@ -136,7 +136,7 @@ def _judgements(name: HubName, sha: str, subset: str | None, subsets: Sequence[s
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     several = subset not in (None, "default")
-    inside = [f"{subset}-qrels"] if several else ["qrels", "default"]
+    inside = [f"{subset}-qrels"] if several else ["default", "qrels"]
     if found := next((each for each in inside if each in subsets), None):
         return name, sha, found
     beside = HubName(f"{name.repository}-qrels", name.revision, ())
