@@ -67,7 +67,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: Path) -> None:
         if not path.is_file():
             return self._refuse("EntryNotFound")
-        self.server.before_file(path)
         content, status, headers = path.read_bytes(), 200, {"Accept-Ranges": "bytes"}
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             begin, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
@@ -113,7 +112,6 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.asked = root, list[str]()
-        self.slow: tuple[str, threading.Event] | None = None
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -121,11 +119,6 @@ class HubServer(ThreadingHTTPServer):
         """What clients have to be started with: they read it when they are imported."""
         address = f"http://127.0.0.1:{self.server_address[1]}"
         return {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-    def before_file(self, path: Path) -> None:
-        """Wait, where files of this name are to be slow."""
-        if self.slow and self.slow[0] == path.name:
-            self.slow[1].wait(60)
 
     def end(self) -> None:
         self.shutdown()

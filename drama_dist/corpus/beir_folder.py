@@ -23,6 +23,10 @@ from drama_dist.run.progress import progress_bar, say
 _UPDATE = 256  # rows between two updates of a bar
 
 
+class NoSuchCollection(ValueError):
+    """A library has no collection of this name, or several of which the name does not say one."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows, which are read one after the other. count: how many, where that is known."""

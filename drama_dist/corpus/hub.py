@@ -12,17 +12,13 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from drama_dist.corpus.beir_folder import Table, Tables
+from drama_dist.corpus.beir_folder import NoSuchCollection, Table, Tables
 from drama_dist.labels import HUB, HubName, hub_name
 from drama_dist.suites import DATASETS_PAGE
 
 _TIMEOUT = 10  # seconds, to ask the hub
 _TESTS = ("test", "dev", "validation")  # splits of judgements, of which the first that is there is taken
 _SHOWN = 10
-
-
-class NoSuchPart(ValueError):
-    """The data set is there, and has no such subset or split, or several of which none is named."""
 
 
 def page_of(collection: str) -> str:
@@ -33,7 +29,7 @@ def page_of(collection: str) -> str:
 def tables_of(collection: str) -> Tables:
     """The tables of huggingface:OWNER/NAME...; asks the hub which there are, and reads none.
 
-    Raises NoSuchPart, and whatever the libraries raise where the data set is not there or the hub cannot be reached.
+    Raises NoSuchCollection, and whatever the libraries raise where the hub cannot be reached or the files not be read.
     """
     name = hub_name(collection)
     sha = _commit_of(name)
@@ -77,7 +73,7 @@ def _subsets(repository: str, sha: str) -> list[str]:
     except RuntimeError as error:
         if "scripts" not in str(error):
             raise
-        raise NoSuchPart(
+        raise NoSuchCollection(
             f"{repository} is read by a script of its own, and none is run; name a copy that has files"
         ) from None
 
@@ -91,7 +87,7 @@ def _builder(repository: str, sha: str, subset: str) -> Any:
 
 def _splits(repository: str, sha: str, subset: str) -> list[str]:
     builder = _builder(repository, sha, subset)
-    return list(map(str, builder.info.splits or builder.config.data_files))
+    return list(map(str, builder.info.splits or builder.config.data_files or []))
 
 
 def _commit_of(name: HubName) -> str:
@@ -100,9 +96,11 @@ def _commit_of(name: HubName) -> str:
     try:
         return _commit(name.repository, name.revision)
     except RevisionNotFoundError:
-        raise NoSuchPart(f"has no revision {name.revision}") from None
+        raise NoSuchCollection(f"has no revision {name.revision}") from None
     except RepositoryNotFoundError:
-        raise NoSuchPart("the hub has no such data set, or shows it to others only (then: hf auth login)") from None
+        raise NoSuchCollection(
+            "the hub has no such data set, or shows it to others only (then: hf auth login)"
+        ) from None
 
 
 def _parts(name: HubName, subsets: Sequence[str]) -> tuple[str | None, str | None]:
@@ -113,7 +111,7 @@ def _parts(name: HubName, subsets: Sequence[str]) -> tuple[str | None, str | Non
     if first in subsets or f"{first}-corpus" in subsets or (first == "default" and "corpus" in subsets):
         return first, rest[0] if rest else None
     if rest:
-        raise NoSuchPart(f"has no subset {first}; it has {_shown(subsets)}")
+        raise NoSuchCollection(f"has no subset {first}; it has {_shown(subsets)}")
     return None, first
 
 
@@ -122,7 +120,7 @@ def _only(name: HubName, what: str, found: Sequence[str], preferred: Sequence[st
     if chosen := next((each for each in preferred if each in found), found[0] if len(found) == 1 else None):
         return chosen
     example = "/".join([name.repository, *name.parts[:1], *found[:1]])
-    raise NoSuchPart(f"name one {what}, as {HUB}{example}; there are {_shown(found)}")
+    raise NoSuchCollection(f"name one {what}, as {HUB}{example}; there are {_shown(found)}")
 
 
 def _of_split(name: HubName, sha: str, subset: str, split: str | None, usual: str) -> Table:
@@ -151,10 +149,10 @@ def _judgements(name: HubName, sha: str, subset: str | None, subsets: Sequence[s
 
 
 def _table(name: HubName, sha: str, subset: str, split: str) -> Table:
-    """Raises NoSuchPart where the subset has no such split."""
+    """Raises NoSuchCollection where the subset has no such split."""
     found = _splits(name.repository, sha, subset)
     if split not in found:
-        raise NoSuchPart(f"{name.repository} has no split {split} of {subset}; it has {_shown(found)}")
+        raise NoSuchCollection(f"{name.repository} has no split {split} of {subset}; it has {_shown(found)}")
     counts = _builder(name.repository, sha, subset).info.splits or {}
     count = counts[split].num_examples if split in counts else None
     return Table(_rows(name.repository, sha, subset, split), count or None)
@@ -163,8 +161,12 @@ def _table(name: HubName, sha: str, subset: str, split: str) -> Table:
 def _rows(repository: str, sha: str, subset: str, split: str) -> Iterator[dict[str, Any]]:
     from datasets import Features, Value, load_dataset_builder
     from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     builder = _builder(repository, sha, subset)
+    if isinstance(builder, Parquet):  # otherwise all that was read of a file stays in memory
+        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
     stream = builder.as_streaming_dataset(split=split)
     if isinstance(builder, Csv) and (first := next(iter(stream), None)):
         # ids as 007 and texts as NA are to stay as they are written

@@ -11,8 +11,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from drama_dist.corpus.beir_folder import Table, Tables
-from drama_dist.corpus.hub import NoSuchPart
+from drama_dist.corpus.beir_folder import NoSuchCollection, Table, Tables
 from drama_dist.corpus.parts import as_unicode
 from drama_dist.labels import IR_DATASETS
 
@@ -20,9 +19,10 @@ PAGE = "https://ir-datasets.com"
 
 
 def tables_of(collection: str) -> Tables:
-    """The tables of ir_datasets:ID; reads and fetches none. Raises NoSuchPart where the library knows no such passages.
+    """The tables of ir_datasets:ID; reads and fetches none.
 
-    Raises ModuleNotFoundError, saying what to install, where the library is missing.
+    Raises NoSuchCollection where the library knows no such passages, and ModuleNotFoundError, saying what to install,
+    where it is missing.
     """
     if importlib.util.find_spec("ir_datasets") is None:
         raise ModuleNotFoundError("the package ir_datasets is not installed: pip install 'drama-dist[ir-datasets]'")
@@ -34,9 +34,9 @@ def tables_of(collection: str) -> Tables:
     except KeyError:
         close = difflib.get_close_matches(name, list(ir_datasets.registry), n=3)
         meant = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise NoSuchPart(f"ir_datasets has no data set {name}{meant} ({PAGE} lists them)") from None
+        raise NoSuchCollection(f"ir_datasets has no data set {name}{meant} ({PAGE} lists them)") from None
     if not data.has_docs():
-        raise NoSuchPart(f"{name} of ir_datasets has no passages; name one that has ({PAGE} lists them)")
+        raise NoSuchCollection(f"{name} of ir_datasets has no passages; name one that has ({PAGE} lists them)")
     judged = data.has_queries() and data.has_qrels()
     return Tables(
         Table(_passages(data), _count(data, "docs")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from drama_dist.corpus import hub, ir_collections
-from drama_dist.corpus.beir_folder import Tables, write_once
+from drama_dist.corpus.beir_folder import NoSuchCollection, Tables, write_once
 from drama_dist.encoder.failures import reason
 from drama_dist.encoder.sources import cache_folder
 from drama_dist.labels import HUB, is_named
@@ -51,7 +51,7 @@ def fetch_named(setting: str, name: str) -> None:
 def _found(setting: str, name: str) -> Tables:
     try:
         return hub.tables_of(name) if name.startswith(HUB) else ir_collections.tables_of(name)
-    except hub.NoSuchPart as problem:
+    except NoSuchCollection as problem:
         raise SettingsError(f"{setting}={name}: {problem}") from None
     except Exception as error:  # as in `fetch_named`
         raise _unfetchable(setting, name, error) from error

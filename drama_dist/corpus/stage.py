@@ -27,7 +27,7 @@ from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, lower_if_capitals, sentences
 from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
-from drama_dist.labels import is_named
+from drama_dist.labels import HUB, IR_DATASETS, is_named
 from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
 from drama_dist.run.graph import CORPUS, TRIPLETS
@@ -268,8 +268,11 @@ def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limi
 def _existing(setting: str, path: str) -> Path:
     place = folder_of(path)
     if not place.exists():
-        seen = f"; rank {ranks.rank()} does not see {place}: $DRAMA_CACHE must be a folder that all machines share"
-        raise FileNotFoundError(f"{setting}={path}: no such file or folder{seen if is_named(path) else ''}")
+        if is_named(path):
+            problem = f"rank {ranks.rank()} does not see {place}; set $DRAMA_CACHE to a folder that all machines share"
+        else:
+            problem = f"no such file or folder; names of data sets begin with {HUB} or {IR_DATASETS}"
+        raise FileNotFoundError(f"{setting}={path}: {problem}")
     return place
 
 

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow.parquet import write_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from beir import judgements, lines, write_beir
@@ -91,6 +93,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     (plain / "extra.csv").write_text("id,text,size\n009,more,3\n", "utf-8")
     card(plain, default={"train": "train.csv", "extra": "extra.csv"}, other={"a": "train.csv", "b": "extra.csv"})
     write_lines(root / "me/vectors/data.jsonl", [{"text": "a", "vector": [0.5, 1.5]}])  # type: ignore[dict-item]
+    table = {"id": ["1", "2"], "text": [["a", "b"], None], "vector": [[0.5], [1.5]], "year": [1999, None]}
+    (root / "me/parquet").mkdir()
+    write_table(pa.table(table), root / "me/parquet/data.parquet", row_group_size=1)
     write_lines(root / "me/script/data.jsonl", [{"text": "a"}])
     (root / "me/script/script.py").write_text("raise SystemExit('code of a data set ran')\n", "utf-8")
     server = HubServer(root)
@@ -110,8 +115,8 @@ def fetched(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     """The files that a name was fetched to, or the error that it ended with."""
     cache = tmp_path_factory.mktemp("cache")
     names = """BeIR/toy BeIR/toy@v1/train BeIR/toy/corpus mteb/toy mteb/toy/train mteb/toy/default/train mteb/many/sw
-    mteb/many me/plain me/plain/extra me/plain/other/b me/plain/other me/vectors me/script BeIR/toy/dev BeIR/toy@v9
-    no/such mteb/many/fr/dev"""
+    mteb/many me/plain me/plain/extra me/plain/other/b me/plain/other me/vectors me/parquet me/script BeIR/toy/dev
+    BeIR/toy@v9 no/such mteb/many/fr/dev"""
     words = [sys.executable, "-c", FETCH, *(f"huggingface:{name}" for name in names.split())]
     done = subprocess.run(words, env=environment(hub, cache), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -147,6 +152,8 @@ def test_any_other_table_is_passages_and_its_texts_stay_as_they_are_written(fetc
     for name in ("me/plain/extra", "me/plain/other/b"):
         assert [row["id"] for row in lines(fetched(name)["corpus.jsonl"])] == ["009"]
     assert lines(fetched("me/vectors")["corpus.jsonl"]) == [{"text": "a"}]  # vectors are no text
+    rows = [{"id": "1", "text": ["a", "b"], "year": 1999}, {"id": "2", "text": None, "year": None}]
+    assert lines(fetched("me/parquet")["corpus.jsonl"]) == rows
 
 
 @pytest.mark.parametrize(
