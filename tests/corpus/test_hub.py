@@ -116,7 +116,7 @@ def fetched(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     cache = tmp_path_factory.mktemp("cache")
     names = """BeIR/toy BeIR/toy@v1/train BeIR/toy/corpus mteb/toy mteb/toy/train mteb/toy/default/train mteb/many/sw
     mteb/many me/plain me/plain/extra me/plain/other/b me/plain/other me/vectors me/parquet me/script BeIR/toy/dev
-    BeIR/toy@v9 no/such mteb/many/fr/dev"""
+    me/plain@refs/convert/parquet/other/b BeIR/toy@v9 no/such mteb/many/fr/dev"""
     words = [sys.executable, "-c", FETCH, *(f"huggingface:{name}" for name in names.split())]
     done = subprocess.run(words, env=environment(hub, cache), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -149,7 +149,7 @@ def test_any_other_table_is_passages_and_its_texts_stay_as_they_are_written(fetc
     assert set(fetched("me/plain")) == {"README.md", "corpus.jsonl"}
     rows = [{"id": "007", "text": "NA, he said", "size": "1"}, {"id": "008", "text": "NA", "size": "2"}]
     assert lines(fetched("me/plain")["corpus.jsonl"]) == rows
-    for name in ("me/plain/extra", "me/plain/other/b"):
+    for name in ("me/plain/extra", "me/plain/other/b", "me/plain@refs/convert/parquet/other/b"):
         assert [row["id"] for row in lines(fetched(name)["corpus.jsonl"])] == ["009"]
     assert lines(fetched("me/vectors")["corpus.jsonl"]) == [{"text": "a"}]  # vectors are no text
     rows = [{"id": "1", "text": ["a", "b"], "year": 1999}, {"id": "2", "text": None, "year": None}]
