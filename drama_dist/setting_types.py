@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator
 
-from drama_dist.labels import checked_endpoint, without_url
+from drama_dist.labels import checked_collection, checked_endpoint, checked_suite, without_url
 
 T = TypeVar("T")
 CROP_KINDS = {"span": 4.0, "sentence": 2.0, "joined": 1.0, "keywords": 2.0, "title": 1.0}  # and their weights
@@ -59,6 +59,8 @@ FreeText = Annotated[str, Field(max_length=2**16)]  # checks that it is Unicode,
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
 Name = Annotated[Text, AfterValidator(_expand_home)]  # of a file, a folder or a model; ~/ is the home folder
 Model = Annotated[Name, AfterValidator(checked_endpoint)]  # also an endpoint's, URL#MODEL
+CollectionName = Annotated[Name, AfterValidator(checked_collection)]  # also a data set's, see labels.NAMED_FORMS
+SuiteName = Annotated[Name, AfterValidator(checked_suite)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**24)]  # layers, components or tokens of a text: no model has as many

@@ -20,6 +20,7 @@ from drama_dist.learning_settings import AugmentSettings, TargetSettings, Teache
 from drama_dist.setting_types import (
     CONFIG,
     Amount,
+    CollectionName,
     CostOnly,
     Count,
     CountOrZero,
@@ -36,6 +37,7 @@ from drama_dist.setting_types import (
     SomeFraction,
     SomeKeys,
     SourceWeights,
+    SuiteName,
     Temperature,
     Text,
     TextTokens,
@@ -56,10 +58,12 @@ System = Annotated[Text, AfterValidator(known_system)]
 class CorpusSettings:
     """What to retrieve from, and which queries to test with."""
 
-    path: Name  # a BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages"
+    # A BEIR folder, a file or files of records, a Hugging Face dataset on disk, or "installed-packages". By name, and
+    # fetched once: huggingface:OWNER/NAME[@REVISION][/SUBSET][/SPLIT], or ir_datasets:ID (extra ir-datasets)
+    path: CollectionName
     packages: list[Text] = Field(default=[])  # of "installed-packages": import names, whose docs are read
     # Other texts to train on, against queries unlike the corpus: what corpus.path may be, or null. Never searched.
-    general: Name | None = None
+    general: CollectionName | None = None
     general_packages: list[Text] = Field(default=[])  # of general=installed-packages
     general_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the passages that training reads, where there are any
     language: Text = "en"
@@ -285,11 +289,11 @@ class EvaluateSettings:
 
     # Also asymmetric, ridge, random-init, llm-unpruned, mixes such as drama+bm25, and model:NAME: a Llama-type encoder.
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
-    # BEIR folders, ... that every system is evaluated on beside the run's own collection
-    collections: Distinct[Name] = Field(default=[])
-    # beir, miracl or mldr, which are the paper's 13, 18 and 13 collections, or a folder of such folders: further
-    # collections, with a table of their averages
-    suite: Name | None = None
+    # BEIR folders, ..., or names as in corpus.path, that every system is evaluated on beside the run's own collection
+    collections: Distinct[CollectionName] = Field(default=[])
+    # beir, miracl or mldr, which are the paper's 13, 18 and 13 collections, a folder of such folders, or names as in
+    # corpus.path with commas between: further collections, with a table of their averages
+    suite: SuiteName | None = None
     suite_path: Name = "suites"  # where those of beir, miracl and mldr are, or are fetched to: SUITE_PATH/beir/scifact
     depth: Rank = 100
     # Of passages' vectors, made from the float32 that is encoded: int8 takes a quarter of the memory, binary (signs) a

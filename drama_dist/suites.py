@@ -9,12 +9,15 @@ be passages themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
+from drama_dist.labels import IR_DATASETS, NAMED_FORMS, hub_name, is_named, labels_of, names_of
 from drama_dist.settings_file import SettingsError
 
+DATASETS_PAGE = "https://huggingface.co/datasets/"
 _ZIP = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
-_HUB = "https://huggingface.co/datasets/"
+_LONGEST_LABEL = 100
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Member:
     def origin(self) -> str:
         """Where to fetch it by hand."""
         part = "" if self.subset == "default" else f" (subset {self.subset}, split {self.split})"
-        return self.archive or f"{_HUB}{self.dataset}{part}"
+        return self.archive or f"{DATASETS_PAGE}{self.dataset}{part}"
 
 
 @dataclass(frozen=True)
@@ -96,23 +99,59 @@ MEMBERS = {member.name: member for suite in SUITES.values() for member in suite.
 
 
 def member_of(path: Path | str) -> Member | None:
-    """The member of a named suite that a folder is, by its last two parts, as in beir/scifact."""
+    """The member of a named suite that a folder is, by its last two parts, as in beir/scifact; or a data set by name.
+
+    A name is a member's on the hub by its subset, as huggingface:BeIR/scifact, huggingface:mteb/scifact and
+    huggingface:mteb/MIRACLRetrieval/ar; and in ir_datasets by its first two parts.
+    """
+    if is_named(str(path)):
+        return _member_named(str(path))
     folder = Path(path).absolute()
     suite = SUITES.get(folder.parent.name)
     return next((member for member in suite.members if member.name == folder.name), None) if suite else None
 
 
+def _member_named(collection: str) -> Member | None:
+    members = ((suite, member) for suite, of in SUITES.items() for member in of.members)
+    return next((member for suite, member in members if _is_called(collection, suite, member)), None)
+
+
+def _is_called(collection: str, suite: str, member: Member) -> bool:
+    if collection.startswith(IR_DATASETS):
+        parts = collection.removeprefix(IR_DATASETS).split("/")
+        return parts[:1] == [suite] and "-".join(parts[:2]) in (member.name, f"{suite}-{member.name}")
+    name = hub_name(collection)
+    if member.subset != "default":
+        return name.repository.lower() == member.dataset.lower() and name.parts[:1] == (member.subset,)
+    return name.repository.lower() in (member.dataset.lower(), f"{suite}/{member.name}")
+
+
+def label_of_suite(suite: str) -> str:
+    """What the files of a suite's table are called: its name, its folder's, or its collections' with + between."""
+    if not is_named(suite):
+        return Path(suite).resolve().name
+    label = "+".join(labels_of(names_of(suite), ()))
+    digits = sha256(suite.encode()).hexdigest()[:6]
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:_LONGEST_LABEL]}-{digits}"
+
+
 def paths_of(suite: str, suite_path: str) -> list[str]:
-    """The folders of a suite's collections: SUITE_PATH/SUITE/NAME of a named one, else what the folder has in it.
+    """The folders of a suite's collections: SUITE_PATH/SUITE/NAME of a named one, else what the folder has in it; or
+    their names, where it is a list of these.
 
     Those of a named one need not be there. Raises SettingsError where the suite is neither a name nor a folder, or the
     folder has no folders.
     """
+    if is_named(suite):
+        return names_of(suite)
     if suite in SUITES:
         return [str(Path(suite_path) / suite / member.name) for member in SUITES[suite].members]
     folder = Path(suite)
     if not folder.is_dir():
-        raise SettingsError(f"evaluate.suite={suite}: must be {', '.join(SUITES)}, or a folder of collections' folders")
+        raise SettingsError(
+            f"evaluate.suite={suite}: must be {', '.join(SUITES)}, a folder of collections' folders, or names with "
+            f"commas between, each {NAMED_FORMS}"
+        )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise SettingsError(f"evaluate.suite={suite}: has no folders; expected one for each collection")

@@ -6,16 +6,13 @@ Does not cover which collections there are (suites.py), nor reading the folders 
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from drama_dist.corpus.collection import write_qrels
+from drama_dist.corpus.beir_folder import Table, Tables, write_once
 from drama_dist.encoder.failures import reason
-from drama_dist.records import write_records
 from drama_dist.run.progress import say
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.suites import SUITES, Member, missing_collections
@@ -36,26 +33,25 @@ def fetch(settings: Settings, member: Member, folder: Path) -> None:
         split = _load(member)
     except Exception as error:  # which types the network library raises changes between versions
         raise _missing(settings, f"{member.dataset}: {reason(error)}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Another run may fetch the same. Hidden: a folder of collections does not count it among them.
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    partial.chmod(0o755)
-    write_records(partial / "corpus.jsonl", _rows(split["corpus"], member.language))
-    write_records(partial / "queries.jsonl", _rows(split["queries"], member.language))
-    # In an order of their own: mteb's changes from one process to the next, and with it the fingerprint would.
+    write_once(folder, _tables(split, member))
+
+
+def _tables(split: Mapping[str, Any], member: Member) -> Tables:
+    """Judgements in the queries' order: mteb's own changes from one process to the next, and the fingerprint would."""
     judged = {str(query): grades for query, grades in split["relevant_docs"].items()}
-    ids = [id for row in split["queries"] if (id := str(row["id"])) in judged]
-    grades = {
-        query: {passage: int(grade) for passage, grade in sorted((str(id), each) for id, each in judged[query].items())}
-        for query in ids
-    }
-    write_qrels(partial / "qrels" / "test.tsv", grades)
-    try:
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial)
-        if not folder.is_dir():  # else another run was first
-            raise
+    ids = dict.fromkeys(str(row["id"]) for row in split["queries"])
+    in_order = [*(id for id in ids if id in judged), *sorted(judged.keys() - ids.keys())]
+    judgements = (
+        {"query-id": query, "corpus-id": passage, "score": grade}
+        for query in in_order
+        for passage, grade in sorted((str(id), int(each)) for id, each in judged[query].items())
+    )
+    return Tables(
+        Table(_rows(split["corpus"], member.language), len(split["corpus"])),
+        Table(_rows(split["queries"], member.language), len(split["queries"])),
+        Table(judgements, sum(map(len, judged.values()))),
+        f"{member.origin} by mteb's task {member.task}",
+    )
 
 
 def _missing(settings: Settings, problem: str) -> SettingsError:

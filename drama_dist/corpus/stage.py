@@ -21,11 +21,13 @@ from drama_dist.corpus.collection import PassageTable, open_collection, write_co
 from drama_dist.corpus.fetch import check_fetchable, fetch
 from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
+from drama_dist.corpus.named import check_named, fetch_named, folder_of, is_missing
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, lower_if_capitals, sentences
 from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
+from drama_dist.labels import HUB, IR_DATASETS, is_named
 from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
 from drama_dist.run.graph import CORPUS, TRIPLETS
@@ -52,12 +54,23 @@ class _Source:
     def inputs(self) -> dict[str, str]:
         if self.path == PACKAGES_CORPUS:
             return package_versions(self.packages)
+        ranks.by_rank_0(self._fetch)
         path = _existing(self.setting, self.path)
         return {"source": fingerprint_of_files(find_sources(path, self.setting).files)}
 
+    def _fetch(self) -> None:
+        if is_missing(self.path):
+            fetch_named(self.setting, self.path)
+
+    def check(self) -> None:
+        if is_missing(self.path):
+            check_named(self.setting, self.path, judged=False)
+        elif self.path != PACKAGES_CORPUS:
+            find_sources(_existing(self.setting, self.path), self.setting)
+
     def read(self, corpus: CorpusSettings, aside: SetAside) -> RawCorpus:
         if self.path != PACKAGES_CORPUS:
-            return read_corpus(Path(self.path), corpus, aside, self.setting)
+            return read_corpus(folder_of(self.path), corpus, aside, self.setting)
         passages = package_passages(self.packages, corpus.language)
         aside.seen += len(passages)
         return RawCorpus(passages, [], {})
@@ -77,8 +90,15 @@ def corpus_sections(settings: Settings) -> dict[str, Any]:
     return {"seed": settings.seed, "corpus": corpus}
 
 
+def check_corpus(settings: Settings) -> None:
+    """Raise what making it would, where what it is made from is not there, and cannot be fetched as it is named."""
+    _own(settings.corpus).check()
+    if general := _general(settings.corpus):
+        general.check()
+
+
 def corpus_inputs(run: Run) -> dict[str, str]:
-    """Fingerprint of the files that are read, or the packages' versions."""
+    """Fingerprint of the files that are read, or the packages' versions. What is named is fetched first."""
     general = _general(run.settings.corpus)
     inputs_of_general = general.inputs() if general else {}
     return _own(run.settings.corpus).inputs() | {f"general {name}": value for name, value in inputs_of_general.items()}
@@ -155,10 +175,13 @@ def how_to_read(corpus: CorpusSettings) -> dict[str, Any]:
 
 
 def _as_read(settings: Settings, collection: str) -> CorpusSettings:
-    """How a collection is read: a member of a named suite in its language, and by the names of BEIR's columns."""
+    """How a collection is read: one by name, or a member of a named suite, by the names of BEIR's columns; the latter
+    in its language, too.
+    """
     corpus, path = settings.corpus, settings.evaluate.collection_labels[collection]
-    if member := member_of(path):
-        plain = CorpusSettings(path=path, language=member.language)
+    member = member_of(path)
+    if member or is_named(path):
+        plain = CorpusSettings(path=path, language=member.language if member else corpus.language)
         return replace(
             corpus, **{name: value for name, value in how_to_read(plain).items() if name != "lower_capitals"}
         )
@@ -168,10 +191,12 @@ def _as_read(settings: Settings, collection: str) -> CorpusSettings:
 def check_collection(settings: Settings, collection: str) -> None:
     """Raise what making it would, where a collection or its judgements are not there and cannot be fetched."""
     setting, path = _named(settings, collection)
-    if member := _to_be_fetched(settings, path):
+    if is_missing(path):
+        check_named(setting, path, judged=True)
+    elif member := _to_be_fetched(settings, path):
         check_fetchable(settings, member)
     elif not find_sources(_existing(setting, path), setting).judgements:
-        raise _unjudged(setting, path)
+        raise _unjudged(setting, folder_of(path))
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
@@ -179,7 +204,9 @@ def collection_inputs(run: Run, collection: str) -> dict[str, str]:
     setting, path = _named(run.settings, collection)
 
     def fetch_it() -> None:
-        if member := _to_be_fetched(run.settings, path):
+        if is_missing(path):
+            fetch_named(setting, path)
+        elif member := _to_be_fetched(run.settings, path):
             fetch(run.settings, member, Path(path))
 
     ranks.by_rank_0(fetch_it)
@@ -211,7 +238,7 @@ def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
         folder.finish()
         return
     aside = SetAside()
-    raw = read_collection(Path(path), corpus, aside, setting, folder.name)
+    raw = read_collection(folder_of(path), corpus, aside, setting, folder.name)
     _store(folder, raw, aside, corpus.bad_record_limit)
 
 
@@ -226,7 +253,7 @@ def read_collection(path: Path, corpus: CorpusSettings, aside: SetAside, setting
     return _lower_capitals(raw, name) if corpus.lower_capitals else raw
 
 
-def _unjudged(setting: str, path: Path | str) -> ValueError:
+def _unjudged(setting: str, path: Path) -> ValueError:
     return ValueError(f"{setting}: {path}: no judged queries: expected queries.jsonl and qrels/test.tsv")
 
 
@@ -239,9 +266,14 @@ def _store(folder: StageFolder, raw: RawCorpus, aside: SetAside, bad_record_limi
 
 
 def _existing(setting: str, path: str) -> Path:
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{setting}={path}: no such file or folder")
-    return Path(path)
+    place = folder_of(path)
+    if not place.exists():
+        if is_named(path):
+            problem = f"rank {ranks.rank()} does not see {place}; set $DRAMA_CACHE to a folder that all machines share"
+        else:
+            problem = f"no such file or folder; names of data sets begin with {HUB} or {IR_DATASETS}"
+        raise FileNotFoundError(f"{setting}={path}: {problem}")
+    return place
 
 
 def _lower_capitals(raw: RawCorpus, name: str) -> RawCorpus:

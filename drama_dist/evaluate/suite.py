@@ -20,7 +20,7 @@ from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.run.files import write_text
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.suites import SUITES
+from drama_dist.suites import SUITES, label_of_suite
 
 _MEASURE = "ndcg@10"
 
@@ -32,7 +32,7 @@ def compare(run: Run) -> None:
         assert evaluation.suite  # else the stage is not asked for
         evaluated = {name: run.path(f"evaluate/{name}") for name in evaluation.suite_labels}
         figures = figures_of(evaluation.suite, evaluated, seed)
-        place = run.folder / "suites" / Path(evaluation.suite).resolve().name
+        place = run.folder / "suites" / label_of_suite(evaluation.suite)
         place.parent.mkdir(exist_ok=True)
         write_text(place.with_name(f"{place.name}.json"), json.dumps(figures, indent=2) + "\n")
         write_text(place.with_name(f"{place.name}.md"), suite_table(figures, markdown=True) + "\n")

@@ -178,6 +178,7 @@ STAGES = (
         work="drama_dist.corpus.stage:build_corpus",
         sections="drama_dist.corpus.stage:corpus_sections",
         inputs="drama_dist.corpus.stage:corpus_inputs",
+        check="drama_dist.corpus.stage:check_corpus",
         processes="one",
     ),
     Stage(
@@ -408,7 +409,12 @@ def evaluations(settings: Settings) -> list[str]:
 
 def _compared(settings: Settings) -> list[str]:
     """What `drama evaluate` makes."""
-    return [*evaluations(settings), *([SUITE] if settings.evaluate.suite else [])]
+    return [*_stored(settings), *evaluations(settings), *([SUITE] if settings.evaluate.suite else [])]
+
+
+def _stored(settings: Settings) -> list[str]:
+    """All collections, which come before anything is trained: one that cannot be fetched or read ends a run early."""
+    return [CORPUS, *(stored_collection(label) for label in settings.evaluate.collection_labels)]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -443,7 +449,7 @@ def artefacts_of(settings: Settings, verb: str, collection: str = CORPUS, system
         dense = [name for name in ("drama", "asymmetric") if name in encoded]
         searched = [artefact for name in (*dense, "bm25") for artefact in _encoding(settings, CORPUS, name)]
         served = [*searched, "export"] if dense else []
-        return [*_trained(settings), *_compared(settings), *served, "report"]
+        return [*_stored(settings), *_trained(settings), *_compared(settings), *served, "report"]
     if verb == "evaluate":
         return _compared(settings)
     if verb == "encode":

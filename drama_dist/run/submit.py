@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, is_finished, order_of
+from drama_dist.run.graph import STAGES, Artefact, artefacts_of, command_of, function_named, is_finished, order_of
 from drama_dist.run.interrupts import STOPPED
 from drama_dist.settings import Settings
 
@@ -81,12 +81,16 @@ def script(settings: Settings, job: Job, arguments: Sequence[str], title: str) -
 def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bool) -> list[str]:
     """Print the stage's batch scripts, or write them to RUN/slurm and submit them; return the job ids.
 
-    Raises FileNotFoundError if there is no sbatch, ValueError if nothing is left to do or, with slurm's message, if
-    slurm refuses a job; jobs submitted before that one are then cancelled.
+    Before anything is submitted the collections are checked, as `drama STAGE` does; not the models, since endpoints
+    need not be reached from here. Raises what these checks do, FileNotFoundError if there is no sbatch, ValueError if
+    nothing is left to do or, with slurm's message, if slurm refuses a job; jobs submitted before that one are then
+    cancelled.
     """
     jobs = chain(settings, stage)
     if not jobs:
         raise ValueError(f"{settings.run}: {stage} is finished already")
+    if not dry_run:
+        _check_collections(settings, stage)
     folder = _folder(settings)
     job_ids: list[str] = []
     for index, job in enumerate(jobs):
@@ -106,6 +110,13 @@ def submit(settings: Settings, stage: str, arguments: Sequence[str], dry_run: bo
             raise
         print(f"{job_ids[-1]}  {path}{after}", flush=True)
     return job_ids
+
+
+def _check_collections(settings: Settings, verb: str) -> None:
+    for artefact in order_of(settings, *artefacts_of(settings, verb)):
+        stage = artefact.stage
+        if stage.verb == "corpus" and stage.check and not is_finished(settings.run, artefact.name):
+            function_named(stage.check)(settings, **artefact.parameters)
 
 
 def _options(settings: Settings, job: Job) -> list[str]:

@@ -205,7 +205,7 @@ def test_what_is_no_suite_is_refused(small_settings: Callable[..., Settings], tm
     write_collection(mixed / "bread", "bread", 5)
     write_lines(mixed / "notes" / "corpus.jsonl", passages())
     for suite, message in (
-        ("bier", "must be beir, miracl, mldr, or a folder of collections' folders"),
+        ("bier", "must be beir, miracl, mldr, a folder of collections' folders, or names with commas between"),
         (str(empty), "has no folders; expected one for each collection"),
         (str(mixed), f"evaluate.suite: {mixed / 'notes'}: no judged queries"),
     ):

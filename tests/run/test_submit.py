@@ -108,6 +108,22 @@ def test_only_training_takes_several_nodes(small_settings: Callable[..., Setting
     }
 
 
+def test_a_collection_that_cannot_be_had_is_told_before_anything_is_submitted(
+    small_settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("DRAMA_CACHE", str(tmp_path / "cache"))
+    for change, message in (
+        ("evaluate.collections=[data/none]", "evaluate.collections=data/none: no such file or folder"),
+        ("corpus.path=huggingface:a/b", "corpus.path=huggingface:a/b: is not in .* and cannot be fetched"),
+    ):
+        settings = small_settings(change)
+        with pytest.raises((ValueError, OSError), match=message):
+            submit(settings, "run", ["s.yaml"], dry_run=False)
+        assert not Path(settings.run).exists()
+        submit(settings, "run", ["s.yaml"], dry_run=True)  # prints what would be submitted
+
+
 def test_a_line_break_does_not_become_a_line_of_the_script(small_settings: Callable[..., Settings]) -> None:
     settings = small_settings()
     settings.slurm.partition = "all\nrm -rf /"
