@@ -1,4 +1,4 @@
-"""The corpus stage: read, clean, hold out test queries and store; the same for other collections to evaluate on.
+"""The corpus stage: read, clean, hold out test queries and store; read, fetch or make collections to evaluate on.
 
 The windows stage cuts the corpus into texts to train on (windows.py).
 
