@@ -74,6 +74,9 @@ class CorpusSettings:
     )
     title_keys: Distinct[Text] = Field(default=["title", "heading", "headline"])
     language_keys: Distinct[Text] = Field(default=["language", "lang"])  # where there is none: corpus.language
+    # Records with the same value under this key, as title or doc_id, become one passage: with the id and title of the
+    # first, the texts in their order, and the test judgements of all. Those without it stay as they are. null: all do.
+    join_by: Text | None = None
     max_passages: Count | None = None  # keep this many, chosen by the seed
     held_out_queries: CountOrZero = 200  # without qrels: first sentences set aside as test queries
     # Texts in nothing but capitals become small letters, which the LLM that writes, a teacher that sees case and other
@@ -93,6 +96,11 @@ class CorpusSettings:
         if self.general == PACKAGES_CORPUS and not self.general_packages:
             raise SettingsError(
                 f"corpus.general={PACKAGES_CORPUS} needs names in corpus.general_packages, for example [numpy]"
+            )
+        if self.path == PACKAGES_CORPUS and self.join_by:
+            raise SettingsError(
+                f"corpus.join_by={self.join_by} is for records, which corpus.path={PACKAGES_CORPUS} has none of; "
+                "set it to null"
             )
         check_windows("corpus", self.window_words, self.window_step)
         return self
@@ -291,8 +299,9 @@ class EvaluateSettings:
     systems: Annotated[Distinct[System], Field(min_length=1)] = Field(default=["drama", "teacher", "bm25"])
     # BEIR folders, ..., or names as in corpus.path, that every system is evaluated on beside the run's own collection
     collections: Distinct[CollectionName] = Field(default=[])
-    # beir, miracl or mldr, which are the paper's 13, 18 and 13 collections, a folder of such folders, or names as in
-    # corpus.path with commas between: further collections, with a table of their averages
+    # beir, miracl or mldr, which are the paper's 13, 18 and 13 collections; passkey or needle, which are made, of six
+    # lengths each; a folder of BEIR folders, ...; or names as in corpus.path with commas between: further collections,
+    # with a table of their averages
     suite: SuiteName | None = None
     suite_path: Name = "suites"  # where those of beir, miracl and mldr are, or are fetched to: SUITE_PATH/beir/scifact
     depth: Rank = 100

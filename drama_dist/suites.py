@@ -1,7 +1,8 @@
 """Suites: collections that are evaluated together, by name or as a folder.
 
-Covers which collections the paper's suites have, how each is read and scored, where it lies and where it comes from.
-Does not cover reading or fetching them (corpus/), nor the table of a suite (evaluate/suite.py).
+Covers which collections the paper's suites have, how each is read and scored, where it lies and where it comes from;
+and which ones are made. Does not cover reading, fetching or making them (corpus/), nor the table of a suite
+(evaluate/suite.py).
 Sources: the paper (Ma et al., ACL 2025) for the figures; mteb 2.26 for tasks, data sets, splits, and whose queries may
 be passages themselves.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal, get_args
 
 from drama_dist.labels import IR_DATASETS, NAMED_FORMS, hub_name, is_named, labels_of, names_of
 from drama_dist.settings_file import SettingsError
@@ -18,6 +20,8 @@ from drama_dist.settings_file import SettingsError
 DATASETS_PAGE = "https://huggingface.co/datasets/"
 _ZIP = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
 _LONGEST_LABEL = 100
+_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+MadeKind = Literal["passkey", "needle"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Suite:
 
     members: tuple[Member, ...]
     paper: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A collection that is made (corpus/made.py). tokens: of each passage, by the LLM's tokenizer."""
+
+    kind: MadeKind
+    tokens: int
 
 
 def _beir(name: str, task: str, dataset: str | None = None, own_left_out: bool = False) -> Member:
@@ -95,6 +107,9 @@ SUITES = {
         _paper(0.471, 0.488, 0.548),
     ),
 }
+# By their names in evaluate.collections, which are no folders
+MADE = {f"{kind}/{kind}-{tokens}": Made(kind, tokens) for kind in get_args(MadeKind) for tokens in _LENGTHS}
+MADE_SUITES = get_args(MadeKind)
 MEMBERS = {member.name: member for suite in SUITES.values() for member in suite.members}
 
 
@@ -139,18 +154,20 @@ def paths_of(suite: str, suite_path: str) -> list[str]:
     """The folders of a suite's collections: SUITE_PATH/SUITE/NAME of a named one, else what the folder has in it; or
     their names, where it is a list of these.
 
-    Those of a named one need not be there. Raises SettingsError where the suite is neither a name nor a folder, or the
-    folder has no folders.
+    Those of a named one need not be there; of one that is made they are the names in MADE. Raises SettingsError where
+    the suite is neither a name nor a folder, or the folder has no folders.
     """
     if is_named(suite):
         return names_of(suite)
+    if suite in MADE_SUITES:
+        return [name for name, made in MADE.items() if made.kind == suite]
     if suite in SUITES:
         return [str(Path(suite_path) / suite / member.name) for member in SUITES[suite].members]
     folder = Path(suite)
     if not folder.is_dir():
         raise SettingsError(
-            f"evaluate.suite={suite}: must be {', '.join(SUITES)}, a folder of collections' folders, or names with "
-            f"commas between, each {NAMED_FORMS}"
+            f"evaluate.suite={suite}: must be {', '.join([*SUITES, *MADE_SUITES])}, a folder of collections' folders, "
+            f"or names with commas between, each {NAMED_FORMS}"
         )
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:

@@ -13,6 +13,7 @@ from typing import Any
 
 from drama_dist.corpus.collection import Qrels
 from drama_dist.corpus.formats import Columns, Row, dataset_rows, open_dataset, read_rows, shown_names
+from drama_dist.corpus.join import Part, joined, moved
 from drama_dist.corpus.judgements import Judgement, read_judgements
 from drama_dist.corpus.layout import Sources, find_sources
 from drama_dist.corpus.parts import Unfit, as_unicode, id_of, language_of, part, text_of, title_of
@@ -81,11 +82,12 @@ class _Keys:
     texts: Sequence[str]
     titles: Sequence[str]
     languages: Sequence[str]
+    wholes: Sequence[str] = ()  # what the record is a part of
 
     @property
     def columns(self) -> Columns:
         """What to read of files with columns."""
-        names = frozenset([*self.ids, *self.texts, *self.titles, *self.languages])
+        names = frozenset([*self.ids, *self.texts, *self.titles, *self.languages, *self.wholes])
         remedy = "say in corpus.id_keys and corpus.text_keys which to read"
         return Columns(names, (self.ids[0], self.texts[0]), remedy)
 
@@ -93,20 +95,35 @@ class _Keys:
 def read_corpus(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str = "corpus.path") -> RawCorpus:
     """Read a corpus in any supported form, with its queries and judgements where it has both.
 
-    Raises ValueError if the form is not recognised, or there is no usable passage or none of the judgements is usable.
+    Raises ValueError if the form is not recognised, there is no usable passage, none of the judgements is usable, or
+    corpus.join_by joins nothing of the run's own corpus.
     """
     sources = find_sources(path, setting)
     for note in sources.notes:
         say(f"{path}: {note}")
-    keys = _Keys(corpus.id_keys, corpus.text_keys, corpus.title_keys, corpus.language_keys)
-    passages = _records(rows_of(sources, keys.columns), keys, corpus.language, aside)
-    if not passages:
+    by = [corpus.join_by] if corpus.join_by else []
+    keys = _Keys(corpus.id_keys, corpus.text_keys, corpus.title_keys, corpus.language_keys, by)
+    records = _records(rows_of(sources, keys.columns), keys, corpus.language, aside)
+    if not records:
         raise ValueError(f"{setting}={path}: no usable passage among {aside.seen} records{first_of(aside.unusable)}")
+    passages, whole_of = joined(records)
+    if corpus.join_by:
+        _tell_joined(path, setting, corpus.join_by, len(records), len(passages))
     if not sources.queries or not sources.judgements:
         return RawCorpus(passages, [], {})
     queries = _queries(sources.queries, corpus, aside)
-    qrels = read_judged(sources.judgements, {query.id for query in queries}, {one.id for one in passages}, aside)
+    qrels = moved(read_judged(sources.judgements, {query.id for query in queries}, whole_of, aside), whole_of)
     return RawCorpus(passages, [query for query in queries if query.id in qrels], qrels)
+
+
+def _tell_joined(path: Path, setting: str, by: str, records: int, passages: int) -> None:
+    if records > passages:
+        say(f"{path}: {records} records are {passages} passages, joined by {by} (corpus.join_by)")
+        return
+    nothing = f"{setting}={path}: corpus.join_by={by} joins nothing: no two of {records} records have the same {by}"
+    if setting == "corpus.path":
+        raise ValueError(f"{nothing}; name the key that tells which belong together, or set it to null")
+    say(nothing)  # of texts of another origin it is no mistake
 
 
 def read_queries(path: Path, corpus: CorpusSettings, aside: SetAside, setting: str) -> list[Query]:
@@ -120,7 +137,7 @@ def read_queries(path: Path, corpus: CorpusSettings, aside: SetAside, setting: s
 def _queries(path: Path, corpus: CorpusSettings, aside: SetAside) -> list[Query]:
     keys = _Keys([*_QUERY_IDS, *corpus.id_keys], [*_QUERY_TEXTS, *corpus.text_keys], (), corpus.language_keys)
     asked = _records(_file_rows([path], keys.columns), keys, corpus.language, aside)
-    return [Query(query.id, query.text, query.language) for query in asked]
+    return [Query(query.id, query.text, query.language) for query, _ in asked]
 
 
 def rows_of(sources: Sources, columns: Columns) -> Iterator[tuple[Path, Row]]:
@@ -139,10 +156,10 @@ def _dataset_rows(folder: Path, columns: Columns) -> Iterator[tuple[Path, Row]]:
         yield folder, row
 
 
-def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside: SetAside) -> list[Passage]:
+def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside: SetAside) -> list[Part]:
     """The usable records; their numbers are their ids where not one of them has an id."""
-    found: dict[str, Passage] = {}
-    nameless: dict[str, tuple[Passage, BadRecord]] = {}
+    found: dict[str, Part] = {}
+    nameless: dict[str, tuple[Part, BadRecord]] = {}
     has_ids = False
     for number, (path, (line, value)) in enumerate(rows, 1):
         aside.seen += 1
@@ -151,33 +168,34 @@ def _records(rows: Iterable[tuple[Path, Row]], keys: _Keys, language: str, aside
             continue
         has_ids = has_ids or any(value.get(name) is not None for name in keys.ids)
         record = _record(path, line, value, keys, language, aside)
-        if isinstance(record, Passage) and not record.id:
+        if not isinstance(record, BadRecord) and not record[0].id:
             detail = f"under {', '.join(keys.ids)} (corpus.id_keys); it has {shown_names(value)}"
             nameless[f"row-{number}"] = record, BadRecord(path, line, "no id", value, detail)
             continue
-        if isinstance(record, Passage) and record.id in found:
-            record = BadRecord(path, line, "duplicate id", record.id)
+        if not isinstance(record, BadRecord) and record[0].id in found:
+            record = BadRecord(path, line, "duplicate id", record[0].id)
         if isinstance(record, BadRecord):
             aside.unusable.append(record)
         else:
-            found[record.id] = record
+            found[record[0].id] = record
     if nameless and not has_ids:
         first = next(iter(nameless))
         say(f"{path}: no record has an id (corpus.id_keys), so their numbers are their ids, beginning with {first}")
-        return [replace(record, id=id) for id, (record, _) in nameless.items()]
+        return [(replace(passage, id=id), whole) for id, ((passage, whole), _) in nameless.items()]
     aside.unusable += [bad for _, bad in nameless.values()]
     return list(found.values())
 
 
 def _record(
     path: Path, line: int, value: Mapping[str, Any], keys: _Keys, language: str, aside: SetAside
-) -> Passage | BadRecord:
+) -> Part | BadRecord:
     """The id is empty where there is none."""
     try:
         id = part(value, keys.ids, id_of, "id") or ""
         text = part(value, keys.texts, text_of, "text")
         title = part(value, keys.titles, title_of, "title", optional=True) or ""
         own_language = part(value, keys.languages, language_of, "language", optional=True)
+        whole = part(value, keys.wholes, title_of, "what it is joined by", optional=True) or ""
     except Unfit as problem:
         return BadRecord(path, line, str(problem), value)
     if text is None or not (text or title):
@@ -185,7 +203,7 @@ def _record(
         return BadRecord(path, line, "no text", value, detail)
     unicode_text, unicode_title = as_unicode(text), as_unicode(title)
     aside.mended += (unicode_text != text) + (unicode_title != title)
-    return Passage(id, unicode_text, unicode_title, own_language or language)
+    return Passage(id, unicode_text, unicode_title, own_language or language), whole
 
 
 def read_judged(

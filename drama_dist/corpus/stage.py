@@ -1,4 +1,4 @@
-"""The corpus stage: read, clean, hold out test queries and store; the same for other collections to evaluate on.
+"""The corpus stage: read, clean, hold out test queries and store; read, fetch or make collections to evaluate on.
 
 The windows stage cuts the corpus into texts to train on (windows.py).
 
@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from drama_dist.corpus.collection import PassageTable, open_collection, write_co
 from drama_dist.corpus.fetch import check_fetchable, fetch
 from drama_dist.corpus.general import open_general, with_general, write_general
 from drama_dist.corpus.layout import find_sources
+from drama_dist.corpus.made import NEEDLE_PACKAGES, make_collection, token_counter
 from drama_dist.corpus.named import check_named, fetch_named, folder_of, is_missing
 from drama_dist.corpus.packages import name_words, package_passages, package_versions
 from drama_dist.corpus.read import RawCorpus, SetAside, read_corpus
 from drama_dist.corpus.split import count_words, lower_if_capitals, sentences
 from drama_dist.corpus.windows import windows
 from drama_dist.distributed import ranks
+from drama_dist.encoder.failures import named_by
+from drama_dist.encoder.model_check import check_llama
+from drama_dist.encoder.sources import model_fingerprint
 from drama_dist.labels import HUB, IR_DATASETS, is_named
 from drama_dist.records import BadRecord, Passage, Query, write_records
 from drama_dist.run.folder import StageFolder, fingerprint_of_files
@@ -35,9 +39,9 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
 from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
-from drama_dist.suites import SUITES, Member, member_of, paths_of
+from drama_dist.suites import MADE, SUITES, Made, Member, member_of, paths_of
 
-_HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys")
+_HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys", "join_by")
 _OF_WINDOWS = ("window_words", "window_step", "general_share")
 _QUERY_WORDS = range(4, 41)
 _REST_WORDS = 15
@@ -165,8 +169,18 @@ def _with_triplets(texts: Iterable[Passage], triplets: PassageTable) -> Iterator
 
 
 def collection_sections(settings: Settings, collection: str) -> dict[str, Any]:
-    """The settings for reading another collection: like the training corpus, but complete and with its own queries."""
+    """The settings for reading another collection: like the training corpus, but complete and with its own queries; for
+    making one.
+    """
+    if made := _made(settings, collection):
+        read_as = {name: getattr(settings.encoder, name) for name in ("passage_prefix", "lower_case")}
+        return {"made": asdict(made), "encoder": read_as}
     return {"corpus": how_to_read(_as_read(settings, collection))}
+
+
+def _made(settings: Settings, collection: str) -> Made | None:
+    """What is to be made, where a collection is not read."""
+    return MADE.get(settings.evaluate.collection_labels[collection])
 
 
 def how_to_read(corpus: CorpusSettings) -> dict[str, Any]:
@@ -191,7 +205,10 @@ def _as_read(settings: Settings, collection: str) -> CorpusSettings:
 def check_collection(settings: Settings, collection: str) -> None:
     """Raise what making it would, where a collection or its judgements are not there and cannot be fetched."""
     setting, path = _named(settings, collection)
-    if is_missing(path):
+    if _made(settings, collection):
+        with named_by("llm", settings.llm):
+            check_llama(settings.llm, settings.trust_remote_code)
+    elif is_missing(path):
         check_named(setting, path, judged=True)
     elif member := _to_be_fetched(settings, path):
         check_fetchable(settings, member)
@@ -200,7 +217,12 @@ def check_collection(settings: Settings, collection: str) -> None:
 
 
 def collection_inputs(run: Run, collection: str) -> dict[str, str]:
-    """Fingerprint of the files that are read, which are fetched first where they are not there."""
+    """Fingerprint of the files that are read, which are fetched first where they are not there; of what a collection is
+    made with, the LLM for its tokenizer.
+    """
+    if made := _made(run.settings, collection):
+        text = package_versions(NEEDLE_PACKAGES) if made.kind == "needle" else {}
+        return {"llm": run.once(model_fingerprint, run.settings.llm), **text}
     setting, path = _named(run.settings, collection)
 
     def fetch_it() -> None:
@@ -233,12 +255,15 @@ def build_collection(run: Run, folder: StageFolder, collection: str) -> None:
 
     Raises as `build_corpus` does, and ValueError if the collection has no judged queries.
     """
-    corpus, (setting, path) = _as_read(run.settings, collection), _named(run.settings, collection)
     if ranks.rank() != 0:
         folder.finish()
         return
+    corpus, (setting, path) = _as_read(run.settings, collection), _named(run.settings, collection)
     aside = SetAside()
-    raw = read_collection(folder_of(path), corpus, aside, setting, folder.name)
+    if made := _made(run.settings, collection):
+        raw = make_collection(made, token_counter(run.settings))
+    else:
+        raw = read_collection(folder_of(path), corpus, aside, setting, folder.name)
     _store(folder, raw, aside, corpus.bad_record_limit)
 
 

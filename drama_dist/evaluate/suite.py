@@ -1,4 +1,5 @@
-"""The table of a suite: nDCG@10 of every system on each collection, and its average over them.
+"""The table of a suite: nDCG@10 of every system on each collection, and its average over them; accuracy@1 where the
+suite is made, as others report it.
 
 RUN/suites/NAME.json has the figures, NAME.md the table, which is printed too. Both are made from what the evaluations
 of the collections wrote. Which collections a suite has, and the paper's figures, is in suites.py.
@@ -20,9 +21,9 @@ from drama_dist.evaluate.tables import shown_p, table
 from drama_dist.run.files import write_text
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.suites import SUITES, label_of_suite
+from drama_dist.suites import MADE_SUITES, SUITES, label_of_suite
 
-_MEASURE = "ndcg@10"
+_SHOWN = {"ndcg@10": "nDCG@10", "accuracy@1": "accuracy@1"}
 
 
 def compare(run: Run) -> None:
@@ -42,7 +43,7 @@ def compare(run: Run) -> None:
 
 
 def figures_of(suite: str, evaluated: Mapping[str, Path], seed: int) -> dict[str, Any]:
-    """nDCG@10 and p-values on each collection, and on average over the collections.
+    """nDCG@10, or of made suites accuracy@1, and p-values on each collection, and on average over the collections.
 
     evaluated: the collections, and the folders of their evaluations. A result is a system at a dim in a precision; each
     is compared with the baseline: drama at its largest dim in the first precision, or the first system where drama is
@@ -53,16 +54,17 @@ def figures_of(suite: str, evaluated: Mapping[str, Path], seed: int) -> dict[str
     rows = _results(next(iter(evaluated.values())))
     first = next((row for row in rows if row["system"] == "drama"), rows[0])
     results, baseline = [label_of(row) for row in rows], label_of(first)
-    values = {name: {result: _ndcg(folder, result) for result in results} for name, folder in evaluated.items()}
-    collections = [_row(name, of, baseline, seed) for name, of in values.items()]
+    measure, of_query = ("accuracy@1", _first) if suite in MADE_SUITES else ("ndcg@10", _ndcg)
+    values = {name: {result: of_query(folder, result) for result in results} for name, folder in evaluated.items()}
+    collections = [_row(name, measure, of, baseline, seed) for name, of in values.items()]
     weighted = {result: evenly_weighted([*of[result].values()] for of in values.values()) for result in results}
-    average = {result: float(np.mean([row[_MEASURE][result] for row in collections])) for result in results}
+    average = {result: float(np.mean([row[measure][result] for row in collections])) for result in results}
     return {
         "suite": suite,
-        "measure": _MEASURE,
+        "measure": measure,
         "baseline": baseline,
         "collections": collections,
-        "average": {_MEASURE: average, "p": _p_values(weighted, baseline, seed)},
+        "average": {measure: average, "p": _p_values(weighted, baseline, seed)},
         "paper": SUITES[suite].paper if suite in SUITES else {},
     }
 
@@ -79,10 +81,17 @@ def _ndcg(evaluated: Path, result: str) -> dict[str, float]:
     return values
 
 
-def _row(name: str, values: Mapping[str, Mapping[str, float]], baseline: str, seed: int) -> dict[str, Any]:
+def _first(evaluated: Path, result: str) -> dict[str, float]:
+    """1 for each query whose one relevant passage, with grade 1, ranks first, else 0: there alone nDCG@10 is 1."""
+    return {query: float(value == 1) for query, value in _ndcg(evaluated, result).items()}
+
+
+def _row(
+    name: str, measure: str, values: Mapping[str, Mapping[str, float]], baseline: str, seed: int
+) -> dict[str, Any]:
     means = {result: float(np.mean(list(of.values()))) for result, of in values.items()}
     p_values = _p_values({result: list(of.values()) for result, of in values.items()}, baseline, seed)
-    return {"collection": name, "queries": len(values[baseline]), _MEASURE: means, "p": p_values}
+    return {"collection": name, "queries": len(values[baseline]), measure: means, "p": p_values}
 
 
 def _p_values(values: Mapping[str, Sequence[float]], baseline: str, seed: int) -> dict[str, float]:
@@ -92,8 +101,8 @@ def _p_values(values: Mapping[str, Sequence[float]], baseline: str, seed: int) -
 
 def suite_table(figures: Mapping[str, Any], markdown: bool = False) -> str:
     """The figures as text: a line for each collection and their mean, with the paper's beneath where it has some."""
-    average = figures["average"]
-    results = list(average[_MEASURE])
+    average, measure = figures["average"], figures["measure"]
+    results = list(average[measure])
     has_p = [result for result in results if result != figures["baseline"]]
     headings = [
         "collection",
@@ -104,13 +113,14 @@ def suite_table(figures: Mapping[str, Any], markdown: bool = False) -> str:
     def line(name: str, queries: str, row: Mapping[str, Any]) -> list[str]:
         cells = [name, queries]
         for result in results:
-            cells += [f"{row[_MEASURE][result]:.3f}", *([shown_p(row["p"][result])] if result in has_p else [])]
+            cells += [f"{row[measure][result]:.3f}", *([shown_p(row["p"][result])] if result in has_p else [])]
         return cells
 
     lines = [line(row["collection"], str(row["queries"]), row) for row in figures["collections"]]
     lines.append(line("average", str(sum(row["queries"] for row in figures["collections"])), average))
     told = [
-        f"{figures['suite']}: nDCG@10, average over collections; p against {figures['baseline']}, paired randomisation",
+        f"{figures['suite']}: {_SHOWN[measure]}, average over collections; p against {figures['baseline']}, paired "
+        "randomisation",
         table([headings, *lines], markdown),
     ]
     if figures["paper"]:

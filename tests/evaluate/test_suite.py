@@ -31,7 +31,7 @@ from drama_dist.evaluate.suite import figures_of, suite_table
 from drama_dist.run.graph import artefacts_of, order_of
 from drama_dist.run.runner import make
 from drama_dist.settings import Settings, SettingsError, write_settings
-from drama_dist.suites import MEMBERS, SUITES, Suite
+from drama_dist.suites import MADE, MEMBERS, SUITES, Suite
 
 ROOT = Path(__file__).parent.parent.parent
 TOPICS = {"bread": 20, "engine": 12, "river": 16}  # collections of the made-up suite, and their queries
@@ -152,6 +152,43 @@ def test_each_collection_counts_equally_in_the_average_and_in_its_p(tmp_path: Pa
     assert [row["queries"] for row in figures["collections"]] == [3, 8]
 
 
+def test_of_a_made_suite_the_share_of_queries_whose_passage_is_first_is_shown(tmp_path: Path) -> None:
+    values = {"drama": [1.0, 0.63, 1.0, 0.0], "bm25": [1.0, 1.0, 1.0, 0.5]}
+    evaluated = {"needle-256": write_evaluation(tmp_path / "a", values)}
+    figures = figures_of("needle", evaluated, 1)
+    assert figures["measure"] == "accuracy@1" and "ndcg@10" not in figures["average"]
+    assert figures["average"]["accuracy@1"] == {"drama-8": 0.5, "bm25": 0.75}
+    assert suite_table(figures).startswith("needle: accuracy@1, average over collections; p against drama-8")
+    assert figures_of(str(tmp_path), evaluated, 1)["average"]["ndcg@10"] == pytest.approx(
+        {"drama-8": 0.6575, "bm25": 0.875}
+    )
+
+
+def test_made_collections_are_evaluated_like_any_other_and_nothing_is_missing_or_fetched(
+    small_settings: Callable[..., Settings], tmp_path: Path, llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_hindrance", lambda dataset: pytest.fail("nothing is to be fetched"))
+    two = ["passkey/passkey-256", "passkey/passkey-512"]
+    for name in ("passkey/passkey-1024", "passkey/passkey-2048", "passkey/passkey-4096", "passkey/passkey-8192"):
+        monkeypatch.delitem(MADE, name)
+    path = tmp_path / "made.yaml"
+    systems = f"evaluate.systems=[model:{llm},bm25]"
+    settings = small_settings(
+        "evaluate.suite=passkey", systems, "evaluate.collections=[passkey/passkey-512,needle/needle-256]"
+    )
+    assert list(settings.evaluate.collection_labels.values()) == [two[1], "needle/needle-256", two[0]]
+    assert settings.evaluate.suite_labels == ["passkey-512", "passkey-256"]
+    write_settings(settings, path)
+    assert main(["evaluate", str(path)]) == 0
+    run = Path(settings.run)
+    figures = json.loads((run / "suites" / "passkey.json").read_text("utf-8"))
+    assert [row["queries"] for row in figures["collections"]] == [100, 100]
+    assert figures["average"]["accuracy@1"]["bm25"] == 1  # the name is in no other passage
+    assert figures["average"]["accuracy@1"]["tiny-llama-48"] < 0.5  # with random weights
+    rows = json.loads((run / "evaluate" / "needle-256" / "results.json").read_text("utf-8"))
+    assert [row["system"] for row in rows] == ["tiny-llama", "bm25"] and rows[1]["ndcg@10"] > 0.5
+
+
 def test_without_drama_the_first_system_is_the_baseline(tmp_path: Path) -> None:
     values = {"drama-base": [0.5, 0.1], "bm25": [0.5, 0.1]}  # a model of that name is not drama
     figures = figures_of("x", {"a": write_evaluation(tmp_path / "a", {"teacher": [0.0, 1.0], **values})}, 1)
@@ -205,7 +242,10 @@ def test_what_is_no_suite_is_refused(small_settings: Callable[..., Settings], tm
     write_collection(mixed / "bread", "bread", 5)
     write_lines(mixed / "notes" / "corpus.jsonl", passages())
     for suite, message in (
-        ("bier", "must be beir, miracl, mldr, a folder of collections' folders, or names with commas between"),
+        (
+            "bier",
+            "must be beir, miracl, mldr, passkey, needle, a folder of collections' folders, or names with commas",
+        ),
         (str(empty), "has no folders; expected one for each collection"),
         (str(mixed), f"evaluate.suite: {mixed / 'notes'}: no judged queries"),
     ):

@@ -1,0 +1,44 @@
+"""Joining records into whole passages: the paragraphs of an article, the pages of a document.
+
+Covers which records become one passage, and where judgements of them go. Which key says so, and reading it, is in
+read.py. Long passages are cut for training in windows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from drama_dist.corpus.collection import Qrels
+from drama_dist.records import Passage
+
+Part = tuple[Passage, str]  # a record, and what it is a part of; empty: it is whole
+
+
+def joined(parts: Iterable[Part]) -> tuple[list[Passage], dict[str, str]]:
+    """The whole passages, and for the id of each part that of its passage. Parts need not follow each other.
+
+    A whole stands where its first part stood and has its id, title and language. Its text is the parts' in their order,
+    as paragraphs; a part with another title than the first brings it along.
+    """
+    members: dict[tuple[str, str], list[Passage]] = {}
+    for passage, whole in parts:
+        members.setdefault((whole, "" if whole else passage.id), []).append(passage)
+    passages: list[Passage] = []
+    whole_of: dict[str, str] = {}
+    for first, *others in members.values():
+        further = [other.text if other.title == first.title else other.content for other in others]
+        text = "\n\n".join(filter(None, [first.text, *further]))
+        passages.append(replace(first, text=text) if others else first)
+        whole_of |= {part.id: first.id for part in (first, *others)}
+    return passages, whole_of
+
+
+def moved(qrels: Qrels, whole_of: Mapping[str, str]) -> Qrels:
+    """Judgements of parts as judgements of their passages; of several the highest grade counts."""
+    found: Qrels = {}
+    for query, grades in qrels.items():
+        best = found.setdefault(query, {})
+        for part, grade in grades.items():
+            best[whole_of[part]] = max(grade, best.get(whole_of[part], grade))
+    return found
