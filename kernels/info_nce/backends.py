@@ -114,7 +114,9 @@ def named_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backen
     if name == "auto":
         return select_backend(device, dtype)
     entry = _BACKENDS[name]
-    interpreted = "cuda" in entry.devices and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, on CPUs, for tests
+    interpreted = (
+        "cuda" in entry.devices and os.environ.get("TRITON_INTERPRET") == "1"
+    )  # Triton's own, on CPUs, for tests
     tiles = entry.load() if entry.takes("cuda" if interpreted else device.type, dtype) else None
     if tiles is None:
         dtypes = ", ".join(str(each).removeprefix("torch.") for each in entry.dtypes)

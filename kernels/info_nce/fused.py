@@ -25,7 +25,7 @@ from drama_dist.kernels.info_nce.tiles import Chunking, block_ends, pad_blocks
 
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 _LOG2_E = math.log2(math.e)
-_LARGE_SHARED = 200 * 1024  # bytes that a block may use: Hopper's and Blackwell's data-centre chips
+_LARGE_SHARED = ((9, 0), (10, 0), (10, 3))  # compute capabilities with 227 KB for a block
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ def shapes(operand: torch.dtype, large_shared: bool) -> Shapes:
 
 
 def _has_large_shared(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LARGE_SHARED)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _LARGE_SHARED
 
 
 class FusedTiles:
@@ -215,8 +213,8 @@ class FusedTiles:
             **tile.options,
         )
         logsumexp_MR, _ = self._merged(parts[:3], rows)
-        norms_MR = self._vectors.norms[0][:, rows] / _LOG2_E
-        merged = TeacherRows.of_parts(logsumexp_MR, highest, teacher_sums, terms, parts[3] * norms_MR)
+        expected = parts[3] * self._vectors.norms[0][:, rows] / _LOG2_E
+        merged = TeacherRows.of_parts(logsumexp_MR, highest, teacher_sums, terms, expected)
         self._own |= {"target": merged.expected_MR, "teacher": merged.teacher_R}
         return merged
 
@@ -240,7 +238,7 @@ class FusedTiles:
             best,
             BLOCK_R=128,
         )
-        self._own = {"most": most, "total": total, "mean": mean}
+        self._own = {"most": most, "total": total, "mean": mean, "logsumexp": logsumexp}
         return logsumexp, best[-1]
 
     def _positive_scores(self, rows: slice) -> torch.Tensor:
@@ -280,6 +278,7 @@ class FusedTiles:
             self._own["most"],
             self._own["total"],
             self._own["mean"],
+            self._own["logsumexp"],
             self._own["target"],
             self._own["teacher"] if has_teacher else None,
             self._documents.positives_B[self._rows],

@@ -98,9 +98,7 @@ def rows_kernel(
         next_total = ()
         next_moment = ()
         for d in tl.static_range(M):
-            product_RC = add_block(
-                product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION
-            )
+            product_RC = add_block(product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION)
             score_RC = product_RC * tl.load(y_norms_ptr + d * y_stride + column + along_C)[None, :]
             most_R = tl.maximum(most[d], tl.max(score_RC, 1) * norms[d])
             share_RC = tl.exp2(score_RC * norms[d][:, None] - most_R[:, None])
@@ -184,9 +182,7 @@ def soft_rows_kernel(
         next_moment = ()
         next_expected = ()
         for d in tl.static_range(M):
-            product_RC = add_block(
-                product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION
-            )
+            product_RC = add_block(product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION)
             score_RC = product_RC * tl.load(y_norms_ptr + d * y_stride + column + along_C)[None, :]
             most_R = tl.maximum(most[d], tl.max(score_RC, 1) * norms[d])
             share_RC = tl.exp2(score_RC * norms[d][:, None] - most_R[:, None])
@@ -277,9 +273,7 @@ def gradients_kernel(
         next_terms = ()
         upstreams = ()
         for d in tl.static_range(M):
-            product_CR = add_block(
-                product_CR, y, column, x, row, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION
-            )
+            product_CR = add_block(product_CR, y, column, x, row, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION)
             x_norm_R = tl.load(x_norms_ptr + d * x_stride + row + along_R)
             shift_R = tl.load(shifts_ptr + d * r_stride + row + along_R)
             score_CR = product_CR * norms[d][:, None]

@@ -108,9 +108,10 @@ def shifts_kernel(
     shift_ptr,  # M x R
     other_ptr,  # M x R: what a positive misses; with a teacher R: the logsumexp of its logits over all parts
     rows,
-    most_ptr,  # M x R; these three as merge_kernel writes them
+    most_ptr,  # M x R; these four as merge_kernel writes them
     total_ptr,
     mean_ptr,
+    logsumexp_ptr,
     target_ptr,  # M x R: S of the positive; with a teacher the mean of S by its targets here
     teacher_ptr,  # R: with a teacher the logsumexp of its logits here
     positives_ptr,  # R
@@ -130,11 +131,15 @@ def shifts_kernel(
     inside_R = rows_R < rows
     at_R = d * rows + rows_R
     to_R = d * r_stride + rows_R
-    shift_R = tl.load(shift_ptr + at_R, mask=inside_R, other=0.0) * LOG2_E
-    shift_R = tl.where(inside_R, shift_R, NOTHING_LEFT)
+    most_R = tl.load(most_ptr + at_R, mask=inside_R, other=0.0)
+    total_R = tl.load(total_ptr + at_R, mask=inside_R, other=0.0)
+    # From the logsumexp in powers of two: its value in the other unit, and back, is not the same to the last bit.
+    own_R = tl.where(total_R > 0, most_R + tl.log2(tl.maximum(total_R, 1e-30)), MASKED)
+    rise_R = tl.load(shift_ptr + at_R, mask=inside_R, other=0.0)
+    rise_R -= tl.load(logsumexp_ptr + at_R, mask=inside_R, other=0.0)
+    shift_R = tl.where(inside_R, own_R + rise_R * LOG2_E, NOTHING_LEFT)
     tl.store(shifts_ptr + to_R, shift_R)
-    share_R = tl.load(total_ptr + at_R, mask=inside_R, other=0.0)
-    share_R *= tl.exp2(tl.load(most_ptr + at_R, mask=inside_R, other=0.0) - shift_R)
+    share_R = total_R * tl.exp2(most_R - shift_R)
     if HAS_TEACHER:
         other_R = tl.load(other_ptr + rows_R, mask=inside_R, other=0.0)
         tl.store(others_ptr + rows_R, other_R)

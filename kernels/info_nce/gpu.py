@@ -26,7 +26,12 @@ class Vectors:
     """
 
     def __init__(
-        self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, problem: Problem, scale: float, nothing: float = 0.0,
+        self,
+        queries_BK: torch.Tensor,
+        passages_NK: torch.Tensor,
+        problem: Problem,
+        scale: float,
+        nothing: float = 0.0,
         pad: int = 1,
     ):
         """scale: of the queries' inverse norms; nothing: what a vector without length has for one; pad: norms are
