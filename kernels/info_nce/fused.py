@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -58,17 +58,23 @@ _INTERPRETED = Shapes(Shape(32, 64, 16, 1, 1), Shape(32, 64, 16, 1, 1), Shape(32
 _LARGE = Shapes(Shape(128, 128, 64, 8, 3), Shape(128, 128, 64, 8, 3), Shape(64, 64, 64, 4, 3))
 _SMALL = Shapes(Shape(128, 128, 32, 8, 2), Shape(64, 128, 32, 8, 2), Shape(64, 64, 32, 4, 2))
 _FLOAT32 = Shapes(Shape(64, 64, 32, 8, 2), Shape(64, 64, 32, 8, 2), Shape(32, 32, 32, 4, 2))
+# The gradients of every dim stay in registers to the last one.
+_MOST_DIMS = 3
+_LARGE_MANY = replace(_LARGE, gradients=Shape(64, 64, 64, 4, 3))
+_SMALL_MANY = replace(_SMALL, gradients=Shape(64, 64, 32, 8, 2))
 TILES: Shapes | None = None  # in place of what `shapes` chooses, for benchmarks and tests
 
 
-def shapes(operand: torch.dtype, large_shared: bool) -> Shapes:
-    """Of the kernels, for operands of a precision; large_shared: on chips with that much shared memory."""
+def shapes(operand: torch.dtype, large_shared: bool, dims: int) -> Shapes:
+    """Of the kernels, for operands of a precision and so many dims; large_shared: on chips with much shared memory."""
     if TILES is not None:
         return TILES
     if gpu.INTERPRETED:
         return _INTERPRETED
     if operand == torch.float32:
         return _FLOAT32
+    if dims > _MOST_DIMS:
+        return _LARGE_MANY if large_shared else _SMALL_MANY
     return _LARGE if large_shared else _SMALL
 
 
@@ -90,7 +96,7 @@ class FusedTiles:
         """
         count, planes = len(dims), len(dims) + (teacher is not None)
         chunk = cls.chunking.largest(rows, columns, planes)
-        tiles = shapes(torch.float32, large_shared=False)
+        tiles = shapes(torch.float32, False, count)
         wide = _padded(columns, _pad(tiles))
         upstream = count * wide * _padded(chunk, tiles.gradients.rows)
         logits = 0 if teacher is None else chunk * (columns + 16)
@@ -106,7 +112,7 @@ class FusedTiles:
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
         operand = torch.bfloat16 if problem.rounded and queries_BK.dtype == torch.float32 else queries_BK.dtype
-        self._shapes = shapes(operand, _has_large_shared(queries_BK.device))
+        self._shapes = shapes(operand, _has_large_shared(queries_BK.device), len(problem.dims))
         pad = _pad(self._shapes)
         assert not self.chunking.row_step % self._shapes.rows.rows, "chunks begin where tiles do"
         scale = _LOG2_E / temperature
