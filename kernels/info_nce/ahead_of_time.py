@@ -42,7 +42,7 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DIMS = (256, 512, 768)
 _ENDS = {1: (768,), 3: DIMS, 5: (64, 128, 256, 512, 768)}
-_FUSED_OPTIONS = ((3, True, False), (3, False, False), (3, True, True), (1, True, False), (5, True, False))
+_FUSED_OPTIONS = ((3, True, False), (3, True, True), (1, True, False), (5, True, False))
 _PRECISIONS = ("bf16", "fp16", "fp32")
 _OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STRIDES = {"stride", "dim_stride", "vector_stride", "x_stride", "y_stride", "r_stride", "terms_stride"}
@@ -149,14 +149,12 @@ def _fused_variants(large_shared: bool) -> Iterator[Variant]:
         yield _fused("fused rows", "bf16", large_shared, dims, options)
         yield _fused("fused gradients", "bf16", large_shared, dims, {"HAS_TEACHER": False, **options})
     teacher = {"HAS_TEACHER": True, "HAS_IDS": False, "HAS_EXCLUDED": False}
-    for dims in (3, 1):
-        yield _fused("fused soft rows", "bf16", large_shared, dims, {})
-        yield _fused("fused gradients", "bf16", large_shared, dims, teacher)
-    for precision in ("fp16", "fp32"):
-        options = {"HAS_IDS": True, "HAS_EXCLUDED": False}
-        yield _fused("fused rows", precision, large_shared, 3, options)
-        yield _fused("fused gradients", precision, large_shared, 3, {"HAS_TEACHER": False, **options})
-    for precision in _PRECISIONS:
+    yield _fused("fused soft rows", "bf16", large_shared, 3, {})
+    yield _fused("fused gradients", "bf16", large_shared, 3, teacher)
+    options = {"HAS_IDS": True, "HAS_EXCLUDED": False}
+    yield _fused("fused rows", "fp32", large_shared, 3, options)
+    yield _fused("fused gradients", "fp32", large_shared, 3, {"HAS_TEACHER": False, **options})
+    for precision in ("bf16", "fp32"):
         yield _fused("fused positives", precision, large_shared, 3, {})
     yield Variant("fused merge", "bf16", (("BLOCK_R", 128), ("M", 3)), 4)
     yield Variant("fused shifts", "bf16", (("HAS_TEACHER", False), ("BLOCK_R", 128), ("M", 3)), 4)
@@ -208,7 +206,7 @@ def _with_instructions(compiled: Compiled, tile: machine_code.OfTile, variant: V
     ends = constants["ENDS"]
     scores = constants["BLOCK_R"] * constants["BLOCK_C"] * len(ends) / (width * variant.warps)
     turns = [(end - begin) // constants["BLOCK_K"] for begin, end in zip((0, *ends), ends, strict=False)]
-    in_loops = 0.0  # where a loop was unrolled, its instructions are outside
+    in_loops = None  # some were unrolled: their instructions are outside
     if len(tile.in_loops) == len(turns):
         in_loops = sum(many * once for many, once in zip(turns, tile.in_loops, strict=True)) / scores
     return replace(

@@ -56,12 +56,12 @@ class Shapes:
 
 _INTERPRETED = Shapes(Shape(32, 64, 16, 1, 1), Shape(32, 64, 16, 1, 1), Shape(32, 32, 16, 1, 1))
 _LARGE = Shapes(Shape(128, 128, 64, 8, 3), Shape(128, 128, 64, 8, 3), Shape(64, 64, 64, 4, 3))
-_SMALL = Shapes(Shape(128, 128, 32, 8, 2), Shape(64, 128, 32, 8, 2), Shape(64, 64, 32, 4, 2))
+_SMALL = Shapes(Shape(64, 64, 64, 4, 3), Shape(64, 64, 64, 4, 3), Shape(64, 64, 64, 4, 3))
 _FLOAT32 = Shapes(Shape(64, 64, 32, 8, 2), Shape(64, 64, 32, 8, 2), Shape(32, 32, 32, 4, 2))
 # The gradients of every dim stay in registers to the last one.
 _MOST_DIMS = 3
 _LARGE_MANY = replace(_LARGE, gradients=Shape(64, 64, 64, 4, 3))
-_SMALL_MANY = replace(_SMALL, gradients=Shape(64, 64, 32, 8, 2))
+_SMALL_MANY = replace(_SMALL, gradients=Shape(64, 64, 64, 8, 3))
 TILES: Shapes | None = None  # in place of what `shapes` chooses, for benchmarks and tests
 
 

@@ -31,7 +31,8 @@ class Instruction:
 @dataclass(frozen=True)
 class OfTile:
     """Instructions that a thread runs for one tile: outside the loops over components, of which `exponentials`; in one
-    turn of each of these loops; and the name of the matrix instruction.
+    turn of each of these loops, as far as they were not unrolled; and the name of the matrix instruction. A loop over
+    excluded ids counts as one turn.
     """
 
     outside: int
@@ -47,7 +48,8 @@ def of_tile(code: Sequence[Instruction]) -> OfTile:
         raise ValueError("no loop in this code")
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
     inner = [loop for loop in loops if first < loop[0] and loop[1] < last]
-    turns = [loop for loop in inner if not any(other != loop and _within(loop, other) for other in inner)]
+    products = [(a, b) for a, b in inner if any(_MATRIX.match(one.name) for one in code[a : b + 1])]
+    turns = [loop for loop in products if not any(other != loop and _within(loop, other) for other in products)]
     outside = [one for at, one in enumerate(code[first : last + 1], first) if not any(a <= at <= b for a, b in turns)]
     matrix = next((one.name for one in code[first : last + 1] if _MATRIX.match(one.name)), "")
     return OfTile(
