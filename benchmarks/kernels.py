@@ -3,9 +3,9 @@
 python benchmarks/kernels.py [--forms chunks fused] [--processes ...]
 
 Every shipped variant is compiled for every target; registers, spills and shared memory are the compilers' own report
-(kernels/info_nce/ahead_of_time.py). The chunks' kernels stand between matrix products, which are the library's: a score of each
-dim is read once and, for gradients, written once. Milliseconds are those bytes for B = N = 8,192 at the bandwidth of
-NVIDIA's data sheets (A100 80GB SXM 2,039 GB/s, H100 SXM 3,350 GB/s).
+(kernels/info_nce/ahead_of_time.py). The chunks' kernels stand between matrix products, which are the library's: a
+score of each dim is read once and, for gradients, written once. Milliseconds are those bytes for B = N = 8,192 at the
+bandwidth of NVIDIA's data sheets (A100 80GB SXM 2,039 GB/s, H100 SXM 3,350 GB/s).
 
 The fused kernels have the products inside; of them the instructions of a tile are counted in the machine code, for
 each score and dim: outside the loops over components, where a score is taken up, and inside. They have a file of
