@@ -14,6 +14,7 @@ import torch
 from cases import GPU, ON_GPU, OPTIONS, ours_and_truth
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
+cuda = pytest.importorskip("drama_dist.kernels.info_nce.cuda")
 pytestmark = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
 
 
@@ -88,6 +89,20 @@ def test_of_info_nce(backend: str, shape: tuple[int, int], option: str, watch: W
 @pytest.mark.parametrize("shape", [(7, 9), pytest.param((33, 70), marks=pytest.mark.slow)])
 def test_of_soft_targets(backend: str, shape: tuple[int, int], watch: Watch) -> None:
     teachers.ours_and_truth(backend, shape, torch.float32, "both")
+    assert watch.seen > 0 and not watch.beyond, watch.beyond
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1), (33, 70), (5, 513)], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_of_the_chunks_in_the_tiles_of_a_gpu(
+    shape: tuple[int, int], option: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = {"BY_ROWS": (1, 512, 4), "BY_COLUMNS": (2, 512, 2)}
+    for name, (rows, columns, warps) in tiles.items():
+        for kind in (name, f"{name}_SMALL"):
+            monkeypatch.setattr(cuda, kind, {"BLOCK_R": rows, "BLOCK_C": columns, "num_warps": warps})
+    ours_and_truth("cuda", shape, torch.float32, option)
     assert watch.seen > 0 and not watch.beyond, watch.beyond
 
 
