@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 
-.PHONY: help quickstart test test-slow test-slurm bench bench-gpu lint format wheel clean
+.PHONY: help quickstart test test-slow test-slurm bench bench-gpu gpu-check lint format wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ bench: .venv/ready ## ours and the peers here: make bench DATA=FOLDER (xquad-en,
 
 bench-gpu: .venv/ready ## the same on a GPU; inf-cl and Liger join where they are installed
 	$(call benchmarks,cuda)
+
+gpu-check: .venv/ready ## ten minutes of a GPU, tests first: make gpu-check ARGS="--data FOLDER", or ARGS=--dry-run
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 define benchmarks
 	@for set in xquad-en cisi npl time; do test -d "$(DATA)/$$set" || \

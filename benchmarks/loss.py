@@ -5,7 +5,8 @@ python benchmarks/loss.py [--sizes 1024 4096 8192 16384] [--hard-sizes 1024] [--
 
 Every side gets the same float tensors and gives the loss and both gradients. sentence-transformers runs its
 MatryoshkaLoss over CachedMultipleNegativesRankingLoss without its encoder: once with each of several mini-batches,
-32 (its default) among them, and with the fastest of these in every round. On CUDA inf-cl and Liger's fused
+32 (its default) among them, and with the fastest of these in every round. On CUDA both forms of the loss run by name,
+on these vectors and as training in this dtype calls them, with float32 ones; inf-cl and Liger's fused
 cross-entropy join, once for every dim, where they are installed. A speed-up is printed only where the sides agree.
 Memory is what two calls of a side add at their peak, vectors aside, on CPUs in a process of its own. Rows of the
 results file that are of other sizes or processors stay.
@@ -52,12 +53,22 @@ AGREEMENT = {torch.bfloat16: (0.02, 0.1), torch.float32: (1e-4, 1e-3)}
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def ours(queries: torch.Tensor, passages: torch.Tensor, dims: tuple[int, ...]) -> Step:
-    """The public function."""
+def ours(
+    queries: torch.Tensor,
+    passages: torch.Tensor,
+    dims: tuple[int, ...],
+    backend: str = "auto",
+    rounded: bool = False,
+    learns: bool = True,
+) -> Step:
+    """The public function; without learning the loss stands for the gradients."""
     positives = torch.arange(len(queries), device=queries.device)
 
     def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        result = info_nce(queries, passages, positives, temperature=TEMPERATURE, dims=dims)
+        given = {"temperature": TEMPERATURE, "dims": dims, "rounded": rounded, "backend": backend}
+        result = info_nce(queries, passages, positives, **given)
+        if not learns:
+            return result.loss, result.loss, result.loss
         return (result.loss.detach(), *torch.autograd.grad(result.loss, (queries, passages)))
 
     return step
@@ -157,6 +168,10 @@ def sides_of(leaves: list[torch.Tensor], dims: tuple[int, ...], device: str) -> 
     """Every side but the cached ones."""
     sides = {"ours": ours(*leaves, dims), "dense": dense(*leaves, dims)}
     if device == "cuda":
+        wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+        for form in ("cuda", "fused"):
+            sides[f"ours, {form}"] = ours(*leaves, dims, form)
+            sides[f"ours, {form}, as in training"] = ours(*wide, dims, form, rounded=leaves[0].dtype == torch.bfloat16)
         sides |= {name: per_dim(*leaves, dims, loss_of) for name, loss_of in fused_peers().items()}
     return sides
 
@@ -207,7 +222,9 @@ def measure(rows: int, columns: int, dims: tuple[int, ...], options: argparse.Na
             name: all(error <= most for error, most in zip(pair, AGREEMENT[dtype], strict=True))
             for name, pair in differences.items()
         },
-        "best_peer": min((name for name in measured if name != "ours"), key=lambda name: measured[name].seconds),
+        "best_peer": min(
+            (name for name in measured if not name.startswith("ours")), key=lambda name: measured[name].seconds
+        ),
     }
 
 

@@ -25,6 +25,8 @@ from drama_dist.settings import Settings, write_settings
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 from test_ranks import distance, start_ranks
 
+from drama_dist.kernels import info_nce
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.gpu
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -84,3 +86,71 @@ def test_the_deepspeed_launcher_trains_as_the_cpu_does(
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+OF_NCCL = """
+import torch
+import torch.distributed as dist
+
+from drama_dist.distributed import ranks
+
+ranks.start()
+assert dist.get_backend() == "nccl", dist.get_backend()
+device = ranks.device()
+counts = [torch.zeros(1, dtype=torch.int64, device=device)]
+dist.all_gather(counts, torch.tensor([7], device=device))
+rows = torch.randn(5, 3, device=device)
+parts, received = [torch.empty_like(rows)], torch.empty_like(rows)
+dist.all_gather(parts, rows)
+dist.all_to_all_single(received, rows, [5], [5])
+largest, total = rows.clone(), rows.clone()
+dist.all_reduce(largest, dist.ReduceOp.MAX)
+dist.all_reduce(total, dist.ReduceOp.SUM)
+assert int(counts[0]) == 7 and all(torch.equal(each, rows) for each in (parts[0], received, largest, total))
+ranks.stop()
+"""
+
+
+def test_the_collectives_of_ranks_run_in_nccl() -> None:
+    """The calls of ranks.py, with their dtypes, on one rank: two need two GPUs, see the next test."""
+    variables = {*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT"}
+    own = {name: value for name, value in os.environ.items() if name not in variables}
+    command = [sys.executable, "-c", OF_NCCL]
+    done = subprocess.run(command, env=own | ON_GPU, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU, and there are not two")
+def test_two_ranks_on_gpus_end_in_the_weights_of_the_cpu(llm: Path, tmp_path: Path) -> None:
+    """Both partitions of the loss."""
+    names = ["1-passages-kept-plain", "2-queries-twice-plain"]
+    results = []
+    for place, environment in (("gpu", ON_GPU), ("cpu", ON_CPU)):
+        (tmp_path / place).mkdir()
+        start_ranks(2, llm, tmp_path / place, names, environment)
+        results.append([torch.load(tmp_path / place / f"{name}.pt") for name in names])
+    for name, found, expected in zip(names, *results, strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
+        assert distance(found["weights"], expected["weights"]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("backend", ["cuda", "fused"])
+def test_rounded_products_are_those_of_bfloat16_vectors(backend: str) -> None:
+    """Gradients in float32, those of the rounded vectors up to the rounding of dL/dA."""
+    generator = torch.Generator().manual_seed(3)
+    queries, passages = (torch.randn(count, 768, generator=generator).cuda() for count in (300, 700))
+    positives = torch.arange(300, device="cuda")
+    given = {"temperature": 0.05, "dims": [768, 512, 256]}
+
+    def gradients(backend: str, *sides: torch.Tensor, **options: bool) -> tuple[torch.Tensor, ...]:
+        leaves = [side.clone().requires_grad_() for side in sides]
+        loss = info_nce(*leaves, positives, backend=backend, **given, **options).loss
+        return torch.autograd.grad(loss, leaves)
+
+    exact = gradients("reference", *(side.bfloat16().double() for side in (queries, passages)))
+    whole = gradients("reference", queries.double(), passages.double())
+    rounded = gradients(backend, queries, passages, rounded=True)
+    for gradient, its, unrounded in zip(rounded, exact, whole, strict=True):
+        assert gradient.dtype == torch.float32
+        assert float((gradient - its).norm() / its.norm()) <= 4e-3  # bfloat16's unit is 2^-8
+        assert float((gradient - unrounded).norm()) > float((gradient - its).norm())  # it was rounded

@@ -33,10 +33,15 @@ class InfoNCETerm:
     distribution `margins`: score(positive) − score(best negative) in units of 1/temperature, where there is a negative.
     """
 
-    def __init__(self, encoder: EncoderSettings, train: TrainSettings):
+    def __init__(self, encoder: EncoderSettings, train: TrainSettings, rounded: bool = False):
+        """rounded: see `info_nce`."""
         self.encoder, self.train = encoder, train
         self._info_nce = partial(
-            info_nce, temperature=train.temperature, dims=encoder.dims, dim_weights=train.dim_weights or None
+            info_nce,
+            temperature=train.temperature,
+            dims=encoder.dims,
+            dim_weights=train.dim_weights or None,
+            rounded=rounded,
         )
 
     def __call__(self, batch: EmbeddedBatch) -> TermResult:

@@ -18,11 +18,11 @@ from drama_dist.train.term import EmbeddedBatch, Term, TermResult, joined
 WeightedTerm = tuple[float, Term]
 
 
-def objective_terms(encoder: EncoderSettings, train: TrainSettings) -> list[WeightedTerm]:
-    """The terms of a training run, each with its weight in the sum."""
+def objective_terms(encoder: EncoderSettings, train: TrainSettings, rounded: bool = False) -> list[WeightedTerm]:
+    """The terms of a training run, each with its weight in the sum. rounded: see `info_nce`."""
     terms: list[WeightedTerm] = [
-        (train.info_nce_weight, InfoNCETerm(encoder, train)),
-        (train.soft_target_weight, SoftTargetTerm(encoder, train)),
+        (train.info_nce_weight, InfoNCETerm(encoder, train, rounded)),
+        (train.soft_target_weight, SoftTargetTerm(encoder, train, rounded)),
         (train.regression_weight, RegressionTerm(encoder, train)),
     ]
     return [(weight, term) for weight, term in terms if weight]

@@ -27,13 +27,15 @@ class SoftTargetTerm:
     Figures: soft_per_dim, the mean divergence of each dim; teacher_entropy, the targets' mean entropy.
     """
 
-    def __init__(self, encoder: EncoderSettings, train: TrainSettings):
+    def __init__(self, encoder: EncoderSettings, train: TrainSettings, rounded: bool = False):
+        """rounded: see `info_nce`."""
         self.encoder, self.train = encoder, train
         self._soft_targets = partial(
             soft_targets,
             temperature=train.soft_target_temperature,
             dims=encoder.dims,
             dim_weights=train.dim_weights or None,
+            rounded=rounded,
         )
 
     def __call__(self, batch: EmbeddedBatch) -> TermResult:

@@ -72,7 +72,9 @@ class TrainingStep:
             encoder.checkpoint_layers()
         budget = None if settings.activation_budget == "auto" else float(settings.activation_budget) * 2**30
         self.cache = GradCache(encoder, self.engine, settings.chunk_tokens, budget)
-        self.objective = Objective(objective_terms(encoder.contract, settings))
+        # An encoder in bfloat16 knows its embeddings no better: docs/loss.md has the errors.
+        rounded = self.dtype == "bfloat16"
+        self.objective = Objective(objective_terms(encoder.contract, settings, rounded))
 
     def __call__(self, batch: TextBatch, learning_rate: float) -> StepResult:
         """One step on this rank's share of a global batch. Raises FloatingPointError as Engine.step does."""

@@ -61,6 +61,15 @@ def _cuda() -> type[Tiles] | None:
     return CUDATiles
 
 
+def _fused() -> type[Tiles] | None:
+    """None, without a warning, where Triton lacks what it needs: it is asked for by name."""
+    try:
+        from drama_dist.kernels.info_nce.fused import FusedTiles
+    except ImportError:
+        return None
+    return FusedTiles
+
+
 def _cpu() -> type[Tiles] | None:
     """None, with a warning, without a C++ compiler."""
     return None if cpu.extension() is None else cpu.CPUTiles
@@ -81,6 +90,7 @@ class _Entry:
 _COMPILED_FOR = (torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = {  # the fastest first; the last takes all vectors
     "cuda": _Entry(("cuda",), _COMPILED_FOR, _cuda),
+    "fused": _Entry(("cuda",), _COMPILED_FOR, _fused),
     "cpu": _Entry(("cpu",), _COMPILED_FOR, _cpu),
     "eager": _Entry((), (torch.float64, *_COMPILED_FOR), lambda: EagerTiles),
 }
@@ -104,8 +114,10 @@ def named_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backen
     if name == "auto":
         return select_backend(device, dtype)
     entry = _BACKENDS[name]
-    interpreted = name == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own, on CPUs, for tests
-    tiles = entry.load() if entry.takes(name if interpreted else device.type, dtype) else None
+    interpreted = (
+        "cuda" in entry.devices and os.environ.get("TRITON_INTERPRET") == "1"
+    )  # Triton's own, on CPUs, for tests
+    tiles = entry.load() if entry.takes("cuda" if interpreted else device.type, dtype) else None
     if tiles is None:
         dtypes = ", ".join(str(each).removeprefix("torch.") for each in entry.dtypes)
         raise ValueError(

@@ -7,19 +7,17 @@ Shapes: B queries, N passages, K components, M dims, R rows of a chunk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import triton
 
-from drama_dist.kernels.info_nce import norm_kernels, score_kernels
+from drama_dist.kernels.info_nce import gpu, score_kernels
 from drama_dist.kernels.info_nce.problem import Contrast, Distillation, Problem
 from drama_dist.kernels.info_nce.rows import ContrastRows, Rows, TeacherRows
-from drama_dist.kernels.info_nce.tiles import FLOOR, Chunking
+from drama_dist.kernels.info_nce.tiles import Chunking
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ALIGNMENT = 16  # of a product's rows, in elements
 _PROGRAMS = 1056  # eight for each multiprocessor of an H100
 # Each thread has whole columns of a tile: only sums of rows are exchanged between threads.
@@ -28,7 +26,7 @@ BY_COLUMNS = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 2}
 # Where registers are too few for these:
 BY_ROWS_SMALL = {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 8}
 BY_COLUMNS_SMALL = {"BLOCK_R": 2, "BLOCK_C": 512, "num_warps": 8}
-if INTERPRETED:
+if gpu.INTERPRETED:
     BY_ROWS = BY_COLUMNS = BY_ROWS_SMALL = BY_COLUMNS_SMALL = {"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 1}
 _MOST_DIMS = 3
 
@@ -51,9 +49,9 @@ class CUDATiles:
         along, down = tile_shapes(count, excluded=False)
         products = planes * chunk * (columns + _ALIGNMENT)
         # Each share's maxima and sums, and what is made of them; later, in their place, the norms' terms.
-        shares = _shares(columns, triton.cdiv(chunk, along["BLOCK_R"]), along["BLOCK_C"])[0]
+        shares = gpu.shares(columns, triton.cdiv(chunk, along["BLOCK_R"]), along["BLOCK_C"], _PROGRAMS)[0]
         blocks = triton.cdiv(columns, down["BLOCK_C"])
-        row_shares = _shares(chunk, blocks, down["BLOCK_R"])[0]
+        row_shares = gpu.shares(chunk, blocks, down["BLOCK_R"], _PROGRAMS)[0]
         sums = (4 if teacher is None else 7) * shares * planes * chunk
         terms = blocks * count * chunk + row_shares * count * columns
         ids = 10 * (rows + columns)  # int64 while they are ranked
@@ -61,35 +59,28 @@ class CUDATiles:
         return 4 * (products + max(sums, terms) + ids + of_vectors)
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
-        self._inputs = tuple(side if side.stride(1) == 1 else side.contiguous() for side in (queries_BK, passages_NK))
-        self._problem, self._columns, self._temperature = problem, len(passages_NK), temperature
-        begins = (0, *problem.dims[:-1])
-        self._blocks = [slice(*ends) for ends in zip(begins, problem.dims, strict=True)]
-        self._block_k = triton.next_power_of_2(max(block.stop - block.start for block in self._blocks))
-        self._scaled_norms_MB = self._inverse_norms(self._inputs[0], 1 / temperature)
-        self._passage_norms_MN = self._inverse_norms(self._inputs[1], 1.0)
+        self._vectors = gpu.Vectors(queries_BK, passages_NK, problem, 1 / temperature)
+        self._problem, self._columns = problem, len(passages_NK)
         self._nothing = torch.empty(0, dtype=torch.int32, device=queries_BK.device)
-        self._ids = self._documents(problem) if isinstance(problem, Contrast) else {}
-        self._row_terms_MB = torch.empty_like(self._scaled_norms_MB)
-        self._column_terms_MN = torch.empty_like(self._passage_norms_MN)
-        self._scales_M = self._passage_norms_MN.new_tensor(problem.weights)
+        self._ids = gpu.documents(problem) if isinstance(problem, Contrast) else {}
+        self._scales_M = self._vectors.norms[1].new_tensor(problem.weights)
         self._along, self._down = tile_shapes(len(problem.dims), "excluded" in self._ids)
         self._rows = slice(0)
         self._scores_MRN = self._product_buffer()
         self._upstream_MRN = torch.empty(0)
-        self._products: tuple[torch.Tensor, ...] = ()  # none, where nothing is learned
         self._chunk: dict[str, Any] = {}
 
     def scores(self, rows: slice) -> Rows:
-        query, passage = self._inputs
+        query, passage = self._vectors.sides
         count, problem = rows.stop - rows.start, self._problem
         self._rows = rows
-        for scores_RN, block in zip(self._scores_MRN, self._blocks, strict=False):  # a teacher's logits are behind
-            _multiply(query[rows, block], passage[:, block].T, scores_RN[:count, : self._columns])
+        # A teacher's logits are behind.
+        for scores_RN, block in zip(self._scores_MRN, self._vectors.blocks, strict=False):
+            gpu.multiply(query[rows, block], passage[:, block].T, scores_RN[:count, : self._columns])
         self._chunk = self._arguments(rows)
         blocks = triton.cdiv(count, self._along["BLOCK_R"])
-        splits, per_split = _shares(self._columns, blocks, self._along["BLOCK_C"])
-        maxima, sums = self._passage_norms_MN.new_empty(2, splits, len(problem.dims), count)
+        splits, per_split = gpu.shares(self._columns, blocks, self._along["BLOCK_C"], _PROGRAMS)
+        maxima, sums = self._scales_M.new_empty(2, splits, len(problem.dims), count)
         arguments = {
             **self._chunk,
             "maxima_ptr": maxima,
@@ -116,11 +107,8 @@ class CUDATiles:
     def _soft_target_scores(
         self, problem: Distillation, rows: slice, grid: tuple[int, int], arguments: dict[str, Any]
     ) -> TeacherRows:
-        teacher, maxima = problem.teacher, arguments["maxima_ptr"]
-        logits_RN = self._scores_MRN[-1, : maxima.shape[2], : self._columns]
-        _multiply(teacher.queries_BT[rows], teacher.passages_NT.T, logits_RN)
-        if teacher.sparse is not None:
-            teacher.sparse.of_rows(rows).add_to(logits_RN)
+        maxima = arguments["maxima_ptr"]
+        gpu.write_logits(problem, rows, self._scores_MRN[-1, : maxima.shape[2], : self._columns])
         highest, sums, terms = maxima.new_empty(3, len(maxima), maxima.shape[2])
         expected = torch.empty_like(maxima)
         score_kernels.soft_rows_kernel[grid](
@@ -134,10 +122,10 @@ class CUDATiles:
 
     def add_gradients(self, shift_MR: torch.Tensor, other: torch.Tensor) -> None:
         dims, count = shift_MR.shape
-        if not self._products:
-            self._upstream_MRN, self._products = self._gradient_buffers()
+        if not self._vectors.products:
+            self._upstream_MRN = self._gradient_buffer()
         blocks = triton.cdiv(self._columns, self._down["BLOCK_C"])
-        splits, per_split = _shares(count, blocks, self._down["BLOCK_R"])
+        splits, per_split = gpu.shares(count, blocks, self._down["BLOCK_R"], _PROGRAMS)
         row_terms = shift_MR.new_empty(blocks, dims, count)
         column_terms = shift_MR.new_empty(splits, dims, self._columns)
         score_kernels.gradients_kernel[(blocks, splits)](
@@ -153,81 +141,36 @@ class CUDATiles:
             rows_per_split=per_split,
             **self._down,
         )
-        self._row_terms_MB[:, self._rows] = row_terms.sum(0)
+        row_terms_MB, column_terms_MN = self._vectors.terms
+        row_terms_MB[:, self._rows] = row_terms.sum(0)
         if self._rows.start:
-            self._column_terms_MN += column_terms.sum(0)
+            column_terms_MN += column_terms.sum(0)
         else:
-            torch.sum(column_terms, 0, out=self._column_terms_MN)
-        self._add_products(count)
+            torch.sum(column_terms, 0, out=column_terms_MN)
+        self._vectors.add_products(self._rows, self._upstream_MRN[:, :count, : self._columns])
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._scores_MRN = self._upstream_MRN = torch.empty(0)
         self._chunk = {}
-        queries = self._finish(0, self._row_terms_MB, self._scaled_norms_MB, 1 / self._temperature)
-        return queries, self._finish(1, self._column_terms_MN, self._passage_norms_MN, 1.0)
-
-    def _inverse_norms(self, vectors_RK: torch.Tensor, scale: float) -> torch.Tensor:
-        rows, dims = len(vectors_RK), self._problem.dims
-        norms_MR = torch.empty(len(dims), rows, dtype=torch.float32, device=vectors_RK.device)
-        norm_kernels.norms_kernel[(rows,)](
-            vectors_RK, vectors_RK.stride(0), norms_MR, rows, scale, FLOOR, DIMS=dims, BLOCK_K=self._block_k
-        )
-        return norms_MR
-
-    def _finish(self, side: int, terms_MR: torch.Tensor, norms_MR: torch.Tensor, scale: float) -> torch.Tensor:
-        """The gradient of one side in the inputs' precision."""
-        vectors_RK = self._inputs[side]
-        gradient_RK = torch.empty_like(self._products[side], dtype=vectors_RK.dtype)
-        rows, width = gradient_RK.shape
-        norm_kernels.finish_kernel[(rows,)](
-            self._products[side],
-            vectors_RK,
-            vectors_RK.stride(0),
-            terms_MR,
-            norms_MR,
-            gradient_RK,
-            rows,
-            width,
-            scale,
-            1 / len(self._inputs[0]),
-            DIMS=self._problem.dims,
-            BLOCK_K=self._block_k,
-        )
-        return gradient_RK
-
-    def _add_products(self, count: int) -> None:
-        query, passage = self._inputs
-        for upstream_RN, block in zip(self._upstream_MRN, self._blocks, strict=True):
-            upstream_RN = upstream_RN[:count, : self._columns]
-            _multiply(upstream_RN, passage[:, block], self._products[0][self._rows, block])
-            of_passages = self._products[1][:, block]
-            _multiply(upstream_RN.T, query[self._rows, block], of_passages, add=self._rows.start > 0)
+        return self._vectors.gradients()
 
     def _product_buffer(self) -> torch.Tensor:
         """For a chunk's products, and a teacher's logits behind them: zeros after the last column."""
-        planes = len(self._blocks) + isinstance(self._problem, Distillation)
-        rows = self.chunking.largest(len(self._inputs[0]), self._problem.most_columns(self._columns), planes)
+        planes = len(self._problem.dims) + isinstance(self._problem, Distillation)
+        rows = self.chunking.largest(len(self._vectors.sides[0]), self._problem.most_columns(self._columns), planes)
         shape = planes, rows, self._columns + -self._columns % _ALIGNMENT
-        scores_MRN = torch.empty(shape, dtype=torch.float32, device=self._inputs[0].device)
+        scores_MRN = torch.empty(shape, dtype=torch.float32, device=self._scales_M.device)
         scores_MRN[..., self._columns :] = 0
         return scores_MRN
 
-    def _gradient_buffers(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """For dL/dA of a chunk, bfloat16 for bfloat16 inputs and else float32; and for both sides' products.
+    def _gradient_buffer(self) -> torch.Tensor:
+        """For dL/dA of a chunk, bfloat16 for bfloat16 operands and else float32.
 
         float16 would not hold dL/dA of a short vector, nor of a long one whose first components are small.
         """
-        halved = self._inputs[0].dtype == torch.bfloat16
-        products = self._scores_MRN[: len(self._blocks)]
-        upstream = torch.empty_like(products, dtype=torch.bfloat16) if halved else products
-        return upstream, tuple(torch.empty_like(side, dtype=torch.float32) for side in self._inputs)
-
-    def _documents(self, problem: Contrast) -> dict[str, torch.Tensor]:
-        """Positives and ids as int32, half the registers of int64: ids by their order. Without ids columns are ids."""
-        positives, positive_ids = problem.positives_B.int(), problem.positive_ids()
-        if problem.passage_ids_N is None or positive_ids is None:
-            return {"positives": positives, "positive ids": positives}
-        return {"positives": positives, **_ranked(problem.passage_ids_N, positive_ids, problem.excluded_ids_BE)}
+        halved = self._vectors.sides[0].dtype == torch.bfloat16
+        products = self._scores_MRN[: len(self._problem.dims)]
+        return torch.empty_like(products, dtype=torch.bfloat16) if halved else products
 
     def _arguments(self, rows: slice) -> dict[str, Any]:
         """What all kernels are told of a chunk."""
@@ -237,9 +180,9 @@ class CUDATiles:
             "dim_stride": self._scores_MRN.stride(0),
             "rows": rows.stop - rows.start,
             "columns": self._columns,
-            "x_norms_ptr": self._scaled_norms_MB[:, rows].contiguous(),
-            "y_norms_ptr": self._passage_norms_MN,
-            "M": len(self._blocks),
+            "x_norms_ptr": self._vectors.norms[0][:, rows].contiguous(),
+            "y_norms_ptr": self._vectors.norms[1],
+            "M": len(self._problem.dims),
         }
 
     def _documents_of(self, rows: slice) -> dict[str, Any]:
@@ -262,33 +205,3 @@ def _logsumexp(arguments: dict[str, Any]) -> torch.Tensor:
     """M × R, from each share's maxima and sums."""
     of_splits = arguments["maxima_ptr"] + arguments["sums_ptr"].log()
     return of_splits.logsumexp(0) if len(of_splits) > 1 else of_splits[0]
-
-
-def _ranked(
-    passage_ids_N: torch.Tensor, positive_ids_B: torch.Tensor, excluded_BE: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Ids by their order among all that occur, int32: equal where they were equal."""
-    excluded = passage_ids_N.new_empty(len(positive_ids_B), 0) if excluded_BE is None else excluded_BE
-    every_id = torch.cat([passage_ids_N, positive_ids_B, excluded.flatten()])
-    ranks = every_id.unique(return_inverse=True)[1].int()
-    passages, positives, rest = ranks.split([len(passage_ids_N), len(positive_ids_B), excluded.numel()])
-    ranked = {"passages": passages, "positive ids": positives}
-    return ranked if excluded_BE is None else ranked | {"excluded": rest.view(excluded.shape)}
-
-
-def _shares(length: int, blocks: int, step: int) -> tuple[int, int]:
-    """Into how many shares, of how many elements in whole steps, a length is cut, so that all processors have work."""
-    shares = max(1, min(_PROGRAMS // blocks, triton.cdiv(length, 4 * step)))
-    each = triton.cdiv(triton.cdiv(length, shares), step) * step
-    return triton.cdiv(length, each), each
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, add: bool = False) -> None:
-    """Write left @ right to `result` (float32), or add it to what is there; operands of any precision."""
-    wanted: dict[str, Any] = {"out_dtype": torch.float32}
-    if left.dtype == torch.float32 or not left.is_cuda or torch.version.hip:  # no half precision that gives float32
-        left, right, wanted = left.float(), right.float(), {}
-    if add:
-        torch.addmm(result, left, right, **wanted, out=result)
-    else:
-        torch.mm(left, right, **wanted, out=result)

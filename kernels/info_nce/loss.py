@@ -44,6 +44,7 @@ def info_nce(
     passage_ids: torch.Tensor | None = None,
     excluded_ids: torch.Tensor | None = None,
     part: ColumnPart | None = None,
+    rounded: bool = False,
     backend: str = "auto",
 ) -> InfoNCE:
     """Σ_d w_d · mean_i ( logsumexp_j S^d_ij − S^d_iy(i) ), S^d the cosine of the first d components / temperature.
@@ -59,8 +60,11 @@ def info_nce(
     part: the passages are some of the columns, and positives is -1 where a query's positive is not among them; the
     result is that over all parts, masked is the part's own, and so are the gradients of the passages. The gradients
     of the queries are its share: their sum over the parts is the whole.
-    backend: reference, eager, cpu or cuda; auto asks `select_backend`. Autocast does not reach inside: products are in
-    the inputs' precision, sums in float32 at least. Gradients are of first order only, but for the reference's.
+    rounded: `cuda` and `fused` may round float32 vectors to bfloat16, and with them dL/dA, for their products; norms,
+    sums and gradients stay float32. The other backends do not.
+    backend: reference, eager, cpu, cuda or fused; auto asks `select_backend`. Autocast does not reach inside: products
+    are in the inputs' precision, but for `rounded`, and sums in float32 at least. Gradients are of first order only,
+    but for the reference's.
     Raises ValueError where shapes, dtypes, dims, weights, columns, ids, the temperature or the backend do not fit, and
     RuntimeError from a backward pass with create_graph.
     """
@@ -75,6 +79,7 @@ def info_nce(
         passage_ids_N=passage_ids,
         excluded_ids_BE=excluded_ids,
         part=part,
+        rounded=rounded,
     )
     loss, per_dim, margins, masked = nested_loss(
         queries, passages, float(temperature), problem, backend, info_nce_reference

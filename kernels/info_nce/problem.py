@@ -31,13 +31,14 @@ class ColumnPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One call of a loss. dims ascend, weights go with them."""
+    """One call of a loss. dims ascend, weights go with them. rounded: see `info_nce`."""
 
     loss: ClassVar[str]  # the public function's name
 
     dims: tuple[int, ...]
     weights: tuple[float, ...]
     part: ColumnPart | None = None
+    rounded: bool = False
 
     @property
     def teacher_components(self) -> int | None:

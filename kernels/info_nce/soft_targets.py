@@ -37,6 +37,7 @@ def soft_targets(
     dims: Sequence[int] | None = None,
     dim_weights: Sequence[float] | None = None,
     part: ColumnPart | None = None,
+    rounded: bool = False,
     backend: str = "auto",
 ) -> SoftTargets:
     """Σ_d w_d · mean_i KL(t_i ‖ p^d_i), t_i the softmax of the teacher's logits over all passages, p^d_i that of S^d_i.
@@ -49,15 +50,17 @@ def soft_targets(
     part: the passages, and the teacher's with its sparse columns, are some of the columns; the result is that over all
     parts, and so are the gradients of the passages. The gradients of the queries are its share: their sum over the
     parts is the whole.
-    backend: as for `info_nce`. The teacher's product is in float32 at least, whatever the inputs' precision. Gradients
-    are of first order only, but for the reference's.
+    rounded, backend: as for `info_nce`. The teacher's product is in float32 at least, whatever the inputs' precision.
+    Gradients are of first order only, but for the reference's.
     Raises ValueError where shapes, dtypes, dims, weights, the teacher, the temperature or the backend do not fit, and
     RuntimeError from a backward pass with create_graph.
     """
     check_sides(queries, passages, temperature)
     nested = nested_dims(dims, dim_weights, queries.shape[1])
     teacher.check(queries, passages)
-    problem = Distillation(teacher=teacher.detached(), dims=nested.dims, weights=nested.weights, part=part)
+    problem = Distillation(
+        teacher=teacher.detached(), dims=nested.dims, weights=nested.weights, part=part, rounded=rounded
+    )
     loss, per_dim, entropies = nested_loss(
         queries, passages, float(temperature), problem, backend, soft_targets_reference
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from drama_dist.distributed import ranks
-from drama_dist.kernels import Backend
+from drama_dist.encoder.backbone import load
+from drama_dist.kernels import Backend, InfoNCE, info_nce
 from drama_dist.kernels.info_nce.cpu import CPUTiles
 from drama_dist.settings import EncoderSettings, TrainSettings
-from drama_dist.train import partition
+from drama_dist.train import info_nce_term, partition
 from drama_dist.train.info_nce_term import InfoNCETerm
 from drama_dist.train.objective import Objective, objective_terms
+from drama_dist.train.step import TrainingStep
 from drama_dist.train.term import EmbeddedBatch, Relevance, TermResult
 
 
@@ -65,3 +69,21 @@ def test_another_term_leaves_the_figures_of_info_nce() -> None:
     alone, both = Objective(terms)(batch()), Objective([*terms, (0.1, SumOfSquares("squares", 1.0))])(batch())
     assert both.figures == alone.figures | {"squares": 1.0} and both.loss > alone.loss
     assert not torch.equal(both.query_gradient_BK, alone.query_gradient_BK)
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False)])
+def test_training_in_bfloat16_lets_the_losses_round(
+    dtype: Literal["bfloat16", "float32"], rounded: bool, llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the losses are called with in a step."""
+    seen = []
+
+    def loss(*sides: torch.Tensor, **options: Any) -> InfoNCE:
+        seen.append(options["rounded"])
+        return info_nce(*sides, **options)
+
+    monkeypatch.setattr(info_nce_term, "info_nce", loss)
+    step = TrainingStep(load(llm), TrainSettings(dtype=dtype, temperature=0.1, activation_budget=0))
+    relevance = Relevance(torch.arange(2), torch.arange(2))
+    step.of_tokens([[0, 5, 1], [0, 6, 1]], [[0, 7, 8, 1], [0, 9, 1]], relevance, learning_rate=0.0)
+    assert seen == [rounded]

@@ -16,13 +16,15 @@ BACKENDS = {
     "eager": [torch.float64, torch.float32],
     "cpu": [torch.float32, torch.bfloat16],
     "cuda": [torch.float32, torch.float16],
+    "fused": [torch.float32, torch.float16],
 }
+ON_GPU = ("cuda", "fused")  # in Triton's interpreter where there is none
 GPU = torch.cuda.is_available()
 Result = TypeVar("Result", InfoNCE, SoftTargets)
 
 every_backend = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
 uninterpreted = pytest.mark.parametrize(  # by default: Triton's interpreter is slow
-    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name == "cuda")) for name in BACKENDS], indirect=True
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name in ON_GPU)) for name in BACKENDS], indirect=True
 )
 
 
@@ -37,7 +39,7 @@ def every_case(
             shape,
             option,
             id=f"{backend}-{str(dtype)[6:]}-{shape}-{option}",
-            marks=[pytest.mark.slow] if backend == "cuda" and (shape, option, dtype) not in interpreted else [],
+            marks=[pytest.mark.slow] if backend in ON_GPU and (shape, option, dtype) not in interpreted else [],
         )
         for backend, dtypes in BACKENDS.items()
         for dtype in dtypes
@@ -49,7 +51,7 @@ def every_case(
 
 def device_of(backend: str) -> str:
     """Where a backend is tested: Triton's interpreter stands in for a GPU."""
-    return "cuda" if GPU and backend == "cuda" else "cpu"
+    return "cuda" if GPU and backend in ON_GPU else "cpu"
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:

@@ -51,3 +51,31 @@ def test_the_report_shows_a_spill_where_there_is_one(compilers: ProcessPoolExecu
     rows = next(variant for variant in variants if variant.kernel == "rows")
     narrow = dataclasses.replace(rows, warps=1, constants=(*rows.constants[:-1], ("BLOCK_C", 1024)))
     assert compilers.submit(ahead_of_time.compile_variant, narrow, "sm_80").result().spilled > 0
+
+
+# Of training's own kernels on Hopper: instructions for each score and dim outside the loops over components, and bytes
+# that may spill. What was counted, rounded up (benchmarks/results/kernels-fused.md).
+COUNTED = {"fused rows": (13, 0), "fused gradients": (18, 1300)}
+
+
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100",))])
+def test_fused_kernels_have_matrix_instructions_and_few_others(target: str, compilers: ProcessPoolExecutor) -> None:
+    """The two of training: one exponential for a score and dim, and a dozen other instructions."""
+    shipped = compilers.submit(ahead_of_time.fused_variants, target).result()
+    reports = list(compilers.map(ahead_of_time.compile_variant, shipped[:2], [target] * 2))
+    for variant, report in zip(shipped, reports, strict=False):
+        assert report.shared <= ahead_of_time.SHARED_LIMITS[target]
+        assert 1 <= report.exponentials < 1.1
+        assert report.matrix.startswith("HGMMA" if target == "sm_90" else "UTC")
+        if target == "sm_90":
+            most, spilled = COUNTED[variant.kernel]
+            assert report.outside <= most and report.spilled <= spilled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
+def test_every_fused_kernel_compiles_and_fits(target: str, compilers: ProcessPoolExecutor) -> None:
+    shipped = compilers.submit(ahead_of_time.fused_variants, target).result()
+    assert len({variant.kernel for variant in shipped}) == 6
+    reports = compilers.map(ahead_of_time.compile_variant, shipped, [target] * len(shipped))
+    assert max(report.shared for report in reports) <= ahead_of_time.SHARED_LIMITS[target]

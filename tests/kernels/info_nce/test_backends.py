@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIMS, device_of, inputs
+from cases import DIMS, ON_GPU, device_of, inputs
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,7 +77,7 @@ def test_a_backend_refuses_vectors_that_it_does_not_take(monkeypatch: pytest.Mon
     queries, passages, positives, _ = inputs(2, 5, torch.float32)
     with pytest.raises(ValueError, match=r"backend='cuda' takes .* on cuda, .*: got torch\.float32 on cpu"):
         info_nce(queries, passages, positives, temperature=0.1, backend="cuda")
-    for name in ("cpu", "cuda"):
+    for name in ("cpu", *ON_GPU):
         with pytest.raises(ValueError, match=f"backend='{name}' takes float32, .*: got torch.float64 on cpu"):
             info_nce(queries.double(), passages.double(), positives, temperature=0.1, backend=name)
 
@@ -120,7 +120,8 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
     [(name, *size) for name in ("eager", "cpu") for size in ((1300, 2500), (300, 9000))]
-    + [("cuda", 130, 400), pytest.param("cuda", 40, 900, marks=pytest.mark.slow)],  # Triton's interpreter is slow
+    + [(name, 130, 400) for name in ON_GPU]
+    + [pytest.param(name, 40, 900, marks=pytest.mark.slow) for name in ON_GPU],  # Triton's interpreter is slow
 )
 def test_no_more_is_held_than_it_says(name: str, rows: int, columns: int) -> None:
     backend = backends.named_backend(name, torch.device(device_of(name)), torch.float32)

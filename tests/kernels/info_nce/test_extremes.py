@@ -90,7 +90,13 @@ def test_the_smallest_of_float16_give_no_nan(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("eager", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float32)],
+    [
+        ("eager", torch.float32),
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("cuda", torch.float32),
+        ("fused", torch.float32),
+    ],
     indirect=["backend"],
     ids=str,
 )

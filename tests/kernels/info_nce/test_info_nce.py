@@ -160,3 +160,15 @@ def test_a_passage_that_is_not_a_number_shows_in_the_loss(backend: str) -> None:
     broken = passages.detach().clone()
     broken[next(column for column in range(40) if column not in positives)] = torch.nan
     assert info_nce(queries, broken, positives, temperature=0.1, backend=backend).loss.isnan()
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"], indirect=True)
+def test_backends_on_the_cpu_do_not_round(backend: str) -> None:
+    """Products of rounded vectors would differ in the third digit."""
+    queries, passages, positives, _ = inputs(20, 30, torch.float32)
+    given = {"temperature": 0.1, "dims": DIMS}
+    runs = [outcome(backend, queries, passages, positives, rounded=rounded, **given) for rounded in (False, True)]
+    assert torch.equal(runs[0][0].loss, runs[1][0].loss)
+    assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
+    halved = outcome(backend, queries.bfloat16().float(), passages.bfloat16().float(), positives, **given)
+    assert not torch.equal(halved[0].loss, runs[0][0].loss)

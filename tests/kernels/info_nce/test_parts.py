@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import teachers
 import torch
-from cases import BACKENDS, DIMS, WEIGHTS, assert_gradients_close, device_of, inputs, options, ours_and_truth
+from cases import (
+    BACKENDS,
+    DIMS,
+    WEIGHTS,
+    assert_gradients_close,
+    device_of,
+    inputs,
+    options,
+    ours_and_truth,
+    uninterpreted,
+)
 
 from drama_dist.kernels import ColumnPart, InfoNCE, SoftTargets, TeacherScores, info_nce, soft_targets
 
@@ -103,7 +113,7 @@ def test_parts_of_the_columns_make_up_the_whole(backend: str) -> None:
     assert_gradients_close([gradient.double() for gradient in gradients], exact, torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu", pytest.param("cuda", marks=pytest.mark.slow)], indirect=True)
+@uninterpreted
 def test_parts_of_a_teachers_columns_make_up_the_whole(backend: str) -> None:
     _, (truth, exact) = teachers.ours_and_truth(backend, (33, 70), torch.float32, "both")
     results, gradients = soft_targets_in_parts(backend)

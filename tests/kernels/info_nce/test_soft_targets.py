@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import (
     DIMS,
+    ON_GPU,
     WEIGHTS,
     K,
     allowed,
@@ -266,7 +267,7 @@ def test_second_order_gradients_are_refused(backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
     [(name, *size) for name in ("eager", "cpu") for size in ((1300, 2500), (300, 9000))]
-    + [pytest.param("cuda", *size, marks=pytest.mark.slow) for size in ((130, 400), (40, 900))],
+    + [pytest.param(name, *size, marks=pytest.mark.slow) for name in ON_GPU for size in ((130, 400), (40, 900))],
 )
 def test_no_more_is_held_than_it_says(name: str, rows: int, columns: int) -> None:
     """And never a whole matrix of scores, where there is more than one chunk; sparse logits count by their entries."""
