@@ -1,4 +1,4 @@
-"""The fused form in several chunks of rows with shares of the columns, where tiles end early, and what it may not hide."""
+"""The fused form in several chunks of rows with shares of the columns, where tiles end early, and what it may not do."""
 
 from __future__ import annotations
 
