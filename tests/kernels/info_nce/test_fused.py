@@ -1,4 +1,4 @@
-"""The fused form in several chunks of rows with shares of the columns, where tiles end early, and what it may not do."""
+"""The fused form: several chunks of rows, shares of the columns, tiles that end early, and what it may not hide."""
 
 from __future__ import annotations
 
