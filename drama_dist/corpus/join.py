@@ -16,22 +16,28 @@ Part = tuple[Passage, str]  # a record, and what it is a part of; empty: it is w
 
 
 def joined(parts: Iterable[Part]) -> tuple[list[Passage], dict[str, str]]:
-    """The whole passages, and for the id of each part that of its passage. Parts need not follow each other.
+    """The whole passages, and for the id of each part, which no other has, that of its passage.
 
-    A whole stands where its first part stood and has its id, title and language. Its text is the parts' in their order,
-    as paragraphs; a part with another title than the first brings it along.
+    Parts need not follow each other. A whole stands where its first part stood and has its id, title and language. Its
+    text is the parts' in their order, as paragraphs; a part with another title than the first brings it along.
     """
-    members: dict[tuple[str, str], list[Passage]] = {}
-    for passage, whole in parts:
-        members.setdefault((whole, "" if whole else passage.id), []).append(passage)
-    passages: list[Passage] = []
+    firsts: list[Passage] = []
+    others: dict[str, list[Passage]] = {}  # by the id of their first
+    id_of: dict[str, str] = {}  # of each whole that several may share
     whole_of: dict[str, str] = {}
-    for first, *others in members.values():
-        further = [other.text if other.title == first.title else other.content for other in others]
-        text = "\n\n".join(filter(None, [first.text, *further]))
-        passages.append(replace(first, text=text) if others else first)
-        whole_of |= {part.id: first.id for part in (first, *others)}
-    return passages, whole_of
+    for passage, whole in parts:
+        id = id_of.setdefault(whole, passage.id) if whole else passage.id
+        whole_of[passage.id] = id
+        if id == passage.id:
+            firsts.append(passage)
+        else:
+            others.setdefault(id, []).append(passage)
+    return [_whole(first, others[first.id]) if first.id in others else first for first in firsts], whole_of
+
+
+def _whole(first: Passage, others: Iterable[Passage]) -> Passage:
+    further = [other.text if other.title == first.title else other.content for other in others]
+    return replace(first, text="\n\n".join(filter(None, [first.text, *further])))
 
 
 def moved(qrels: Qrels, whole_of: Mapping[str, str]) -> Qrels:

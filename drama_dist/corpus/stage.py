@@ -39,7 +39,7 @@ from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
 from drama_dist.setting_types import recorded
 from drama_dist.settings import PACKAGES_CORPUS, CorpusSettings, Settings, as_dict
-from drama_dist.suites import MADE, SUITES, Made, Member, member_of, paths_of
+from drama_dist.suites import MADE, MADE_SUITES, SUITES, Made, Member, member_of, paths_of
 
 _HOW_TO_READ = ("language", "lower_capitals", "id_keys", "text_keys", "title_keys", "language_keys", "join_by")
 _OF_WINDOWS = ("window_words", "window_step", "general_share")
@@ -295,6 +295,8 @@ def _existing(setting: str, path: str) -> Path:
     if not place.exists():
         if is_named(path):
             problem = f"rank {ranks.rank()} does not see {place}; set $DRAMA_CACHE to a folder that all machines share"
+        elif setting == "evaluate.collections" and any(kind in path for kind in MADE_SUITES):
+            problem = f"no such file or folder; those that are made are {', '.join(MADE)}"
         else:
             problem = f"no such file or folder; names of data sets begin with {HUB} or {IR_DATASETS}"
         raise FileNotFoundError(f"{setting}={path}: {problem}")

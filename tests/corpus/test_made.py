@@ -126,6 +126,13 @@ def test_an_llm_that_is_not_there_is_told_before_anything_is_made(small_settings
     assert not Path(settings.run).exists()
 
 
+@pytest.mark.parametrize("name", ["needle-256", "needle/needle-300"])
+def test_what_is_called_much_like_one_is_refused_with_the_names_that_there_are(name: str, small_settings: Read) -> None:
+    settings = small_settings(f"evaluate.collections=[{name}]", "evaluate.systems=[bm25]")
+    with pytest.raises(FileNotFoundError, match=rf"evaluate.collections={name}: .*made are passkey/passkey-256, "):
+        make(settings, "evaluate")
+
+
 def test_accuracy_at_1_is_where_ndcg_at_10_is_1() -> None:
     qrels = {f"q{rank}": {"right": 1} for rank in range(12)}
     run = {

@@ -96,7 +96,7 @@ def test_token_vectors_are_the_two_regressions_of_the_formula() -> None:
 
 def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it() -> None:
     """A superword beside its tokens is a column more in the regression, with an idf of its own."""
-    parts, of_texts = [[5, 6], [7, 7, 8, *[9] * 12]], units(120)
+    parts, of_texts = [[5, 6], [7, 7, 8, *[9] * 5]], units(120)
     sequences = [[0, *CHANCE.integers(2, V + 2, 6).tolist(), 1] for _ in range(120)]
     counts, embeddings = token_counts(sequences, V + 2, before=1), CHANCE.standard_normal((V, K)).astype(np.float32)
     halves = (counts[:60], of_texts[:60]), (counts[60:], of_texts[60:])
@@ -120,7 +120,7 @@ def test_a_superword_has_the_sum_of_its_tokens_and_what_the_texts_say_beyond_it(
     features = np.hstack([features, np.ones((V, 1))])
     pooled = x[:, :V] @ features
     first = np.linalg.solve(pooled.T @ pooled + EMBEDDING_PENALTY * np.eye(K + 1), pooled.T @ y)
-    penalties = np.diag([TOKEN_PENALTY] * V + [SUPERWORD_PENALTY / 2, SUPERWORD_PENALTY / 15])
+    penalties = np.diag([TOKEN_PENALTY] * V + [SUPERWORD_PENALTY / 2, SUPERWORD_PENALTY / 8])
     second = np.linalg.solve(x.T @ x + penalties, x.T @ (y - pooled @ first))
     of_tokens = idf[:V, None] * (features @ first + second[:V])
     sums = np.stack([of_tokens[tokens].sum(0) for tokens in parts])
