@@ -89,7 +89,11 @@ def _backward(
         )
         engine.backward(loss, last=index == len(share) - 1)
     loss, of_student, of_source = ranks.sum_over_ranks(means_3)
-    return {"loss": float(loss), "perplexity": float(of_student.exp()), "source_perplexity": float(of_source.exp())}
+    return {
+        "loss": float(loss),
+        "perplexity": float(of_student.double().exp()),
+        "source_perplexity": float(of_source.double().exp()),
+    }
 
 
 def _chunk_loss(
