@@ -88,11 +88,11 @@ class _Entry:
 
 
 _COMPILED_FOR = (torch.float32, torch.bfloat16, torch.float16)
-_BACKENDS = {  # the fastest first; the last takes all vectors
+_BACKENDS = {  # the fastest first, down to eager, which takes all vectors; what comes after it is had by name alone
     "cuda": _Entry(("cuda",), _COMPILED_FOR, _cuda),
-    "fused": _Entry(("cuda",), _COMPILED_FOR, _fused),
     "cpu": _Entry(("cpu",), _COMPILED_FOR, _cpu),
     "eager": _Entry((), (torch.float64, *_COMPILED_FOR), lambda: EagerTiles),
+    "fused": _Entry(("cuda",), _COMPILED_FOR, _fused),
 }
 NAMES = ("auto", "reference", *_BACKENDS)
 

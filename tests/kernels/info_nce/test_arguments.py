@@ -34,7 +34,7 @@ IDS = torch.arange(5)
         ({"excluded_ids": torch.tensor([[0], [1]])}, "excluded_ids: expected passage_ids beside them"),
         ({"excluded_ids": torch.tensor([0, 1]), "passage_ids": IDS}, "expected int64 excluded_ids of 2 rows"),
         ({"excluded_ids": torch.tensor([[0], [-1]]), "passage_ids": IDS - 1}, "passage id -1: expected ids from 0 on"),
-        ({"backend": "triton"}, "backend='triton': expected one of auto, reference, cuda, fused, cpu, eager"),
+        ({"backend": "triton"}, "backend='triton': expected one of auto, reference, cuda, cpu, eager, fused"),
         ({"passages": torch.ones(5, K, dtype=torch.float64)}, "of one floating dtype on one device, got torch.float32"),
         ({"passages": torch.ones(5, K - 1)}, r"expected queries B × K and passages N × K, got \(2, 37\), \(5, 36\)"),
         ({"passages": torch.ones(0, K)}, "expected queries and passages, got 2 and 0"),

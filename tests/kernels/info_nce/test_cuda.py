@@ -10,6 +10,7 @@ from cases import DIMS, OPTIONS, assert_gradients_close, device_of, inputs, ours
 from drama_dist.kernels.info_nce.tiles import Chunking
 
 cuda = pytest.importorskip("drama_dist.kernels.info_nce.cuda")
+gpu = pytest.importorskip("drama_dist.kernels.info_nce.gpu")
 DEVICE = device_of("cuda")
 
 
@@ -21,7 +22,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(rows.start, rows.stop) for rows in chunking.slices(33, 70, len(DIMS))] == [(0, 12), (12, 24), (24, 33)]
     for name in ("BY_ROWS", "BY_COLUMNS", "BY_ROWS_SMALL", "BY_COLUMNS_SMALL"):
         monkeypatch.setattr(cuda, name, {"BLOCK_R": 8, "BLOCK_C": 16, "num_warps": 1})
-    assert cuda._shares(70, 2, 16)[0] == 2
+    assert gpu.shares(70, 2, 16, cuda._PROGRAMS)[0] == 2
 
 
 @pytest.mark.usefixtures("several")

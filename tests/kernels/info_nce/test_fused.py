@@ -75,8 +75,8 @@ def test_the_comparison_notices_hidden_columns_that_count() -> None:
 
 def test_equal_scores_are_equal_to_the_last_bit() -> None:
     """A passage that comes twice under two ids: no margin between the two."""
-    queries, passages, _, _ = inputs(9, 12, torch.float32, DEVICE)
+    _, passages, _, _ = inputs(9, 12, torch.float32, DEVICE)
     twice = torch.cat([passages.detach(), passages.detach()])
     positives = torch.arange(9, device=DEVICE)
-    result = info_nce(queries, twice, positives, temperature=0.05, dims=DIMS, backend="fused")
-    assert float(result.margins.max()) == 0
+    result = info_nce(twice[:9], twice, positives, temperature=0.05, dims=DIMS, backend="fused")
+    assert result.margins.eq(0).all()
