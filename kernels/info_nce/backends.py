@@ -1,7 +1,9 @@
 """Which implementation of the losses runs where: decided here for the losses, the plan and the doctor.
 
-There are four: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
-precision), `cpu` (C++ compiled for this CPU) and `cuda` (Triton kernels between cuBLAS' products).
+There are five: `reference` (reference.py, the oracle, only by name), `eager` (PyTorch operations, any device and
+precision), `cpu` (C++ compiled for this CPU), and two for GPUs: `cuda` (Triton kernels between cuBLAS' products)
+and, only by name, `fused` (the products inside). One of them goes when both were timed on one GPU
+(benchmarks/gpu_check.py).
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Backend:
         A teacher's sparse logits come on top, with at most 40 bytes for each entry.
 
         The scores of one chunk are the part that grows with rows × columns, up to a limit: 64 MiB (eager), 128 MiB
-        (cpu) or 1 GiB (cuda), or a backend's least chunk where many columns exceed it. A matrix of scores that is
-        smaller is one chunk.
+        (cpu), 1 GiB (cuda), or 1.5 GiB of gradients' operands (fused, half of it in bfloat16), or a backend's least
+        chunk where many columns exceed it. A matrix of scores that is smaller is one chunk.
         """
         return self.tiles.held_bytes(rows, columns, tuple(sorted(dims)), threads, teacher)
 
