@@ -22,6 +22,7 @@ _REPOSITORY = r"(?P<repository>[\w.-]+/[\w.-]+)"
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body leave together: else an answer's body waits until its head is acknowledged
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -16,6 +16,7 @@ from drama_dist.corpus.beir_folder import NoSuchCollection, Table, Tables
 from drama_dist.labels import HUB, HubName, hub_name
 from drama_dist.suites import DATASETS_PAGE
 
+_ON_THE_HUB = "hf://datasets/"  # else a folder OWNER/NAME where the command is started would be read instead
 _TIMEOUT = 10  # seconds, to ask the hub
 _TESTS = ("test", "dev", "validation")  # splits of judgements, of which the first that is there is taken
 _SHOWN = 10
@@ -44,7 +45,8 @@ def tables_of(collection: str) -> Tables:
         return Tables(_table(name, sha, plain, chosen), None, None, f"{origin}, subset {plain}, split {chosen}")
     judged = _judgements(name, sha, subset, subsets)
     if judged is None:
-        passages = _of_split(name, sha, f"{before}corpus", split, "corpus")
+        corpus = f"{before}corpus"
+        passages = _table(name, sha, corpus, split) if split else _of_split(name, sha, corpus, None, "corpus")
         return Tables(passages, None, None, f"{origin}; without judgements")
     repository, commit, of_judgements = judged
     splits = _splits(repository.repository, commit, of_judgements)
@@ -69,7 +71,7 @@ def _subsets(repository: str, sha: str) -> list[str]:
     from datasets import get_dataset_config_names
 
     try:
-        return list(get_dataset_config_names(repository, revision=sha))
+        return list(get_dataset_config_names(f"{_ON_THE_HUB}{repository}", revision=sha))
     except RuntimeError as error:
         if "scripts" not in str(error):
             raise
@@ -80,9 +82,14 @@ def _subsets(repository: str, sha: str) -> list[str]:
 
 @cache
 def _builder(repository: str, sha: str, subset: str) -> Any:
+    return _new_builder(repository, sha, subset)
+
+
+def _new_builder(repository: str, sha: str, subset: str, **reading: Any) -> Any:
+    """reading: how its files are read, in place of what the data set says."""
     from datasets import load_dataset_builder
 
-    return load_dataset_builder(repository, subset, revision=sha)
+    return load_dataset_builder(f"{_ON_THE_HUB}{repository}", subset, revision=sha, **reading)
 
 
 def _splits(repository: str, sha: str, subset: str) -> list[str]:
@@ -159,7 +166,7 @@ def _table(name: HubName, sha: str, subset: str, split: str) -> Table:
 
 
 def _rows(repository: str, sha: str, subset: str, split: str) -> Iterator[dict[str, Any]]:
-    from datasets import Features, Value, load_dataset_builder
+    from datasets import Features, Value
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.parquet.parquet import Parquet
     from pyarrow.dataset import ParquetFragmentScanOptions
@@ -171,7 +178,7 @@ def _rows(repository: str, sha: str, subset: str, split: str) -> Iterator[dict[s
     if isinstance(builder, Csv) and (first := next(iter(stream), None)):
         # ids as 007 and texts as NA are to stay as they are written
         as_text = {"features": Features(dict.fromkeys(first, Value("string"))), "keep_default_na": False}
-        builder = load_dataset_builder(repository, subset, revision=sha, **as_text)
+        builder = _new_builder(repository, sha, subset, **as_text)
         stream = builder.as_streaming_dataset(split=split)
     for row in stream:
         yield {column: value for column, value in row.items() if _is_kept(value)}

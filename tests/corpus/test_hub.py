@@ -96,6 +96,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     table = {"id": ["1", "2"], "text": [["a", "b"], None], "vector": [[0.5], [1.5]], "year": [1999, None]}
     (root / "me/parquet").mkdir()
     write_table(pa.table(table), root / "me/parquet/data.parquet", row_group_size=1)
+    write_lines(root / "me/unjudged/corpus.jsonl", [{"_id": "p", "text": "a"}])
+    write_lines(root / "me/unjudged/queries.jsonl", [{"_id": "q", "text": "b"}])
+    card(root / "me/unjudged", corpus="corpus.jsonl", queries="queries.jsonl")
     write_lines(root / "me/script/data.jsonl", [{"text": "a"}])
     (root / "me/script/script.py").write_text("raise SystemExit('code of a data set ran')\n", "utf-8")
     server = HubServer(root)
@@ -107,18 +110,24 @@ def environment(server: HubServer, cache: Path) -> dict[str, str]:
     own = {*ranks.VARIABLES, "MASTER_ADDR", "MASTER_PORT", "HF_TOKEN"}
     shared = {name: value for name, value in os.environ.items() if name not in own}
     cached = {"HF_HOME": str(cache / "hf"), "DRAMA_CACHE": str(cache / "drama")}
-    return {**shared, **server.environment, **cached, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    started = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return {**shared, **server.environment, **cached, **started}
 
 
 @pytest.fixture(scope="module")
 def fetched(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The files that a name was fetched to, or the error that it ended with."""
+    """The files that a name was fetched to, or the error that it ended with.
+
+    It is fetched where there is a folder me/vectors, too, with other texts.
+    """
     cache = tmp_path_factory.mktemp("cache")
+    write_lines(cache / "me/vectors/data.jsonl", [{"text": "of the folder"}])
     names = """BeIR/toy BeIR/toy@v1/train BeIR/toy/corpus mteb/toy mteb/toy/train mteb/toy/default/train mteb/many/sw
     mteb/many me/plain me/plain/extra me/plain/other/b me/plain/other me/vectors me/parquet me/script BeIR/toy/dev
-    me/plain@refs/convert/parquet/other/b BeIR/toy@v9 no/such mteb/many/fr/dev"""
+    me/plain@refs/convert/parquet/other/b BeIR/toy@v9 no/such mteb/many/fr/dev
+    me/unjudged me/unjudged/dev"""
     words = [sys.executable, "-c", FETCH, *(f"huggingface:{name}" for name in names.split())]
-    done = subprocess.run(words, env=environment(hub, cache), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=environment(hub, cache), cwd=cache, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "BeIR--toy: passages" in done.stderr and "rows/s" in done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
@@ -134,7 +143,7 @@ def test_beirs_form_has_its_judgements_in_a_repository_beside(fetched: Callable[
     assert f"BeIR/toy-qrels, commit {COMMIT}, subset default, split test" in files["README.md"]
     train = fetched("BeIR/toy@v1/train")
     assert train["qrels/test.tsv"] == (hub.root / "BeIR/toy-qrels/train.tsv").read_text("utf-8")
-    assert set(fetched("BeIR/toy/corpus")) == {"README.md", "corpus.jsonl"}
+    assert set(fetched("BeIR/toy/corpus")) == set(fetched("me/unjudged")) == {"README.md", "corpus.jsonl"}
 
 
 def test_mtebs_form_has_all_in_one_repository_and_a_language_in_front(fetched: Callable[[str], Any]) -> None:
@@ -162,6 +171,7 @@ def test_any_other_table_is_passages_and_its_texts_stay_as_they_are_written(fetc
         ("no/such", "the hub has no such data set, or shows it to others only (then: hf auth login)"),
         ("BeIR/toy@v9", "has no revision v9"),
         ("BeIR/toy/dev", "BeIR/toy-qrels has no split dev of default; it has "),
+        ("me/unjudged/dev", "me/unjudged has no split dev of corpus; it has train"),
         ("mteb/many", "name one subset, as huggingface:mteb/many/ar-corpus; there are ar-corpus, ar-queries, "),
         ("mteb/many/fr/dev", "has no subset fr; it has ar-corpus, ar-queries, ar-qrels, sw-corpus"),
         ("me/plain/other", "name one split of other, as huggingface:me/plain/other/a; there are a, b"),
