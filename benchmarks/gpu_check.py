@@ -7,7 +7,7 @@ only. After each, OUT has its whole log, the results files that it wrote, and su
 alone: with a Triton cache of their own, and every launch waited for, so that the first that fails is the one that is
 named (an access beyond memory fails every later one too); then again. Without DIRs (collections in BEIR form, and the
 quickstart's export) the parts that need them are left out, and say so.
---dry-run needs no GPU: every program is asked for its options, the tests for their names, and nothing is measured.
+--dry-run needs no GPU: every program reads its options and ends, the tests tell their names, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def parts(data: Path, model: Path) -> list[Part]:
 
 
 def rehearsed(part: Part) -> tuple[str, ...]:
-    """The same program asked for no more than its tests' names, or its options."""
-    return (*part.command, "--collect-only", "-q") if part.command[0] == "-m" else (*part.command, "--help")
+    """The same program as far as its tests' names, or as its options."""
+    return (*part.command, "--collect-only", "-q") if part.command[0] == "-m" else (*part.command, "--check-options")
 
 
 def run(command: Sequence[str], seconds: float, log: Path, environment: dict[str, str]) -> str:
@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
     parser.add_argument("--dry-run", action="store_true", help="try everything that needs no GPU")
     options = parser.parse_args()
-    options.out = options.out.absolute()
+    for name in ("out", "data", "model"):  # parts run in the repository's root
+        setattr(options, name, getattr(options, name).absolute())
     assert sum(part.seconds for part in parts(options.data, options.model)) <= MOST_SECONDS
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("gpu-check: PyTorch finds no CUDA GPU here; --dry-run tries what needs none")

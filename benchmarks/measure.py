@@ -113,6 +113,7 @@ def arguments(
         parser.add_argument("--model", type=Path, default=Path("runs/quickstart/export"), help="an exported folder")
     parser.add_argument("--device", choices=devices, default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--check-options", action="store_true", help="end when the options are read")
     if dtype:
         parser.add_argument("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help="auto: what suits the machine")
     return parser
@@ -132,8 +133,10 @@ def rate_of(count: int, one: Measured) -> str:
 def use(options: argparse.Namespace) -> None:
     """Keep to the chosen device, in everything that chooses for itself, and settle the dtype.
 
-    Ends the program where there is no CUDA.
+    Ends the program where there is no CUDA, and with --check-options.
     """
+    if options.check_options:
+        raise SystemExit(0)
     os.environ["DS_ACCELERATOR"] = options.device
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

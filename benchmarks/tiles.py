@@ -98,12 +98,13 @@ def try_shapes(report: Report, leaves: list[torch.Tensor], dims: tuple[int, ...]
     exact = ours(*leaves, dims, "cuda")()
     report.add("chunks", ours(*leaves, dims, "cuda"))
     report.add("chunks, forward", forward(leaves, dims, "cuda"))
+    loss = forward(leaves, dims, "cuda")()
     usual = fused.shapes(torch.bfloat16, True, len(dims))
     best = usual
     fastest = torch.inf
     for shape in ROWS:
         fused.TILES = replace(usual, rows=shape)
-        seconds = report.add(f"fused, forward, {shape}", forward(leaves, dims, "fused"))
+        seconds = report.add(f"fused, forward, {shape}", forward(leaves, dims, "fused"), loss)
         if seconds < fastest:
             fastest, best = seconds, fused.TILES
     fastest = torch.inf

@@ -145,7 +145,7 @@ def label_of_suite(suite: str) -> str:
     """What the files of a suite's table are called: its name, its folder's, or its collections' with + between."""
     if not is_named(suite):
         return Path(suite).resolve().name
-    label = "+".join(labels_of(names_of(suite), ()))
+    label = "+".join(labels_of(names_of(suite), [*SUITES, *MADE_SUITES]))
     digits = sha256(suite.encode()).hexdigest()[:6]
     return label if len(label) <= _LONGEST_LABEL else f"{label[:_LONGEST_LABEL]}-{digits}"
 

@@ -39,3 +39,12 @@ def test_a_dry_run_tries_every_part(tmp_path: Path) -> None:
     lines = (tmp_path / "summary.md").read_text("utf-8").splitlines()[4:]
     assert len(lines) == 7 and all("| done |" in line for line in lines)
     assert "test_gpu.py" in (tmp_path / "tests.log").read_text("utf-8")
+
+
+def test_a_part_with_an_unknown_option_would_not_end_well() -> None:
+    program, environment = [sys.executable, str(PROGRAM.with_name("tiles.py")), "--check-options"], os.environ
+    endings = [
+        subprocess.run([*program, *words], env=environment, capture_output=True, text=True, timeout=300)
+        for words in (["--size", "64"], ["--sise", "64"])
+    ]
+    assert [each.returncode for each in endings] == [0, 2] and "unrecognized arguments: --sise" in endings[1].stderr

@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from drama_dist.corpus import hub
 from drama_dist.corpus.beir_folder import Table, Tables, write_once
 from drama_dist.encoder.failures import reason
 from drama_dist.run.progress import say
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.suites import SUITES, Member, missing_collections
-
-_TIMEOUT = 10  # seconds, to ask the hub
 
 
 def check_fetchable(settings: Settings, member: Member) -> None:
@@ -65,10 +64,8 @@ def _hindrance(dataset: str) -> str | None:
     """Why mteb cannot fetch a data set; None if it can."""
     if importlib.util.find_spec("mteb") is None:
         return "mteb is not installed"
-    from huggingface_hub import dataset_info
-
     try:
-        dataset_info(dataset, timeout=_TIMEOUT)
+        hub.commit(dataset)
     except Exception as error:  # as in `fetch`
         return f"the hub cannot be reached ({reason(error)})"
     return None

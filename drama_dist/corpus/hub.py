@@ -9,6 +9,7 @@ cover writing them (beir_folder.py), nor what their columns mean (read.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -48,19 +49,20 @@ def tables_of(collection: str) -> Tables:
         corpus = f"{before}corpus"
         passages = _table(name, sha, corpus, split) if split else _of_split(name, sha, corpus, None, "corpus")
         return Tables(passages, None, None, f"{origin}; without judgements")
-    repository, commit, of_judgements = judged
-    splits = _splits(repository.repository, commit, of_judgements)
+    repository, its_sha, of_judgements = judged
+    splits = _splits(repository.repository, its_sha, of_judgements)
     chosen = split or _only(repository, f"split of {of_judgements}", splits, _TESTS)
     return Tables(
         _of_split(name, sha, f"{before}corpus", chosen, "corpus"),
         _of_split(name, sha, queries, chosen, "queries"),
-        _table(repository, commit, of_judgements, chosen),
-        f"{origin}; judgements: {repository.repository}, commit {commit}, subset {of_judgements}, split {chosen}",
+        _table(repository, its_sha, of_judgements, chosen),
+        f"{origin}; judgements: {repository.repository}, commit {its_sha}, subset {of_judgements}, split {chosen}",
     )
 
 
 @cache
-def _commit(repository: str, revision: str | None) -> str:
+def commit(repository: str, revision: str | None = None) -> str:
+    """That a data set is at now, or a revision of it; raises what the library raises, soon where there is no hub."""
     from huggingface_hub import dataset_info
 
     return str(dataset_info(repository, revision=revision, timeout=_TIMEOUT).sha)
@@ -101,7 +103,7 @@ def _commit_of(name: HubName) -> str:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return _commit(name.repository, name.revision)
+        return commit(name.repository, name.revision)
     except RevisionNotFoundError:
         raise NoSuchCollection(f"has no revision {name.revision}") from None
     except RepositoryNotFoundError:
@@ -146,13 +148,13 @@ def _judgements(name: HubName, sha: str, subset: str | None, subsets: Sequence[s
         return name, sha, found
     beside = HubName(f"{name.repository}-qrels", name.revision, ())
     try:
-        commit = _commit(beside.repository, name.revision)
+        its_sha = commit(beside.repository, name.revision)
     except RevisionNotFoundError:
-        commit = _commit(beside.repository, None)
+        its_sha = commit(beside.repository)
     except RepositoryNotFoundError:
         return None
     preferred = [subset] if several and subset else ["default"]
-    return beside, commit, _only(beside, "subset", _subsets(beside.repository, commit), preferred)
+    return beside, its_sha, _only(beside, "subset", _subsets(beside.repository, its_sha), preferred)
 
 
 def _table(name: HubName, sha: str, subset: str, split: str) -> Table:
@@ -181,14 +183,19 @@ def _rows(repository: str, sha: str, subset: str, split: str) -> Iterator[dict[s
         builder = _new_builder(repository, sha, subset, **as_text)
         stream = builder.as_streaming_dataset(split=split)
     for row in stream:
-        yield {column: value for column, value in row.items() if _is_kept(value)}
+        yield {column: _written(value) for column, value in row.items() if _is_kept(value)}
+
+
+def _written(value: Any) -> Any:
+    """Dates as text, which JSON's become where a whole column looks like them."""
+    return value.isoformat().removesuffix("T00:00:00") if isinstance(value, date) else value
 
 
 def _is_kept(value: Any) -> bool:
-    """Text, numbers, and lists of texts; not vectors, pictures or further tables."""
+    """Text, numbers, dates, and lists of texts; not vectors, pictures or further tables."""
     if isinstance(value, list):
         return all(isinstance(part, str) for part in value)
-    return value is None or isinstance(value, str | int | float)
+    return value is None or isinstance(value, str | int | float | date)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -42,8 +42,9 @@ class Backend:
         A teacher's sparse logits come on top, with at most 40 bytes for each entry.
 
         The scores of one chunk are the part that grows with rows × columns, up to a limit: 64 MiB (eager), 128 MiB
-        (cpu), 1 GiB (cuda), or 1.5 GiB of gradients' operands (fused, half of it in bfloat16), or a backend's least
-        chunk where many columns exceed it. A matrix of scores that is smaller is one chunk.
+        (cpu), 1 GiB (cuda; half of that more where float32 vectors are rounded), or 1.5 GiB of gradients' operands
+        (fused, half of it in bfloat16), or a backend's least chunk where many columns exceed it. A matrix of scores
+        that is smaller is one chunk.
         """
         return self.tiles.held_bytes(rows, columns, tuple(sorted(dims)), threads, teacher)
 

@@ -56,7 +56,8 @@ class CUDATiles:
         terms = blocks * count * chunk + row_shares * count * columns
         ids = 10 * (rows + columns)  # int64 while they are ranked
         of_vectors = (rows + columns) * (2 * max(dims) + 3 * count) + 8 * count * chunk
-        return 4 * (products + max(sums, terms) + ids + of_vectors)
+        halved = 2 * (count * chunk * (columns + _ALIGNMENT) + (rows + columns) * max(dims))  # bytes, where rounded
+        return 4 * (products + max(sums, terms) + ids + of_vectors) + halved
 
     def __init__(self, queries_BK: torch.Tensor, passages_NK: torch.Tensor, temperature: float, problem: Problem):
         self._vectors = gpu.Vectors(queries_BK, passages_NK, problem, 1 / temperature)

@@ -79,7 +79,8 @@ def shapes(operand: torch.dtype, large_shared: bool, dims: int) -> Shapes:
 
 
 def _has_large_shared(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _LARGE_SHARED
+    of_nvidia = device.type == "cuda" and torch.version.hip is None  # AMD numbers its chips so too
+    return of_nvidia and torch.cuda.get_device_capability(device) in _LARGE_SHARED
 
 
 class FusedTiles:

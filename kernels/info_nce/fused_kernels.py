@@ -40,6 +40,17 @@ def add_block(
 
 
 @triton.jit
+def take_up(product_RC, y_norm_C, x_norm_R, most_R, total_R, moment_R):
+    """A tile's scores / x_norm, and the rows' highest score, sum of e and sum of e · score / x_norm so far."""
+    score_RC = product_RC * y_norm_C[None, :]
+    higher_R = tl.maximum(most_R, tl.max(score_RC, 1) * x_norm_R)
+    share_RC = tl.exp2(score_RC * x_norm_R[:, None] - higher_R[:, None])
+    kept_R = tl.exp2(most_R - higher_R)
+    total_R = total_R * kept_R + tl.sum(share_RC, 1)
+    return score_RC, higher_R, total_R, moment_R * kept_R + tl.sum(share_RC * score_RC, 1)
+
+
+@triton.jit
 def rows_kernel(
     x,  # R x K
     y,  # C x K
@@ -99,13 +110,11 @@ def rows_kernel(
         next_moment = ()
         for d in tl.static_range(M):
             product_RC = add_block(product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION)
-            score_RC = product_RC * tl.load(y_norms_ptr + d * y_stride + column + along_C)[None, :]
-            most_R = tl.maximum(most[d], tl.max(score_RC, 1) * norms[d])
-            share_RC = tl.exp2(score_RC * norms[d][:, None] - most_R[:, None])
-            kept_R = tl.exp2(most[d] - most_R)
+            y_norm_C = tl.load(y_norms_ptr + d * y_stride + column + along_C)
+            _, most_R, total_R, moment_R = take_up(product_RC, y_norm_C, norms[d], most[d], total[d], moment[d])
             next_most = next_most + (most_R,)
-            next_total = next_total + (total[d] * kept_R + tl.sum(share_RC, 1),)
-            next_moment = next_moment + (moment[d] * kept_R + tl.sum(share_RC * score_RC, 1),)
+            next_total = next_total + (total_R,)
+            next_moment = next_moment + (moment_R,)
         most = next_most
         total = next_total
         moment = next_moment
@@ -183,13 +192,11 @@ def soft_rows_kernel(
         next_expected = ()
         for d in tl.static_range(M):
             product_RC = add_block(product_RC, x, row, y, column, ENDS[d - 1] if d else 0, ENDS[d], BLOCK_K, PRECISION)
-            score_RC = product_RC * tl.load(y_norms_ptr + d * y_stride + column + along_C)[None, :]
-            most_R = tl.maximum(most[d], tl.max(score_RC, 1) * norms[d])
-            share_RC = tl.exp2(score_RC * norms[d][:, None] - most_R[:, None])
-            kept_R = tl.exp2(most[d] - most_R)
+            y_norm_C = tl.load(y_norms_ptr + d * y_stride + column + along_C)
+            score_RC, most_R, total_R, moment_R = take_up(product_RC, y_norm_C, norms[d], most[d], total[d], moment[d])
             next_most = next_most + (most_R,)
-            next_total = next_total + (total[d] * kept_R + tl.sum(share_RC, 1),)
-            next_moment = next_moment + (moment[d] * kept_R + tl.sum(share_RC * score_RC, 1),)
+            next_total = next_total + (total_R,)
+            next_moment = next_moment + (moment_R,)
             next_expected = next_expected + (expected[d] * held_R + tl.sum(target_RC * score_RC, 1),)
         most = next_most
         total = next_total

@@ -96,6 +96,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     table = {"id": ["1", "2"], "text": [["a", "b"], None], "vector": [[0.5], [1.5]], "year": [1999, None]}
     (root / "me/parquet").mkdir()
     write_table(pa.table(table), root / "me/parquet/data.parquet", row_group_size=1)
+    write_lines(root / "me/dated/data.jsonl", [{"id": f"2020-01-0{day}", "text": f"day {day}"} for day in (1, 2)])
     write_lines(root / "me/unjudged/corpus.jsonl", [{"_id": "p", "text": "a"}])
     write_lines(root / "me/unjudged/queries.jsonl", [{"_id": "q", "text": "b"}])
     card(root / "me/unjudged", corpus="corpus.jsonl", queries="queries.jsonl")
@@ -125,7 +126,7 @@ def fetched(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     names = """BeIR/toy BeIR/toy@v1/train BeIR/toy/corpus mteb/toy mteb/toy/train mteb/toy/default/train mteb/many/sw
     mteb/many me/plain me/plain/extra me/plain/other/b me/plain/other me/vectors me/parquet me/script BeIR/toy/dev
     me/plain@refs/convert/parquet/other/b BeIR/toy@v9 no/such mteb/many/fr/dev
-    me/unjudged me/unjudged/dev"""
+    me/unjudged me/unjudged/dev me/dated"""
     words = [sys.executable, "-c", FETCH, *(f"huggingface:{name}" for name in names.split())]
     done = subprocess.run(words, env=environment(hub, cache), cwd=cache, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -163,6 +164,7 @@ def test_any_other_table_is_passages_and_its_texts_stay_as_they_are_written(fetc
     assert lines(fetched("me/vectors")["corpus.jsonl"]) == [{"text": "a"}]  # vectors are no text
     rows = [{"id": "1", "text": ["a", "b"], "year": 1999}, {"id": "2", "text": None, "year": None}]
     assert lines(fetched("me/parquet")["corpus.jsonl"]) == rows
+    assert [row["id"] for row in lines(fetched("me/dated")["corpus.jsonl"])] == ["2020-01-01", "2020-01-02"]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_names_have_labels_and_folders_of_their_own(
     ]
     assert folders[3] == "d/scifact" and label_of_suite(",".join(names[:3])) == "scifact+many-sw-dev+beir-scifact-test"
     many = ",".join(f"huggingface:a/{'x' * 30}{number}" for number in range(9))
+    assert label_of_suite("huggingface:me/beir") != "beir" == label_of_suite("beir")  # files of two suites
     assert len(label_of_suite(many)) < 120 and label_of_suite(many) != label_of_suite(many.replace("a/", "b/"))
 
 
