@@ -46,11 +46,16 @@ def test_vectors_are_those_of_the_cpu(llm: Path, dtype: str, close: float) -> No
 def test_steps_end_in_the_weights_of_the_cpu(llm: Path, tmp_path: Path) -> None:
     """Ten steps in float32, with every ZeRO stage; graphs kept, encoded twice, and layers checkpointed."""
     names = ["0-passages-kept-plain", "1-passages-twice-plain", "2-queries-kept-plain", "3-passages-twice-checkpointed"]
+    compare_with_cpu(1, names, llm, tmp_path)
+
+
+def compare_with_cpu(ranks: int, names: list[str], llm: Path, folder: Path) -> None:
+    """Steps of so many ranks on GPUs, and the same on the CPU."""
     results = []
     for place, environment in (("gpu", ON_GPU), ("cpu", ON_CPU)):
-        (tmp_path / place).mkdir()
-        start_ranks(1, llm, tmp_path / place, names, environment)
-        results.append([torch.load(tmp_path / place / f"{name}.pt") for name in names])
+        (folder / place).mkdir()
+        start_ranks(ranks, llm, folder / place, names, environment)
+        results.append([torch.load(folder / place / f"{name}.pt") for name in names])
     for name, found, expected in zip(names, *results, strict=True):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3), name
@@ -123,15 +128,7 @@ def test_the_collectives_of_ranks_run_in_nccl() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU, and there are not two")
 def test_two_ranks_on_gpus_end_in_the_weights_of_the_cpu(llm: Path, tmp_path: Path) -> None:
     """Both partitions of the loss."""
-    names = ["1-passages-kept-plain", "2-queries-twice-plain"]
-    results = []
-    for place, environment in (("gpu", ON_GPU), ("cpu", ON_CPU)):
-        (tmp_path / place).mkdir()
-        start_ranks(2, llm, tmp_path / place, names, environment)
-        results.append([torch.load(tmp_path / place / f"{name}.pt") for name in names])
-    for name, found, expected in zip(names, *results, strict=True):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
-        assert distance(found["weights"], expected["weights"]) <= 1e-4, name
+    compare_with_cpu(2, ["1-passages-kept-plain", "2-queries-twice-plain"], llm, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "fused"])
