@@ -40,7 +40,7 @@ def of_targets(run: Run) -> list[tuple[int, float]]:
     texts = [query.text for query in collection.queries]
     counts = LexicalIndex(run.path("encode/windows/bm25")).counts(texts) if settings.targets.uses_bm25 else None
     space = TargetSpace.open(run.path("targets"))
-    queries_QK = space.targets(teacher.load(settings).encode_queries(texts), counts)
+    queries_QK = space.targets("query", teacher.load(settings).encode_queries(texts), counts)
     passages_NK = passage_means(run, collection)
     dims = sorted(settings.encoder.dims, reverse=True)
     return [(dim, ndcg(collection, queries_QK, passages_NK, dim)) for dim in dims]

@@ -222,7 +222,7 @@ class AugmentSettings:
 class TargetSettings:
     """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
 
-    teacher_share: Fraction = 0.7  # of the teacher in scores and vectors; the rest is BM25's
+    teacher_share: Fraction = 0.8  # of the teacher in scores that deviate equally; the rest is BM25's
     lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
 
     @model_validator(mode="after")

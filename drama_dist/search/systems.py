@@ -190,7 +190,7 @@ class AsymmetricSystem(TrainedSystem):
         for shard, (first, teacher_nT) in enumerate(vectors.blocks(settings.encode.shard_passages)):
             texts = collection.passages.contents(range(first, first + len(teacher_nT)))
             weights_nV = None if words is None else words.weights_of(texts)
-            write_shard(folder.folder, shard, space.targets(teacher_nT, weights_nV))
+            write_shard(folder.folder, shard, space.targets("passage", teacher_nT, weights_nV))
             bar.update(len(texts))
         bar.close()
 

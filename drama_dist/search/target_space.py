@@ -1,7 +1,8 @@
 """The space of the regression's targets: the teacher's vectors beside BM25's, in one set of components.
 
-Covers the map from what teacher and BM25 say of a text to its target, and how the map is fitted. Concatenation adds
+Covers the map from what teacher and BM25 say of a text to its target; train/target_fit.py fits it. Concatenation adds
 scores: the dot product of [√a · t ; √(1 − a) · l] of a query and of a passage is a · (dot of t) + (1 − a) · (dot of l).
+The teacher's part t is its vector; where most of that is the same for all texts, it is what is left without the mean.
 BM25's part l is latent semantic indexing of its weights (Deerwester et al. 1990): the weights of a passage, or the word
 counts of a query, times the weights' leading right singular vectors. The components are then turned onto the principal
 axes of the targets, and from there as train/nested_axes.py says, which leaves dot products as they are and makes
@@ -21,25 +22,31 @@ from scipy.sparse.linalg import svds
 
 from drama_dist.encoder.pooling import unit_rows
 from drama_dist.run.files import put_in_place
+from drama_dist.search.teacher import Kind
 
+KINDS: tuple[Kind, Kind] = ("query", "passage")
 _FILE = "space.safetensors"
 
 
 @dataclass(frozen=True)
 class TargetSpace:
-    """teacher_share: a. words_VL: float32, None where BM25 has no part. axes_JK: float32, orthonormal columns."""
+    """teacher_share: a. means_2T: of the teacher's vectors, of queries and of passages, float32; zeros where they stay
+    as they are. words_VL: float32, None where BM25 has no part. axes_JK: float32, orthonormal columns.
+    """
 
     teacher_share: float
+    means_2T: np.ndarray
     words_VL: np.ndarray | None
     axes_JK: np.ndarray
 
-    def targets(self, teacher_nT: np.ndarray, words_nV: csr_matrix | None) -> np.ndarray:
+    def targets(self, kind: Kind, teacher_nT: np.ndarray, words_nV: csr_matrix | None) -> np.ndarray:
         """Unit vectors, float32 (n, K). teacher_nT: unit vectors; words_nV: weights of passages, counts of queries."""
-        return unit_rows(joined_parts(self.teacher_share, teacher_nT, words_nV, self.words_VL) @ self.axes_JK)
+        own_nT = unit_rows(teacher_nT - self.means_2T[KINDS.index(kind)])
+        return unit_rows(joined_parts(self.teacher_share, own_nT, words_nV, self.words_VL) @ self.axes_JK)
 
     def save(self, folder: Path) -> None:
         """Write the space to a folder."""
-        parts = {"teacher_share": np.array([self.teacher_share]), "axes": self.axes_JK}
+        parts = {"teacher_share": np.array([self.teacher_share]), "means": self.means_2T, "axes": self.axes_JK}
         if self.words_VL is not None:
             parts["words"] = self.words_VL
         temporary = folder / f"{_FILE}.tmp"
@@ -50,7 +57,7 @@ class TargetSpace:
     def open(cls, folder: Path) -> TargetSpace:
         """Read what `save` wrote."""
         parts = load_file(folder / _FILE)
-        return cls(float(parts["teacher_share"][0]), parts.get("words"), parts["axes"])
+        return cls(float(parts["teacher_share"][0]), parts["means"], parts.get("words"), parts["axes"])
 
 
 def word_vectors(weights_NV: csr_matrix, components: int, seed: int) -> np.ndarray:

@@ -28,7 +28,8 @@ from drama_dist.run.folder import StageFolder
 from drama_dist.run.graph import TRAINING_TEXTS
 from drama_dist.run.progress import say
 from drama_dist.run.runner import Run
-from drama_dist.train.target_vectors import FITTED, VectorTargets
+from drama_dist.train.target_fit import FITTED
+from drama_dist.train.target_vectors import VectorTargets
 from drama_dist.train.token_start import append_embeddings, put_token_vectors
 from drama_dist.train.token_vectors import token_counts, token_vectors
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, random_array
 
-from drama_dist.search.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
+from drama_dist.search.target_space import KINDS, TargetSpace, joined_parts, principal_axes, word_vectors
 
 T, V, SHARE = 6, 40, 0.6
+NO_MEANS = np.zeros((2, T), dtype=np.float32)
 
 
 def texts(count: int, seed: int) -> tuple[np.ndarray, csr_matrix]:
@@ -28,7 +30,7 @@ def space_of(components: int, lexical: int) -> TargetSpace:
     teacher, words = texts(50, 0)
     basis = word_vectors(words, lexical, seed=1)
     parts = joined_parts(SHARE, teacher, words, basis)
-    return TargetSpace(SHARE, basis, principal_axes(parts.T @ parts, components, lexical))
+    return TargetSpace(SHARE, NO_MEANS, basis, principal_axes(parts.T @ parts, components, lexical))
 
 
 def test_dot_products_are_the_mix_of_both() -> None:
@@ -37,9 +39,23 @@ def test_dot_products_are_the_mix_of_both() -> None:
     basis = space.words_VL
     assert basis is not None and basis.shape == (V, V - 1)
     mix = SHARE * queries @ passages.T + (1 - SHARE) * unit(counts @ basis) @ unit(weights @ basis).T
-    found = space.targets(queries, counts) @ space.targets(passages, weights).T
+    found = space.targets("query", queries, counts) @ space.targets("passage", passages, weights).T
     np.testing.assert_allclose(found, mix, atol=1e-5)
     assert np.abs(found - queries @ passages.T).max() > 0.05
+
+
+def test_each_kind_is_taken_without_its_own_mean() -> None:
+    (queries, counts), (passages, weights) = texts(9, 1), texts(11, 2)
+    means = np.stack([np.full(T, 0.3), np.linspace(-1, 1, T)]).astype(np.float32)
+    space = replace(space_of(T + V - 1, V - 1), means_2T=means)
+    basis = space.words_VL
+    assert basis is not None
+    lexical = unit(counts @ basis) @ unit(weights @ basis).T
+    mix = SHARE * unit(queries - means[0]) @ unit(passages - means[1]).T + (1 - SHARE) * lexical
+    found = space.targets("query", queries, counts) @ space.targets("passage", passages, weights).T
+    np.testing.assert_allclose(found, mix, atol=1e-5)
+    swapped = space.targets("passage", queries, counts) @ space.targets("query", passages, weights).T
+    assert np.abs(swapped - mix).max() > 0.05
 
 
 def test_with_all_singular_vectors_the_lexical_part_is_the_cosine_of_words() -> None:
@@ -64,17 +80,19 @@ def test_a_text_without_a_known_word_keeps_its_teachers_direction() -> None:
     teacher, _ = texts(3, 4)
     space = space_of(T + 12, 12)
     nothing = csr_matrix((3, V), dtype=np.float32)
-    found = space.targets(teacher, nothing)
+    found = space.targets("query", teacher, nothing)
     np.testing.assert_allclose(found @ found.T, teacher @ teacher.T, atol=1e-5)
 
 
 def test_a_space_comes_back_from_its_folder(tmp_path: Path) -> None:
-    space, (teacher, words) = space_of(8, 5), texts(4, 5)
-    space.save(tmp_path)
-    np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, words), space.targets(teacher, words))
-    alone = TargetSpace(1.0, None, principal_axes(teacher.T @ teacher, 3, 0))
-    alone.save(tmp_path)
-    np.testing.assert_array_equal(TargetSpace.open(tmp_path).targets(teacher, None), alone.targets(teacher, None))
+    (teacher, words), means = texts(4, 5), np.eye(2, T, dtype=np.float32)
+    with_words = replace(space_of(8, 5), means_2T=means)
+    alone = TargetSpace(1.0, means, None, principal_axes(teacher.T @ teacher, 3, 0))
+    for space, counts in ((with_words, words), (alone, None)):
+        space.save(tmp_path)
+        for kind in KINDS:
+            found = TargetSpace.open(tmp_path).targets(kind, teacher, counts)
+            np.testing.assert_array_equal(found, space.targets(kind, teacher, counts))
 
 
 def test_more_components_than_the_targets_have_are_refused() -> None:

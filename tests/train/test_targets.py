@@ -61,13 +61,14 @@ def test_vectors_are_those_of_the_texts_in_the_target_space(
     ):
         words_nL = words_nV @ space.words_VL
         words_nL /= np.linalg.norm(words_nL, axis=1, keepdims=True)
-        expected_nK = np.hstack([np.sqrt(0.6) * teacher_nT, np.sqrt(0.4) * words_nL]) @ space.axes_JK
+        of_both = [np.sqrt(space.teacher_share) * teacher_nT, np.sqrt(1 - space.teacher_share) * words_nL]
+        expected_nK = np.hstack(of_both) @ space.axes_JK
         expected_nK /= np.linalg.norm(expected_nK, axis=1, keepdims=True)
         np.testing.assert_allclose(found.rows(some), expected_nK, atol=1e-5)
         assert (np.abs(found.rows(some[::-1]) - expected_nK).max(1) > 1e-2).all()
 
     parts = [
-        joined_parts(0.6, vectors.rows(range(len(vectors))), words_nV, space.words_VL)
+        joined_parts(space.teacher_share, unit_rows(vectors.rows(range(len(vectors)))), words_nV, space.words_VL)
         for vectors, words_nV in (
             (EmbeddingShards(run.path("augment") / QUERY_VECTORS), lexical.counts([each.query for each in examples])),
             (EmbeddingShards(run.path("encode/windows/teacher")), lexical.weights()),
