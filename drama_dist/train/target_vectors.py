@@ -1,12 +1,11 @@
 """The targets stage: RUN/targets, what the encoder's vectors of training queries and passages are to become.
 
-Fits the target space (target_fit.py) and writes the targets as embedding shards: queries/ in the order
-of the examples, passages/ in the order of the training passages.
+Fits the target space (target_fit.py) and writes the targets as embedding shards: queries/ in the order of the examples,
+passages/ in the order of the training passages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,23 @@ from drama_dist.run.progress import progress_bar
 from drama_dist.run.runner import Run
 from drama_dist.search.lexical import LexicalIndex
 from drama_dist.search.shards import QUERY_VECTORS, EmbeddingShards, write_shard
-from drama_dist.search.target_space import KINDS
+from drama_dist.search.target_space import TargetSpace
+from drama_dist.search.teacher import Kind
 from drama_dist.setting_types import recorded
 from drama_dist.settings import Settings
 from drama_dist.train.batches import TextBatch
-from drama_dist.train.target_fit import FITTED, fit_target_space
+from drama_dist.train.target_fit import COMMON, FITTED, Texts, fit_target_space
 from drama_dist.train.term import TargetVectors
 from drama_dist.train.token_vectors import PASSAGE_WEIGHT
 
-_NAMES = ("queries", "passages")
+_FOLDERS: dict[Kind, str] = {"query": "queries", "passage": "passages"}
 
 
 def sections(settings: Settings) -> dict[str, Any]:
     """The settings that the targets depend on."""
     of_shards = {"dims": list(settings.encoder.dims), "shard_passages": settings.encode.shard_passages}
-    return {"seed": settings.seed, "targets": {**recorded(settings.targets), **of_shards}}
+    fit = {"means_above": COMMON}  # without it are targets of earlier versions, whose shares were of dot products
+    return {"seed": settings.seed, "targets": {**recorded(settings.targets), **of_shards, **fit}}
 
 
 def write_targets(run: Run, folder: StageFolder) -> None:
@@ -60,7 +61,7 @@ class VectorTargets:
     @classmethod
     def open(cls, folder: Path) -> VectorTargets:
         """What the stage has written."""
-        return cls(*(EmbeddingShards(folder / name) for name in _NAMES))
+        return cls(*(EmbeddingShards(folder / name) for name in _FOLDERS.values()))
 
     def of(self, batch: TextBatch) -> TargetVectors:
         """Of this rank's part of a global batch, on the CPU."""
@@ -93,18 +94,20 @@ def _write(run: Run, folder: Path) -> None:
         def words_of_queries(rows: np.ndarray) -> csr_matrix:
             return lexical.counts([examples[row].query for row in rows])
 
-    kinds = ((of_queries, words_of_queries), (of_passages, words_of_passages))
-    space = fit_target_space(settings, weights_NV, kinds)
+    queries, passages = Texts(of_queries, words_of_queries), Texts(of_passages, words_of_passages)
+    space = fit_target_space(settings, weights_NV, queries, passages)
     space.save(folder)
-    for name, kind, (vectors, words) in zip(_NAMES, KINDS, kinds, strict=True):
-        (folder / name).mkdir(exist_ok=True)
-        bar = progress_bar(len(vectors), f"targets: {name}", "texts")
-        for shard, (rows, teacher_nT) in enumerate(_blocks(vectors, settings.encode.shard_passages)):
-            write_shard(folder / name, shard, space.targets(kind, teacher_nT, None if words is None else words(rows)))
-            bar.update(len(rows))
-        bar.close()
+    _write_kind(settings, folder, space, "query", queries)
+    _write_kind(settings, folder, space, "passage", passages)
 
 
-def _blocks(vectors: EmbeddingShards, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for first, block_nT in vectors.blocks(rows):
-        yield np.arange(first, first + len(block_nT)), block_nT
+def _write_kind(settings: Settings, folder: Path, space: TargetSpace, kind: Kind, texts: Texts) -> None:
+    vectors, name = texts.vectors, _FOLDERS[kind]
+    (folder / name).mkdir(exist_ok=True)
+    bar = progress_bar(len(vectors), f"targets: {name}", "texts")
+    for shard, (first, teacher_nT) in enumerate(vectors.blocks(settings.encode.shard_passages)):
+        rows = np.arange(first, first + len(teacher_nT))
+        words_nV = texts.words(rows) if texts.words else None
+        write_shard(folder / name, shard, space.targets(kind, teacher_nT, words_nV))
+        bar.update(len(rows))
+    bar.close()

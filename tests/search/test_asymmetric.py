@@ -16,6 +16,7 @@ from drama_dist.run.runner import make
 from drama_dist.search.lexical import build_lexical_index
 from drama_dist.search.shards import EmbeddingShards
 from drama_dist.search.systems import SYSTEMS, DenseSystem, rankings
+from drama_dist.search.target_space import TargetSpace
 from drama_dist.settings import Settings, SettingsError
 from drama_dist.train.target_vectors import VectorTargets
 from tests.conftest import passages, write_lines
@@ -89,6 +90,16 @@ def test_either_part_may_be_missing(share: str, small_settings: Small) -> None:
     own = vectors(settings, "encode/corpus/asymmetric")
     targets = VectorTargets.open(Path(settings.run) / "targets").passages
     np.testing.assert_allclose(own, targets.rows(range(64)), atol=1e-6)
+
+
+def test_means_are_those_of_passages(small_settings: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are taken off whatever the cosines are, here."""
+    monkeypatch.setattr("drama_dist.train.target_fit.COMMON", -1.0)
+    settings = small_settings(*REGRESSION, "evaluate.systems=[asymmetric]")
+    make(settings, "encode", system="asymmetric")
+    assert TargetSpace.open(Path(settings.run) / "targets").means_2T is not None
+    targets = VectorTargets.open(Path(settings.run) / "targets").passages
+    np.testing.assert_allclose(vectors(settings, "encode/corpus/asymmetric"), targets.rows(range(64)), atol=1e-6)
 
 
 def test_it_needs_targets_and_evaluation_what_is_trained(small_settings: Small) -> None:

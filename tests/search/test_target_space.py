@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, random_array
 
-from drama_dist.search.target_space import KINDS, TargetSpace, joined_parts, principal_axes, word_vectors
+from drama_dist.search.target_space import KINDS, TargetSpace, joined_parts, lexical_part, principal_axes, word_vectors
 
 T, V, SHARE = 6, 40, 0.6
-NO_MEANS = np.zeros((2, T), dtype=np.float32)
 
 
 def texts(count: int, seed: int) -> tuple[np.ndarray, csr_matrix]:
@@ -29,8 +28,8 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def space_of(components: int, lexical: int) -> TargetSpace:
     teacher, words = texts(50, 0)
     basis = word_vectors(words, lexical, seed=1)
-    parts = joined_parts(SHARE, teacher, words, basis)
-    return TargetSpace(SHARE, NO_MEANS, basis, principal_axes(parts.T @ parts, components, lexical))
+    parts = joined_parts(SHARE, teacher, lexical_part(words, basis))
+    return TargetSpace(SHARE, None, basis, principal_axes(parts.T @ parts, components, lexical))
 
 
 def test_dot_products_are_the_mix_of_both() -> None:
@@ -70,7 +69,8 @@ def test_with_all_singular_vectors_the_lexical_part_is_the_cosine_of_words() -> 
 def test_prefixes_keep_the_most_of_the_targets() -> None:
     teacher, words = texts(50, 0)
     space = space_of(10, 12)
-    rows = joined_parts(SHARE, teacher, words, space.words_VL)
+    assert space.words_VL is not None
+    rows = joined_parts(SHARE, teacher, lexical_part(words, space.words_VL))
     kept = np.square(rows @ space.axes_JK).sum(0)
     assert (np.diff(kept) <= 1e-4).all()
     assert kept.sum() == pytest.approx(np.linalg.svd(rows)[1][:10].__pow__(2).sum(), rel=1e-4)
@@ -87,7 +87,7 @@ def test_a_text_without_a_known_word_keeps_its_teachers_direction() -> None:
 def test_a_space_comes_back_from_its_folder(tmp_path: Path) -> None:
     (teacher, words), means = texts(4, 5), np.eye(2, T, dtype=np.float32)
     with_words = replace(space_of(8, 5), means_2T=means)
-    alone = TargetSpace(1.0, means, None, principal_axes(teacher.T @ teacher, 3, 0))
+    alone = TargetSpace(1.0, None, None, principal_axes(teacher.T @ teacher, 3, 0))
     for space, counts in ((with_words, words), (alone, None)):
         space.save(tmp_path)
         for kind in KINDS:
@@ -101,9 +101,9 @@ def test_more_components_than_the_targets_have_are_refused() -> None:
         principal_axes(np.eye(6), 7, lexical=2)
 
 
-def test_a_part_without_a_share_has_no_components() -> None:
+def test_a_part_without_weight_has_no_components() -> None:
     teacher, words = texts(9, 6)
-    basis = word_vectors(words, 5, seed=1)
-    np.testing.assert_allclose(joined_parts(0.0, teacher, words, basis), unit(words @ basis), atol=1e-6)
-    assert not joined_parts(0.0, teacher, csr_matrix((9, V), dtype=np.float32), basis).any()
-    assert joined_parts(1.0, teacher, None, None).shape == (9, T)
+    lexical = lexical_part(words, word_vectors(words, 5, seed=1))
+    np.testing.assert_allclose(joined_parts(0.0, teacher, lexical), lexical, atol=1e-6)
+    assert not joined_parts(0.0, teacher, np.zeros((9, 5), dtype=np.float32)).any()
+    assert joined_parts(1.0, teacher, None).shape == (9, T)

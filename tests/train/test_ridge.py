@@ -155,7 +155,7 @@ def test_random_weights_are_trained_by_regression_and_keep_the_heads_shape(train
 def test_the_model_card_tells_of_the_head_and_the_targets(trained: Run) -> None:
     card = (trained.path("export") / "README.md").read_text("utf-8")
     assert "Mean pooling, a linear layer to 40 components\n(0.0 million weights), cosine similarity;" in card
-    assert "targets:\n  teacher_share: 0.7\n" in card and "General texts" not in card
+    assert "targets:\n  teacher_share: 0.8\n" in card and "General texts" not in card
     corpus = replace(trained.settings.corpus, general="installed-packages", general_packages=["numpy"])
     plain = load(trained.path("prune"))
     card = model_card(replace(trained.settings, corpus=corpus), plain)

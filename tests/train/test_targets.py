@@ -38,11 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("targets")
 
 
+@pytest.mark.parametrize("common", [0.5, -1.0])
 def test_vectors_are_those_of_the_texts_in_the_target_space(
-    folder: Path, small_settings_in: Callable[..., Settings]
+    common: float, tmp_path: Path, small_settings_in: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As they are, and with means taken off, which this teacher's are below the limit for."""
+    monkeypatch.setattr("drama_dist.train.target_fit.COMMON", common)
     more = ["targets.teacher_share=0.6", "targets.lexical_components=20", "encoder.dims=[40,16]"]
-    settings = small_settings_in(folder, *CHANGES, *more, "train.regression_weight=1")
+    settings = small_settings_in(tmp_path, *CHANGES, *more, "train.regression_weight=1")
     run = Run(settings)
     run.make("encode/windows/teacher", "encode/windows/bm25", "augment", "windows", "targets")
     examples = read_records(run.path("augment") / "examples.jsonl", Example.from_json)
@@ -53,27 +56,29 @@ def test_vectors_are_those_of_the_texts_in_the_target_space(
     encoder, written = teacher.load(settings), VectorTargets.open(run.path("targets"))
     assert (len(written.queries), len(written.passages)) == (len(examples), len(table))
     assert written.passages_weigh == pytest.approx(10 * len(table) / (len(examples) + 10 * len(table)))
-    some = [0, 7, 23, len(table) - 1]  # of several shards
-    queries, passages = [examples[row].query for row in some], table.contents(some)
-    for found, teacher_nT, words_nV in (
-        (written.queries, encoder.encode_queries(queries), lexical.counts(queries)),
-        (written.passages, encoder.encode_passages(passages), lexical.weights()[some]),
-    ):
-        words_nL = words_nV @ space.words_VL
-        words_nL /= np.linalg.norm(words_nL, axis=1, keepdims=True)
-        of_both = [np.sqrt(space.teacher_share) * teacher_nT, np.sqrt(1 - space.teacher_share) * words_nL]
-        expected_nK = np.hstack(of_both) @ space.axes_JK
-        expected_nK /= np.linalg.norm(expected_nK, axis=1, keepdims=True)
+
+    queries, some = [example.query for example in examples], [0, 7, 23, len(table) - 1]  # of several shards
+    folders = (run.path("augment") / QUERY_VECTORS, run.path("encode/windows/teacher"))
+    teachers = [vectors.rows(range(len(vectors))) for vectors in map(EmbeddingShards, folders)]
+    encoded = encoder.encode_queries([queries[row] for row in some]), encoder.encode_passages(table.contents(some))
+    for teacher_nT, of_some in zip(teachers, encoded, strict=True):
+        np.testing.assert_allclose(teacher_nT[some], of_some, atol=1e-5)
+    words = [unit_rows(each @ space.words_VL) for each in (lexical.counts(queries), lexical.weights())]
+    assert (space.means_2T is None) == (common > 0)
+    if space.means_2T is not None:
+        np.testing.assert_allclose(space.means_2T, [each.mean(0) for each in teachers], atol=1e-5)
+        assert np.abs(space.means_2T[0] - space.means_2T[1]).max() > 0.02
+        teachers = [unit_rows(each - mean_T) for each, mean_T in zip(teachers, space.means_2T, strict=True)]
+    spread = [np.sqrt(np.square((of[0] @ of[1].T).std(1)).mean()) for of in (teachers, words)]
+    weight = 0.6 / spread[0] / (0.6 / spread[0] + 0.4 / spread[1])
+    assert space.teacher_weight == pytest.approx(weight, rel=1e-3)
+
+    parts = [joined_parts(space.teacher_weight, *both) for both in zip(teachers, words, strict=True)]
+    for found, part_nJ in zip((written.queries, written.passages), parts, strict=True):
+        expected_nK = unit_rows(part_nJ[some] @ space.axes_JK)
         np.testing.assert_allclose(found.rows(some), expected_nK, atol=1e-5)
         assert (np.abs(found.rows(some[::-1]) - expected_nK).max(1) > 1e-2).all()
 
-    parts = [
-        joined_parts(space.teacher_share, unit_rows(vectors.rows(range(len(vectors)))), words_nV, space.words_VL)
-        for vectors, words_nV in (
-            (EmbeddingShards(run.path("augment") / QUERY_VECTORS), lexical.counts([each.query for each in examples])),
-            (EmbeddingShards(run.path("encode/windows/teacher")), lexical.weights()),
-        )
-    ]
     axes_JK = principal_axes(np.sum([part.T.astype(np.float64) @ part / len(part) for part in parts], axis=0), 40, 20)
     turn_KK = nested_turn(*(unit_rows(part @ axes_JK) for part in parts), [40, 16], settings.seed)
     np.testing.assert_allclose(axes_JK.T @ space.axes_JK, turn_KK, atol=1e-4)
