@@ -55,7 +55,7 @@ def parts(data: Path, model: Path) -> list[Part]:
         Part("loss", 70, ("benchmarks/loss.py", *device, *loss)),
         Part("step", 90, ("benchmarks/step.py", *device, *folders, "--batches", "256", "--dtypes", "bfloat16"), both),
         Part("encode", 50, ("benchmarks/encode.py", *device, *folders, "--sets", "cisi"), both),
-        Part("lengths", 40, ("benchmarks/lengths.py", *device, *folders, "--lengths", "1024", "8192"), both),
+        Part("lengths", 50, ("benchmarks/lengths.py", *device, *folders, "--lengths", "1024", "8192"), both),
     ]
 
 

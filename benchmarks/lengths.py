@@ -1,56 +1,113 @@
-"""Cost by length of text: time and memory for each token, of a training step and of encoding.
+"""Cost by length of text: time and memory for each token, of a training step and of encoding; and of the peer's.
 
 python benchmarks/lengths.py --data DIR [--model runs/quickstart/export] [--lengths 512 1024 2048 8192] [--dtype auto]
 
 Every line has the same number of tokens, in texts of one length cut from TIME's articles end to end, so that only
 the length differs. In the step each text is the query and its successor the passage; layers are checkpointed
-and chunks hold one text of the largest length, as in configs/long-8k.yaml. memory/token: extra peak over the
-tokens that are in memory at once, a chunk's.
+and chunks hold one text of the largest length, as in configs/long-8k.yaml. The peer is sentence-transformers with the
+same checkpoint, tokens, precision and chunks, its layers checkpointed too. memory/token: extra peak over the tokens
+that are in memory at once, a chunk's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Measured, arguments, as_row, circumstances, in_turns, use, write_results
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from texts import corpus
 
+from drama_dist.distributed import ranks
 from drama_dist.encoder.backbone import Encoder, load
 from drama_dist.encoder.packing import pack
+from drama_dist.setting_types import Dtype
 from drama_dist.settings import TrainSettings
 from drama_dist.train.step import TrainingStep
 from drama_dist.train.term import Relevance
 
+TEMPERATURE = 0.05
+AGREEMENT = {"float32": 1e-3, "bfloat16": 0.05}  # of losses, relative, and of unit vectors' components
+JOBS = ("step", "encode")
 
-def training_step(model: Path, dtype: str, chunk_tokens: int, checkpointed: bool) -> TrainingStep:
-    """Of an exported encoder; every chunk is encoded twice."""
+Tokens = list[list[int]]  # texts of one length
+
+
+def our_step(model: Path, dtype: Dtype, chunk_tokens: int) -> Callable[[Tokens], float]:
+    """Of an exported encoder, with a learning rate of 0; gives the loss. Every chunk is encoded twice.
+
+    The first half of the texts are queries, the others their passages.
+    """
     settings = TrainSettings(
         dtype=dtype,
-        temperature=0.05,
+        temperature=TEMPERATURE,
         chunk_tokens=chunk_tokens,
         activation_budget=0,
-        checkpoint_layers=checkpointed,
+        checkpoint_layers=True,
     )
-    return TrainingStep(load(model), settings)
+    step = TrainingStep(load(model), settings)
+
+    def call(texts: Tokens) -> float:
+        count = len(texts) // 2
+        relevance = Relevance(torch.arange(count), torch.arange(count))
+        return step.of_tokens(texts[:count], texts[count:], relevance, learning_rate=0.0).objective.loss
+
+    return call
 
 
-def on_pairs(step: TrainingStep, texts: list[list[int]]) -> None:
-    """One step with a learning rate of 0: the first half are queries, the others their passages; token ids."""
-    count = len(texts) // 2
-    relevance = Relevance(torch.arange(count), torch.arange(count))
-    step.of_tokens(texts[:count], texts[count:], relevance, learning_rate=0.0)
+def peer_step(model: Path, dtype: str, chunk_tokens: int) -> Callable[[Tokens], float]:
+    """The same of sentence-transformers."""
+    encoder = SentenceTransformer(str(model), device=str(ranks.device()), trust_remote_code=False)
+    encoder[0].auto_model.activation_checkpointing_enable()
+    encoder.train()
+    dims = load(model).contract.dims
+    optimiser = torch.optim.AdamW(encoder.parameters(), lr=0.0, weight_decay=0.01, fused=True)
+
+    def call(texts: Tokens) -> float:
+        size, count = chunk_tokens // len(texts[0]), len(texts) // 2
+        cached = CachedMultipleNegativesRankingLoss(encoder, scale=1 / TEMPERATURE, mini_batch_size=size)
+        loss = MatryoshkaLoss(encoder, cached, dims, [1 / len(dims)] * len(dims))
+        narrow = (
+            torch.autocast(encoder.device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+        )
+        optimiser.zero_grad()
+        with narrow:
+            value = loss([features(encoder, texts[:count]), features(encoder, texts[count:])], torch.empty(0))
+            value.backward()
+        optimiser.step()
+        return float(value.detach())
+
+    return call
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, texts: list[list[int]], chunk_tokens: int) -> None:
+def encode(encoder: Encoder, chunk_tokens: int, texts: Tokens) -> torch.Tensor:
     """Vectors of all texts."""
     size = chunk_tokens // len(texts[0])
-    for begin in range(0, len(texts), size):
-        encoder(pack(texts[begin : begin + size], encoder.device))
+    chunks = (texts[begin : begin + size] for begin in range(0, len(texts), size))
+    found = torch.cat([encoder(pack(chunk, encoder.device)) for chunk in chunks])
+    return torch.nn.functional.normalize(found.float()).cpu()
+
+
+@torch.no_grad()
+def peer_encode(encoder: SentenceTransformer, chunk_tokens: int, texts: Tokens) -> torch.Tensor:
+    """The same of sentence-transformers."""
+    size = chunk_tokens // len(texts[0])
+    chunks = (texts[begin : begin + size] for begin in range(0, len(texts), size))
+    found = torch.cat([encoder(features(encoder, chunk))["sentence_embedding"] for chunk in chunks])
+    return torch.nn.functional.normalize(found.float()).cpu()
+
+
+def features(encoder: SentenceTransformer, texts: Tokens) -> dict[str, torch.Tensor]:
+    """As its tokenizer would give them."""
+    ids = torch.tensor(texts, device=encoder.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[list[int]]:
@@ -60,55 +117,81 @@ def cut(stream: list[int], encoder: Encoder, length: int, tokens: int) -> list[l
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both jobs at every length, in turns."""
-    chunk = max(options.lengths)
-    step = training_step(options.model, options.dtype, chunk, checkpointed=True)
-    plain = load(options.model, dtype=options.dtype)
+    """Both jobs of both sides at every length, in turns."""
+    chunk, model, dtype = max(options.lengths), options.model, options.dtype
+    plain = load(model, dtype=dtype)
+    peer = SentenceTransformer(
+        str(model),
+        model_kwargs={"dtype": getattr(torch, dtype)},
+        device=str(ranks.device()),
+        trust_remote_code=False,
+    )
     stream = [
         token
         for text in corpus(options.data, "time")
         for token in plain.tokenizer(text, add_special_tokens=False)["input_ids"]
     ]
     texts = {length: cut(stream, plain, length, options.chunks * chunk) for length in options.lengths}
-    sides = {("step", length): partial(on_pairs, step, cuts) for length, cuts in texts.items()}
-    sides |= {("encode", length): partial(encode, plain, cuts, chunk) for length, cuts in texts.items()}
-    measured = in_turns(
-        {f"{job} {length}": call for (job, length), call in sides.items()}, options.rounds, options.device
-    )
-    return [
-        {
-            "job": job,
-            "length": length,
-            "tokens": options.chunks * chunk,
-            "chunk_tokens": chunk,
-            "measured": as_row(measured[f"{job} {length}"]),
-        }
-        for job, length in sides
-    ]
+    sides: dict[tuple[str, str], Callable[[Tokens], Any]] = {
+        ("step", "ours"): our_step(model, dtype, chunk),
+        ("step", "peer"): peer_step(model, dtype, chunk),
+        ("encode", "ours"): partial(encode, plain, chunk),
+        ("encode", "peer"): partial(peer_encode, peer, chunk),
+    }
+    calls = {
+        f"{job} {side} {length}": partial(sides[job, side], texts[length])
+        for job in JOBS
+        for length in options.lengths
+        for side in ("ours", "peer")
+    }
+    found = {name: torch.as_tensor(call()) for name, call in calls.items()}  # the round that does not count
+    measured = in_turns(calls, options.rounds, options.device, warm_up=0)
+    rows = []
+    for job in JOBS:
+        for length in options.lengths:
+            ours, theirs = (found[f"{job} {side} {length}"] for side in ("ours", "peer"))
+            scale = max(1.0, float(theirs)) if job == "step" else 1.0
+            difference = float((ours - theirs).abs().max()) / scale
+            rows += [
+                {
+                    "job": job,
+                    "side": side,
+                    "length": length,
+                    "tokens": options.chunks * chunk,
+                    "chunk_tokens": chunk,
+                    "measured": as_row(measured[f"{job} {side} {length}"]),
+                    "difference": difference,
+                    "agree": difference <= AGREEMENT[dtype],
+                }
+                for side in ("ours", "peer")
+            ]
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what a token costs, and that over the cost at 1,024."""
+    """Markdown: what a token costs, that over the cost at 1,024, and what the peer takes over ours."""
     lines = [
-        "Median; fastest to slowest round. Ratios are to the line of the same job at 1,024 tokens.",
+        "Median; fastest to slowest round. Ratios are to the line of the same job and side at 1,024 tokens; times: the",
+        "peer's time and memory over ours. Difference: of losses, relative, or of unit vectors' components.",
         "",
-        "| job | length | tokens | µs/token | ratio | MB | kB/token in memory | ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| job | side | length | tokens | µs/token | ratio | MB | kB/token | ratio | times | memory | difference |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    base = {row["job"]: Measured(**row["measured"]) for row in rows if row["length"] == 1024}
+    of = {(row["job"], row["side"], row["length"]): Measured(**row["measured"]) for row in rows}
     for row in rows:
-        measured = Measured(**row["measured"])
+        job, side, length = row["job"], row["side"], row["length"]
+        measured, peer = of[job, side, length], of[job, "peer", length]
         micros = [1e6 * seconds / row["tokens"] for seconds in (measured.seconds, measured.fastest, measured.slowest)]
-        ratios = ["", ""]
-        if row["job"] in base:
-            ratios = [
-                f"{measured.seconds / base[row['job']].seconds:.2f}",
-                f"{measured.megabytes / base[row['job']].megabytes:.2f}",
-            ]
+        ratios, gains = ["", ""], ["", ""]
+        if (base := of.get((job, side, 1024))) is not None:
+            ratios = [f"{measured.seconds / base.seconds:.2f}", f"{measured.megabytes / base.megabytes:.2f}"]
+        if side == "ours":
+            times = (peer.seconds / measured.seconds, peer.megabytes / measured.megabytes)
+            gains = [f"{value:.2f}" if row["agree"] else "no agreement" for value in times]
         lines.append(
-            f"| {row['job']} | {row['length']} | {row['tokens']} | {micros[0]:.0f} ({micros[1]:.0f}–{micros[2]:.0f}) "
+            f"| {job} | {side} | {length} | {row['tokens']} | {micros[0]:.0f} ({micros[1]:.0f}–{micros[2]:.0f}) "
             f"| {ratios[0]} | {measured.megabytes:.0f} | {1e3 * measured.megabytes / row['chunk_tokens']:.1f} "
-            f"| {ratios[1]} |"
+            f"| {ratios[1]} | {gains[0]} | {gains[1]} | {row['difference']:.1e} |"
         )
     return "\n".join(lines)
 
