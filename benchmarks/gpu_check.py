@@ -45,6 +45,7 @@ def parts(data: Path, model: Path) -> list[Part]:
     """All parts, the most important first."""
     tests = ("-m", "pytest", "-rA", "--tb=long", "-p", "no:cacheprovider", "-m", "gpu or not (slow or slurm)")
     tests += ("-k", "cuda or fused or gpu", "tests/kernels/info_nce", "tests/test_gpu.py")
+    lengths = ("--lengths", "1024", "8192", "--rounds", "3")
     device, folders = ("--device", "cuda"), ("--data", str(data), "--model", str(model))
     loss = ("--dtype", "bfloat16", "--sizes", "16384", "--hard-sizes", "2048")
     both = (str(data), str(model))
@@ -55,7 +56,7 @@ def parts(data: Path, model: Path) -> list[Part]:
         Part("loss", 70, ("benchmarks/loss.py", *device, *loss)),
         Part("step", 90, ("benchmarks/step.py", *device, *folders, "--batches", "256", "--dtypes", "bfloat16"), both),
         Part("encode", 50, ("benchmarks/encode.py", *device, *folders, "--sets", "cisi"), both),
-        Part("lengths", 50, ("benchmarks/lengths.py", *device, *folders, "--lengths", "1024", "8192"), both),
+        Part("lengths", 50, ("benchmarks/lengths.py", *device, *folders, *lengths), both),
     ]
 
 
