@@ -2,7 +2,8 @@
 
 Covers the map from what teacher and BM25 say of a text to its target; train/target_fit.py fits it. Concatenation adds
 scores: the dot product of [√a · t ; √(1 − a) · l] of a query and of a passage is a · (dot of t) + (1 − a) · (dot of l).
-The teacher's part t is its vector, less the mean of its kind and of length 1 again where most of it is common to all.
+The teacher's part t is its vector. Where its cosines are high on average, the mean of its kind is taken off first, and
+t is scaled to length 1 again.
 BM25's part l is latent semantic indexing of its weights (Deerwester et al. 1990): the weights of a passage, or the word
 counts of a query, times the weights' leading right singular vectors. The components are then turned onto the principal
 axes of the targets, and from there as train/nested_axes.py says, which leaves dot products as they are and makes

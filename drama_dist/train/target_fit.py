@@ -36,32 +36,37 @@ class Texts:
     vectors: EmbeddingShards
     words: Callable[[np.ndarray], csr_matrix] | None
 
+    def lexical_part(self, rows: np.ndarray, words_VL: np.ndarray | None) -> np.ndarray | None:
+        """Of the texts at these positions, float32 (n, L); None where BM25 has no part."""
+        if self.words is None or words_VL is None or not words_VL.shape[1]:
+            return None
+        return lexical_part(self.words(rows), words_VL)
+
 
 def fit_target_space(settings: Settings, weights_NV: csr_matrix | None, queries: Texts, passages: Texts) -> TargetSpace:
     """The space of a run. weights_NV: BM25's, of the training passages; None where it has no part.
 
     Raises ValueError where the targets have fewer components than encoder.dims asks for.
     """
-    weight, chance = settings.targets.teacher_share, np.random.default_rng(settings.seed)
+    share, chance = settings.targets.teacher_share, np.random.default_rng(settings.seed)
     words_VL = None
     if weights_NV is not None:
         some = drawn(weights_NV.shape[0], chance)
         words_VL = word_vectors(weights_NV[some], settings.targets.lexical_components, settings.seed)
-    rows = [drawn(len(texts.vectors), chance) for texts in (queries, passages)]
-    teacher = [texts.vectors.rows(some) for texts, some in zip((queries, passages), rows, strict=True)]
-    lexical: list[np.ndarray | None] = [None, None]
-    means_2T = common_means(*teacher) if weight > 0 else None
+    kinds = (queries, passages)
+    rows = [drawn(len(texts.vectors), chance) for texts in kinds]
+    teacher = [texts.vectors.rows(some) for texts, some in zip(kinds, rows, strict=True)]
+    means_2T = common_means(*teacher) if share > 0 else None
     if means_2T is not None:
-        say(f"targets: the teacher's cosines are above {COMMON} on average; its vectors' means are taken off")
         teacher = [unit_rows(teacher_nT - mean_T) for teacher_nT, mean_T in zip(teacher, means_2T, strict=True)]
-    if words_VL is not None and words_VL.shape[1]:
-        words = [texts.words(some) for texts, some in zip((queries, passages), rows, strict=True) if texts.words]
-        parts = [lexical_part(words_nV, words_VL) for words_nV in words]
-        weight = weight_of_teacher(weight, deviation(*teacher), deviation(*parts))
+    of_queries, of_passages = (texts.lexical_part(some, words_VL) for texts, some in zip(kinds, rows, strict=True))
+    if of_queries is None or of_passages is None:
+        weight = share
+    else:
+        weight = weight_of_teacher(share, deviation(*teacher), deviation(of_queries, of_passages))
         say(f"targets: {weight:.2f} of the teacher's cosine and {1 - weight:.2f} of BM25's")
-        lexical = [*parts]
-    joined = [joined_parts(weight, *both) for both in zip(teacher, lexical, strict=True)]
-    del teacher, lexical
+    joined = [joined_parts(weight, *both) for both in zip(teacher, (of_queries, of_passages), strict=True)]
+    del teacher, of_queries, of_passages
     moment_JJ = np.sum([part_nJ.T.astype(np.float64) @ part_nJ / len(part_nJ) for part_nJ in joined], axis=0)
     dims, lexical_count = settings.encoder.dims, 0 if words_VL is None else words_VL.shape[1]
     axes_JK = principal_axes(moment_JJ, max(dims), lexical_count)
@@ -72,15 +77,19 @@ def fit_target_space(settings: Settings, weights_NV: csr_matrix | None, queries:
 
 def common_means(queries_nT: np.ndarray, passages_nT: np.ndarray) -> np.ndarray | None:
     """What to take from the teacher's vectors of queries and of passages, float32 (2, T): their means. None where the
-    cosine of a query and a passage is COMMON or less on average, and where all vectors of a kind are the same.
+    cosine of a query and a passage is COMMON or less on average, or where the vectors of a kind are the same but for
+    rounding.
 
-    Such a teacher's vectors lie in a narrow cone (Ethayarajh 2019, arXiv 1909.00512). What they have in common says
-    nothing of a passage, but a student that errs in it errs by more than passages differ. Of several teachers joined as
-    one, only the mean cosine of the whole is looked at.
+    Where it is more, the vectors lie in a narrow cone (Ethayarajh 2019, arXiv 1909.00512). What they have in common
+    says nothing of a passage, but a student that errs in it errs by more than passages differ. Several teachers joined
+    as one have one mean cosine.
     """
     means_2T = np.stack([vectors_nT.mean(0, dtype=np.float64) for vectors_nT in (queries_nT, passages_nT)])
+    cosine = float(means_2T[0] @ means_2T[1])
     same = (1 - np.square(means_2T).sum(1) < _ROUNDING).any()
-    return None if same or means_2T[0] @ means_2T[1] <= COMMON else means_2T.astype(np.float32)
+    taken = cosine > COMMON and not same
+    say(f"targets: the teacher's cosines are {cosine:.2f} on average; means are {'taken off' if taken else 'left'}")
+    return means_2T.astype(np.float32) if taken else None
 
 
 def deviation(queries_nT: np.ndarray, passages_nT: np.ndarray) -> float:
