@@ -23,7 +23,7 @@ from drama_dist.train.nested_axes import nested_turn
 from drama_dist.train.teacher_scale import passage_moments
 
 FITTED = 50_000  # texts of each kind that the space, and then the closed form, is fitted to
-COMMON = 0.5  # of a cosine: between teachers measured at .2 and at .8 (benchmarks/results/recipe.md)
+COMMON = 0.5  # of a cosine: between two teachers, with .11 to .17 and .75 to .79 (benchmarks/results/recipe.md)
 
 _ROUNDING = 1e-6  # of a vector's squared length
 _ROWS = 4096  # that are in float64 at a time
